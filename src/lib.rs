@@ -1,0 +1,42 @@
+//! keyward: short-lived identities and HSM-backed signing keys for AI agents, and the means to take them all back.
+//!
+//! # The map
+//!
+//! The story is told in [`acts::issue`]: a signing request and its evidence become a certificate, or a refusal.
+//! `Caller → Appraisal → Grant → Prepared → Intent → Signed → Issued`: each value is made only by its room, so a
+//! check that was skipped does not compile.
+//!
+//! Rooms, in one order; a room names only rooms before it (`tests/tidy.rs` holds this):
+//!
+//! | room | what it owns |
+//! |---|---|
+//! | [`proto`] | the wire types, generated; nothing else |
+//! | [`model`] | the words: identities, serials, keys, digests, the clock, a refusal |
+//! | [`config`] | the configuration file, checked as a whole |
+//! | [`hsm`] | the PKCS#11 token: lanes, keys, faults; no unverified signature leaves it |
+//! | [`ledger`] | the one ordered book, the gate, what follows from the book |
+//! | [`authn`] | who is calling |
+//! | [`attest`] | evidence → appraisal |
+//! | [`policy`] | standing + appraisal + wish → grant; pure |
+//! | [`acts`] | the verbs: issue, enrol, quarantine, release, crl, … |
+//! | [`api`] | gRPC: translate, call one act, translate back |
+//! | [`client`] | the Rust client of an agent and of an operator |
+//! | [`cli`] | the command line, one file per noun |
+//! | [`bench`] | `keyward bench`: figures beside their floor |
+//! | [`daemon`] | builds the rooms left to right, serves, drains |
+//!
+//! # The promises
+//!
+//! 1. Authority keys are made in the token and never leave it. 2. Intent before signature. 3. Every signature is
+//!    verified before it leaves the HSM room. 4. Every intent ends in exactly one outcome. 5. Quarantine wins every
+//!    race. 6. Quarantine is sticky. 7. One total order. 8. Evidence binds the key being certified. 9. The HSM may
+//!    vanish. 10. Decisions fail closed. 11. No secret in a log, error, metric, argv, environment or the ledger.
+//!    12. Everything attacker-supplied is bounded.
+//!
+//! Each has a test in `tests/blackbox` that tries to break it.
+
+pub mod proto;
+
+pub mod model;
+
+pub mod config;

@@ -1,0 +1,135 @@
+//! Public keys and how they are named.
+
+use std::fmt;
+
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ED25519, ParsedPublicKey, VerificationAlgorithm};
+
+use super::Digest;
+use super::number::{hex, number, random};
+
+number!(
+    /// CKA_ID of an HSM key: 16 random bytes, written in the ledger before the key exists.
+    KeyId, 16
+);
+
+impl KeyId {
+    /// A new random id.
+    #[must_use]
+    pub fn random() -> Self {
+        Self(random())
+    }
+}
+
+/// What a key signs with.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Algorithm {
+    /// ECDSA on P-256 with SHA-256; signatures in DER.
+    P256,
+    /// Ed25519; signatures of 64 bytes.
+    Ed25519,
+}
+
+/// Everything before the point in a P-256 SubjectPublicKeyInfo (RFC 5480 §2): named curve, uncompressed.
+const P256_SPKI_PREFIX: [u8; 26] = [
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03,
+    0x01, 0x07, 0x03, 0x42, 0x00,
+];
+/// Everything before the key in an Ed25519 SubjectPublicKeyInfo (RFC 8410 §4).
+const ED25519_SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
+/// Not a key that is accepted here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidKey {
+    /// Another algorithm, another curve, a compressed point, or not a SubjectPublicKeyInfo.
+    #[error("only P-256 with an uncompressed point and Ed25519 are accepted")]
+    Unsupported,
+    /// The point is not on the curve.
+    #[error("the point is not on the curve")]
+    NotOnCurve,
+}
+
+/// A public key: P-256 or Ed25519, checked to be a point of its curve.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct PublicKey {
+    algorithm: Algorithm,
+    spki: Box<[u8]>,
+}
+
+impl PublicKey {
+    /// From a SubjectPublicKeyInfo, byte for byte in the one encoding that is accepted.
+    ///
+    /// # Errors
+    /// For any other algorithm, curve or encoding, and for a point off the curve.
+    pub fn from_spki(spki: &[u8]) -> Result<Self, InvalidKey> {
+        let algorithm = if spki.len() == P256_SPKI_PREFIX.len() + 65 && spki.starts_with(&P256_SPKI_PREFIX) && spki[26] == 4 {
+            Algorithm::P256
+        } else if spki.len() == ED25519_SPKI_PREFIX.len() + 32 && spki.starts_with(&ED25519_SPKI_PREFIX) {
+            Algorithm::Ed25519
+        } else {
+            return Err(InvalidKey::Unsupported);
+        };
+        let key = Self { algorithm, spki: spki.into() };
+        key.verifier().map(|_| key).ok_or(InvalidKey::NotOnCurve)
+    }
+
+    /// From the raw point (65 bytes, uncompressed) or the raw Ed25519 key (32 bytes).
+    ///
+    /// # Errors
+    /// As [`PublicKey::from_spki`].
+    pub fn from_raw(algorithm: Algorithm, raw: &[u8]) -> Result<Self, InvalidKey> {
+        let prefix: &[u8] = match algorithm {
+            Algorithm::P256 => &P256_SPKI_PREFIX,
+            Algorithm::Ed25519 => &ED25519_SPKI_PREFIX,
+        };
+        Self::from_spki(&[prefix, raw].concat())
+    }
+
+    /// What it verifies.
+    #[must_use]
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// SubjectPublicKeyInfo, DER.
+    #[must_use]
+    pub fn spki(&self) -> &[u8] {
+        &self.spki
+    }
+
+    /// The point, or the raw Ed25519 key.
+    #[must_use]
+    pub fn raw(&self) -> &[u8] {
+        match self.algorithm {
+            Algorithm::P256 => &self.spki[P256_SPKI_PREFIX.len()..],
+            Algorithm::Ed25519 => &self.spki[ED25519_SPKI_PREFIX.len()..],
+        }
+    }
+
+    /// SHA-256 of the SubjectPublicKeyInfo.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.spki)
+    }
+
+    /// Whether `signature` is this key's over `message`.
+    #[must_use]
+    pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+        self.verifier().is_some_and(|key| key.verify_sig(message, signature).is_ok())
+    }
+
+    /// The key ready for many verifications.
+    #[must_use]
+    pub fn verifier(&self) -> Option<ParsedPublicKey> {
+        let algorithm: &'static dyn VerificationAlgorithm = match self.algorithm {
+            Algorithm::P256 => &ECDSA_P256_SHA256_ASN1,
+            Algorithm::Ed25519 => &ED25519,
+        };
+        ParsedPublicKey::new(algorithm, self.raw()).ok()
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PublicKey({:?} {})", self.algorithm, hex(&self.digest().0[..8]))
+    }
+}

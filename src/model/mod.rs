@@ -1,0 +1,25 @@
+//! The words of keyward.
+//!
+//! Owns: what an identity, a key, a signing request, a serial, a digest, an instant and a refusal *are*. Each is parsed
+//! once into a type that cannot be wrong. Promises: pure values, no I/O but the clock and the random source.
+//! Never: a decision, a file, a socket.
+
+mod clock;
+mod csr;
+mod identity;
+mod key;
+mod meter;
+mod number;
+mod refusal;
+mod secret;
+
+pub use clock::{Clock, ClockUntrusted, UnixTime};
+pub use csr::Csr;
+pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
+pub use key::{Algorithm, InvalidKey, KeyId, PublicKey};
+pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
+pub use number::{Digest, Serial, TokenId, hex, unhex};
+pub use refusal::Refusal;
+pub use secret::SecretBytes;
+
+pub use crate::proto::Reason;

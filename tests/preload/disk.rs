@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -123,16 +124,21 @@ fn keep(fd: c_int, key: &Key, unsynced: &Unsynced) {
     let kept = if file.metadata().is_ok_and(|meta| meta.is_dir()) {
         shadow.keep_names(key, &through)
     } else if write_only(fd) {
-        File::open(through).and_then(|file| shadow.keep_whole(key, &file))
+        // To read it, it is opened (and closed) once more: SQLite's files never are, they are opened for both.
+        File::open(through).and_then(|file| keep_bytes(shadow, key, &file, unsynced))
     } else {
-        match unsynced {
-            Unsynced::Whole => shadow.keep_whole(key, &file),
-            Unsynced::Ranges(ranges) => shadow.keep_ranges(key, &file, ranges),
-        }
+        keep_bytes(shadow, key, &file, unsynced)
     };
     if kept.is_err() {
         // A shadow that lies would make tests pass or fail for nothing.
         std::process::abort();
+    }
+}
+
+fn keep_bytes(shadow: &Shadow, key: &Key, file: &File, unsynced: &Unsynced) -> io::Result<()> {
+    match unsynced {
+        Unsynced::Whole => shadow.keep_whole(key, file),
+        Unsynced::Ranges(ranges) => shadow.keep_ranges(key, file, ranges),
     }
 }
 

@@ -134,8 +134,8 @@ impl Shadow {
     }
 }
 
-/// Cuts the power: `state` becomes what `shadow` says survived, and the shadow starts anew from there. The process that
-/// wrote it is dead by now.
+/// Cuts the power: `state` becomes what `shadow` says survived. The process that wrote it is dead by now. The shadow goes:
+/// the next one is seeded from what is there then.
 #[allow(dead_code, reason = "for the house")]
 pub fn power_cut(state: &Path, shadow: &Path) -> io::Result<()> {
     let meta = fs::metadata(state)?;
@@ -145,8 +145,7 @@ pub fn power_cut(state: &Path, shadow: &Path) -> io::Result<()> {
     fs::set_permissions(&survivors, meta.permissions())?;
     fs::remove_dir_all(state)?;
     fs::rename(&survivors, state)?;
-    fs::remove_dir_all(shadow)?;
-    Shadow::at(shadow)?.keep_all(state)
+    fs::remove_dir_all(shadow)
 }
 
 fn copy_range(from: &File, to: &File, mut at: u64, end: u64) -> io::Result<()> {

@@ -1,2 +1,3 @@
 pub mod merkle;
 pub mod note;
+pub mod standing;

@@ -42,3 +42,9 @@ pub mod model;
 pub mod config;
 
 pub mod ledger;
+
+pub mod policy;
+
+pub mod authn;
+
+pub mod attest;

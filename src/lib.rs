@@ -40,3 +40,11 @@ pub mod proto;
 pub mod model;
 
 pub mod config;
+
+pub mod ledger;
+
+pub mod policy;
+
+pub mod authn;
+
+pub mod attest;

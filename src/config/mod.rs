@@ -4,6 +4,14 @@
 //! an unknown key is a mistake; a default is written here and nowhere else. Never: holds a secret (PINs are named by where
 //! they are), opens a socket or a token.
 
+mod load;
+mod reader;
+#[cfg(test)]
+mod tests;
+
+pub use load::Errors;
+pub use reader::Mistake;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 

@@ -4,18 +4,24 @@
 //! once into a type that cannot be wrong. Promises: pure values, no I/O but the clock and the random source.
 //! Never: a decision, a file, a socket.
 
+mod binder;
 mod clock;
 mod csr;
+mod extension;
 mod identity;
+mod join;
 mod key;
 mod meter;
 mod number;
 mod refusal;
 mod secret;
 
+pub use binder::{attest_binder, renew_binder};
 pub use clock::{Clock, ClockUntrusted, UnixTime};
 pub use csr::Csr;
+pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_TEXT, AgentExtension};
 pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
+pub use join::{join_public_key, join_sign};
 pub use key::{Algorithm, InvalidKey, KeyId, PublicKey};
 pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
 pub use number::{Digest, Serial, TokenId, hex, unhex};

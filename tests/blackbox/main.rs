@@ -6,4 +6,8 @@
 
 mod house;
 
+mod attest;
+mod certificate;
 mod instruments;
+mod quarantine;
+mod renew;

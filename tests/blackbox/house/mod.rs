@@ -19,9 +19,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-pub use agent::Agent;
+pub use agent::{Agent, certificates};
 pub use daemon::Daemon;
 pub use instrument::{Control, Signatures};
+pub use keyward::proto::entry::Body;
 pub use output::{Output, run};
 
 /// Longest wait for anything that should take a second, on a busy machine.
@@ -205,13 +206,21 @@ impl House {
         agent
     }
 
-    /// The ledger's entries, decoded as the command decodes them.
-    pub fn entries(&self) -> Vec<serde_json::Value> {
-        let listed = self.keyward(&["ledger", "list", "--format", "json"]).ok().json();
-        match listed {
-            serde_json::Value::Array(entries) => entries,
-            other => other["entries"].as_array().unwrap_or_else(|| panic!("no entries in {other}")).clone(),
-        }
+    /// What each entry of the ledger tells, in order, read over the operator socket.
+    pub fn entries(&self) -> Vec<Body> {
+        self.wire().entries().into_iter().map(|entry| entry.body.expect("an entry tells something")).collect()
+    }
+
+    /// Stops the daemon and holds the whole ledger against every promise, offline.
+    pub fn stop_and_verify(&mut self) {
+        assert_eq!(self.stop(), 0);
+        self.verify().ok();
+    }
+
+    /// `keyward ledger verify`, with every signature.
+    pub fn verify(&self) -> Output {
+        let (file, key) = (self.state().join("keyward.db"), self.state().join("ledger.vkey"));
+        self.keyward(&["ledger", "verify", file.to_str().unwrap(), "--key", key.to_str().unwrap(), "--signatures"])
     }
 
     /// Quarantines and waits for the acknowledgement.

@@ -17,6 +17,7 @@ use keyward::proto::TokenRole;
 
 const HOUSE: &str = "KEYWARD_TEST_HOUSE";
 const ERRAND: &str = "KEYWARD_TEST_DESTROY";
+const LOCKER: &str = "KEYWARD_TEST_LOCKER";
 const MODULES: [&str; 3] =
     ["/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/pkcs11/libsofthsm2.so"];
 
@@ -238,6 +239,80 @@ fn a_token_that_vanishes_and_returns_is_in_service_again_by_itself() {
         }
         hsm.shut_down(Duration::from_secs(5));
         agents.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn another_token_under_the_same_label_is_not_used() {
+    in_house("another_token_under_the_same_label_is_not_used", async |house| {
+        let hsm = house.open(&Modules::new(), "authority");
+        let key = new_key(&hsm, Algorithm::P256).await;
+        hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
+        let gone = Command::new("softhsm2-util").args(["--delete-token", "--token", "authority"]).output().unwrap();
+        assert!(gone.status.success(), "{gone:?}");
+        // The same label, its PIN in the same file; but none of our keys.
+        let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("softhsm/init-token");
+        assert!(Command::new(init).arg(&house.0).arg("authority").status().unwrap().success());
+        until("the loss is noticed", Duration::from_secs(2), || !hsm.status().usable).await;
+        until("the canary is missed in it", Duration::from_secs(5), || {
+            hsm.status().fault.is_some_and(|fault| fault.contains("is not in the token"))
+        })
+        .await;
+        assert!(matches!(key.sign(b"foreign"[..].into()).await, Err(SignError::NotSigned(_))));
+        assert!(hsm.generate(KeyId::random(), Algorithm::P256, "foreign").await.is_err());
+        assert!(!hsm.status().usable && !hsm.status().pin_pending, "{:?}", hsm.status());
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+/// Not a test of its own: holds a lock on every file of the tokens until its standard input ends, so that SoftHSM hangs.
+#[test]
+fn a_locker() {
+    let Some(house) = std::env::var_os(LOCKER) else { return };
+    let mut held = Vec::new();
+    for token in fs::read_dir(Path::new(&house).join("tokens")).unwrap() {
+        for file in fs::read_dir(token.unwrap().path()).unwrap() {
+            let file = fs::File::options().read(true).write(true).open(file.unwrap().path()).unwrap();
+            rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+            held.push(file);
+        }
+    }
+    fs::write(Path::new(&house).join("locked"), "").unwrap();
+    let mut rest = Vec::new();
+    std::io::Read::read_to_end(&mut std::io::stdin(), &mut rest).unwrap();
+}
+
+#[test]
+fn a_module_that_hangs_is_told_apart_and_serves_again_when_it_comes_back() {
+    in_house("a_module_that_hangs_is_told_apart_and_serves_again_when_it_comes_back", async |house| {
+        let mut settings = house.settings("authority");
+        settings.sign_deadline = Duration::from_secs(1);
+        let hsm = Hsm::open(&Modules::new(), settings, Arc::default()).unwrap();
+        let key = new_key(&hsm, Algorithm::P256).await;
+        hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
+        let mut locker = itself("a_locker", &house.0);
+        let mut locker = locker.env(LOCKER, &house.0).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        until("the files are locked", Duration::from_secs(5), || house.0.join("locked").exists()).await;
+
+        let asked = Instant::now();
+        match key.sign(b"into the void"[..].into()).await.unwrap_err() {
+            // A lane had begun: it may sign yet.
+            SignError::Unknown(Error::Deadline | Error::Unusable(_)) => {}
+            other => panic!("{other:?}"),
+        }
+        assert!(asked.elapsed() < Duration::from_millis(1500), "{:?}", asked.elapsed());
+        until("the hang is noticed", Duration::from_secs(3), || !hsm.status().usable).await;
+        let health = hsm.health();
+        until("the module is called stuck", Duration::from_secs(5), || health.borrow().stuck).await;
+        assert!(matches!(key.sign(b"no"[..].into()).await, Err(SignError::NotSigned(Error::Stuck))));
+
+        drop(locker.stdin.take());
+        assert!(locker.wait().unwrap().success());
+        until("it is back", Duration::from_secs(12), || hsm.status().usable).await;
+        let signature = key.sign(b"back"[..].into()).await.unwrap();
+        assert!(key.public().verifies(b"back", &signature));
+        assert!(!health.borrow().stuck && hsm.status().reconnects == 1, "{:?}", hsm.status());
+        hsm.shut_down(Duration::from_secs(5));
     });
 }
 

@@ -4,9 +4,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::ADMIN_DEADLINE;
 use super::faults::{Error, SignError};
 use super::keyring::Bound;
 use super::lanes;
+use super::queue::Mark;
 use super::token::{Token, reconnect};
 use crate::model::KeyId;
 
@@ -27,9 +29,12 @@ const CANARY_TAG: &[u8] = b"keyward/hsm/canary/v1\0";
 
 /// Starts the watch's thread.
 pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(Error::Thread)?;
     let watched = Arc::clone(token);
-    token.watchman.hire("hsm-watch", false, move |_| runtime.block_on(watch(&watched))).map_err(Error::Thread)
+    let work = move |_: &Mark| match tokio::runtime::Builder::new_current_thread().enable_time().build() {
+        Ok(runtime) => runtime.block_on(watch(&watched)),
+        Err(error) => watched.suspend(&format!("nobody watches the token: {error}")),
+    };
+    token.watchman.hire("hsm-watch", false, work).map_err(Error::Thread)
 }
 
 async fn watch(token: &Arc<Token>) {
@@ -40,6 +45,10 @@ async fn watch(token: &Arc<Token>) {
             continue;
         }
         token.crew.give_up(token.settings.sign_deadline + GRACE);
+        if token.crew.admin_inside_for().is_some_and(|time| time > ADMIN_DEADLINE + GRACE) {
+            token.suspend("the admin lane hangs inside the PKCS#11 module");
+            continue;
+        }
         if let Err(error) = token.top_up() {
             tracing::warn!(%error, "a lane is missing");
         }
@@ -61,8 +70,9 @@ async fn look(token: &Arc<Token>) {
     let mut failure = None;
     for _ in 0..2 {
         match sing(token, &canary).await {
-            // A queue that is full is no sign of silence.
-            Ok(()) | Err(SignError::NotSigned(Error::QueueFull)) => return,
+            Ok(()) => return,
+            // A full queue is no sign of silence, as long as it moves.
+            Err(SignError::NotSigned(Error::QueueFull)) if token.idle_for() < LOOK + CANARY_DEADLINE => return,
             Err(error) => {
                 let silent = matches!(error, SignError::NotSigned(Error::Deadline) | SignError::Unknown(Error::Deadline));
                 failure = Some(error);

@@ -211,6 +211,17 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_is_read_once_and_good_for_a_second_login() {
+        use std::os::fd::AsRawFd;
+        let (reader, mut writer) = io::pipe().unwrap();
+        writer.write_all(b"1234\n").unwrap();
+        drop(writer);
+        let pin = Pin::new(PinSource::Fd(reader.as_raw_fd()));
+        assert_eq!(bytes(&pin.read().unwrap()), b"1234");
+        assert_eq!(bytes(&pin.read().unwrap()), b"1234");
+    }
+
+    #[test]
     fn a_credential_is_a_name_and_not_a_path() {
         assert!(credential("../pin").is_err());
         assert!(credential("..").is_err());

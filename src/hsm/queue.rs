@@ -179,6 +179,11 @@ impl Crew {
         Self::count_of(&marks)
     }
 
+    /// How long the admin lane has been inside the module.
+    pub(super) fn admin_inside_for(&self) -> Option<Duration> {
+        self.lock().iter().filter(|mark| !mark.sign_lane).find_map(|mark| mark.inside_for())
+    }
+
     pub(super) fn count(&self) -> Count {
         Self::count_of(&self.lock())
     }

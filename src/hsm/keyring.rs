@@ -53,23 +53,27 @@ impl Bound {
 /// The bound keys of one token that somebody still holds.
 #[derive(Default)]
 pub(super) struct Keyring {
-    keys: Mutex<HashMap<KeyId, Weak<Bound>>>,
+    keys: Mutex<HashMap<(KeyId, PublicKey), Weak<Bound>>>,
 }
 
 impl Keyring {
-    fn lock(&self) -> MutexGuard<'_, HashMap<KeyId, Weak<Bound>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(KeyId, PublicKey), Weak<Bound>>> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The key already bound under this id and public key, or a new one.
     pub(super) fn bind(&self, id: KeyId, public: PublicKey) -> Result<Arc<Bound>, InvalidKey> {
         let mut keys = self.lock();
-        if let Some(bound) = keys.get(&id).and_then(Weak::upgrade).filter(|bound| bound.public == public) {
+        let name = (id, public);
+        if let Some(bound) = keys.get(&name).and_then(Weak::upgrade) {
             return Ok(bound);
         }
-        let bound = Arc::new(Bound::new(id, public)?);
-        keys.retain(|_, key| key.strong_count() > 0);
-        keys.insert(id, Arc::downgrade(&bound));
+        let bound = Arc::new(Bound::new(id, name.1.clone())?);
+        // Swept when it would grow: each binding pays a constant share.
+        if keys.len() == keys.capacity() {
+            keys.retain(|_, key| key.strong_count() > 0);
+        }
+        keys.insert(name, Arc::downgrade(&bound));
         Ok(bound)
     }
 

@@ -63,6 +63,8 @@ pub struct Capabilities {
     pub session_keys: bool,
     /// Read-only sessions (CloudHSM has none).
     pub read_only_sessions: bool,
+    /// Sessions at once, where the token names a limit (CK_TOKEN_INFO ulMaxSessionCount).
+    pub sessions_max: Option<usize>,
     /// Names of the mechanisms, CKM_…
     pub mechanisms: Vec<String>,
     /// The form of CKA_EC_PARAMS that this token takes for Ed25519.
@@ -109,7 +111,7 @@ pub struct Status {
     pub off: Vec<String>,
 }
 
-/// One token, logged in to. Clones share it.
+/// One token, logged in to. Clones share it; it serves until [`Hsm::shut_down`], whatever is dropped.
 #[derive(Clone)]
 pub struct Hsm(Arc<Token>);
 
@@ -234,6 +236,7 @@ impl Hsm {
             ed25519: false,
             session_keys: false,
             read_only_sessions: false,
+            sessions_max: None,
             mechanisms: Vec::new(),
             ed25519_params: None,
         };

@@ -153,7 +153,10 @@ pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
     search(session, id, None)?
         .into_iter()
         .map(|object| {
-            let class = attribute(session, object, AttributeType::Class)?;
+            let class = match attribute(session, object, AttributeType::Class) {
+                Err(Error::Answer { .. }) => None, // a class the wrapper does not know: no key of ours
+                told => told?,
+            };
             let private = matches!(class, Some(Attribute::Class(ObjectClass::PRIVATE_KEY)));
             let public = matches!(class, Some(Attribute::Class(ObjectClass::PUBLIC_KEY)));
             let public = if public { read_public(session, object).ok() } else { None };

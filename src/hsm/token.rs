@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use cryptoki::error::{Error as Cryptoki, RvError};
 use cryptoki::mechanism::MechanismType;
 use cryptoki::session::{Session, SessionState, UserType};
-use cryptoki::slot::{Slot, TokenInfo};
+use cryptoki::slot::{Limit, Slot, TokenInfo};
 use tokio::sync::{Notify, watch};
 
 use super::admin::{self, Errand};
@@ -116,7 +116,7 @@ impl Token {
         self.generation.store(self.module.generation(), Ordering::Release);
         let context = self.module.context();
         let anchor = context.open_rw_session_no_drop(slot).map_err(|error| Error::at(Place::OpenSession, error))?;
-        let read_only_sessions = match self.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot)) {
+        let read_only_sessions = match self.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
             Ok(capabilities) => capabilities.read_only_sessions,
             Err(error) => {
                 Self::discard(anchor);
@@ -170,15 +170,15 @@ impl Token {
     }
 
     /// What this token can do, found out at the first connection by doing it with keys that die with their session.
-    fn probe_once(&self, anchor: &Session, slot: Slot) -> Result<&Capabilities, Error> {
+    fn probe_once(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<&Capabilities, Error> {
         if let Some(known) = self.capabilities.get() {
             return Ok(known);
         }
-        let probed = self.probe(anchor, slot)?;
+        let probed = self.probe(anchor, slot, info)?;
         Ok(self.capabilities.get_or_init(|| probed))
     }
 
-    fn probe(&self, anchor: &Session, slot: Slot) -> Result<Capabilities, Error> {
+    fn probe(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<Capabilities, Error> {
         // CloudHSM has no read-only sessions.
         let read_only_sessions = self.module.context().open_ro_session_no_drop(slot).map(Self::discard).is_ok();
         let list = self.module.context().get_mechanism_list(slot).map_err(|error| Error::at(Place::Module, error))?;
@@ -197,8 +197,18 @@ impl Token {
         let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
         mechanisms.sort_unstable();
         mechanisms.dedup();
-        let capabilities =
-            Capabilities { ed25519: form.is_some(), session_keys, read_only_sessions, mechanisms, ed25519_params: form };
+        let sessions_max = match info.max_session_count() {
+            Limit::Max(most) => usize::try_from(most).ok(),
+            Limit::Unavailable | Limit::Infinite => None,
+        };
+        let capabilities = Capabilities {
+            ed25519: form.is_some(),
+            session_keys,
+            read_only_sessions,
+            sessions_max,
+            mechanisms,
+            ed25519_params: form,
+        };
         tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519, session_keys, read_only_sessions,
             mechanisms = capabilities.mechanisms.len(), "token probed");
         Ok(capabilities)
@@ -231,9 +241,15 @@ impl Token {
         self.top_up()
     }
 
+    /// As many as configured, and as the token's sessions allow beside the anchor, the admin lane and one in reserve.
+    fn lanes(&self) -> usize {
+        let most = self.capabilities().and_then(|able| able.sessions_max).map_or(usize::MAX, |most| most.saturating_sub(3));
+        self.settings.token.lanes.min(most).max(1)
+    }
+
     /// Replaces threads that have died or were given up. As many lanes may hang as are configured; then no more are started.
     pub(super) fn top_up(self: &Arc<Self>) -> Result<(), Error> {
-        let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.settings.token.lanes);
+        let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.lanes());
         for _ in count.serving..lanes.min((2 * lanes).saturating_sub(count.hanging)) {
             let token = Arc::clone(self);
             self.crew.hire("hsm-sign", true, move |mark| lanes::serve(&token, term, mark)).map_err(Error::Thread)?;

@@ -265,6 +265,39 @@ fn another_token_under_the_same_label_is_not_used() {
     });
 }
 
+#[test]
+fn a_wrong_pin_met_during_recovery_is_tried_once_and_waits_for_the_operator() {
+    in_house("a_wrong_pin_met_during_recovery_is_tried_once_and_waits_for_the_operator", async |house| {
+        let hsm = house.open(&Modules::new(), "authority");
+        let key = new_key(&hsm, Algorithm::P256).await;
+        hsm.set_canary(key.clone());
+        let good = fs::read(house.pin("authority")).unwrap();
+        fs::write(house.pin("authority"), "wrong-pin-0815").unwrap();
+        let (here, away) = (house.0.join("tokens"), house.0.join("away"));
+        fs::rename(&here, &away).unwrap();
+        fs::create_dir(&here).unwrap();
+        until("the loss is noticed", Duration::from_secs(2), || !hsm.status().usable).await;
+        fs::remove_dir(&here).unwrap();
+        fs::rename(&away, &here).unwrap();
+        let mut faults = Vec::new();
+        until("the second attempt is held back", Duration::from_secs(15), || {
+            let fault = hsm.status().fault.unwrap();
+            if faults.last() != Some(&fault) {
+                faults.push(fault);
+            }
+            faults.last().is_some_and(|fault| fault.contains("keyward hsm unlock") && fault.contains("pin-pending-authority"))
+        })
+        .await;
+        assert_eq!(faults.iter().filter(|fault| fault.contains("refused the PIN")).count(), 1, "{faults:?}");
+        assert!(hsm.status().pin_pending && !faults.concat().contains("0815"));
+        fs::write(house.pin("authority"), good).unwrap();
+        assert!(keyward::hsm::unlock(&house.settings("authority").state, TokenRole::Authority).unwrap());
+        until("it is back", Duration::from_secs(8), || hsm.status().usable).await;
+        key.sign(b"back"[..].into()).await.unwrap();
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
 /// Not a test of its own: holds a lock on every file of the tokens until its standard input ends, so that SoftHSM hangs.
 #[test]
 fn a_locker() {

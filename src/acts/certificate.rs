@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm,
+    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm,
 };
 use rustls::pki_types::CertificateDer;
 
@@ -69,7 +69,8 @@ impl Authority {
     /// # Errors
     /// When the certificate is none, or another key's.
     pub fn new(key: SigningKey, certificate: Vec<u8>) -> Result<Self, Refusal> {
-        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).map_err(|error| Refusal::internal(error.to_string()))?;
+        let (_, parsed) =
+            x509_parser::parse_x509_certificate(&certificate).map_err(|error| Refusal::internal(error.to_string()))?;
         if parsed.public_key().raw != key.public().spki() {
             return Err(Refusal::internal("an authority's certificate is not for its key"));
         }
@@ -92,7 +93,10 @@ impl Authority {
     }
 
     /// The bytes that would be signed, were `build` to sign with this authority.
-    pub(super) fn to_be_signed<T>(&self, build: impl FnOnce(&Issuer<'static, Capture>) -> Result<T, rcgen::Error>) -> Result<Arc<[u8]>, Refusal> {
+    pub(super) fn to_be_signed<T>(
+        &self,
+        build: impl FnOnce(&Issuer<'static, Capture>) -> Result<T, rcgen::Error>,
+    ) -> Result<Arc<[u8]>, Refusal> {
         let issuer = self.template.lock().unwrap_or_else(PoisonError::into_inner);
         build(&issuer).map_err(Refusal::internal)?;
         let bytes = std::mem::take(&mut *issuer.key().bytes.lock().unwrap_or_else(PoisonError::into_inner));
@@ -104,6 +108,17 @@ impl Authority {
 pub(super) fn self_to_be_signed(params: &CertificateParams, key: &PublicKey) -> Result<Arc<[u8]>, Refusal> {
     let capture = Capture { key: key.clone(), bytes: Mutex::default() };
     params.self_signed(&capture).map_err(Refusal::internal)?;
+    Ok(capture.bytes.into_inner().unwrap_or_else(PoisonError::into_inner).into())
+}
+
+/// The bytes of a PKCS#10 request (RFC 2986) that its own key will sign.
+pub(super) fn request_to_be_signed(params: &CertificateParams, key: &PublicKey) -> Result<Arc<[u8]>, Refusal> {
+    let mut params = params.clone();
+    params.serial_number = None;
+    params.use_authority_key_identifier_extension = false;
+    (params.not_before, params.not_after) = (CertificateParams::default().not_before, CertificateParams::default().not_after);
+    let capture = Capture { key: key.clone(), bytes: Mutex::default() };
+    params.serialize_request(&capture).map_err(Refusal::internal)?;
     Ok(capture.bytes.into_inner().unwrap_or_else(PoisonError::into_inner).into())
 }
 
@@ -154,7 +169,12 @@ pub(super) fn offset(time: UnixTime) -> Result<time::OffsetDateTime, Refusal> {
 
 /// An X.509-SVID leaf (SPIFFE X509-SVID §4): one URI SAN, critical KeyUsage digitalSignature, EKU server and client, critical
 /// empty BasicConstraints, SKI and AKI. The subject is empty and the SAN therefore critical (RFC 5280 §4.1.2.6).
-pub(super) fn leaf(id: &SpiffeId, serial: &Serial, not_before: UnixTime, not_after: UnixTime) -> Result<CertificateParams, Refusal> {
+pub(super) fn leaf(
+    id: &SpiffeId,
+    serial: &Serial,
+    not_before: UnixTime,
+    not_after: UnixTime,
+) -> Result<CertificateParams, Refusal> {
     let mut params = params(serial, not_before, not_after)?;
     params.subject_alt_names = vec![SanType::URI(id.as_str().try_into().map_err(Refusal::internal)?)];
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -315,16 +335,24 @@ async fn sign_once(mut intent: Intent, key: &SigningKey, tbs: &Arc<[u8]>) -> Res
         Err(SignError::Unknown(error)) => {
             tracing::error!(intent = intent.index(), %error, "the token may or may not have signed; nothing is handed out");
             intent.unknown(error.to_string());
-            Err(Refusal::new(Reason::SignatureUnknown, "the token did not answer in time; ask again, with a new idempotency key or the same")
-                .because(error)
-                .retry_after(std::time::Duration::from_millis(500)))
+            Err(Refusal::new(
+                Reason::SignatureUnknown,
+                "the token did not answer in time; ask again, with a new idempotency key or the same",
+            )
+            .because(error)
+            .retry_after(std::time::Duration::from_millis(500)))
         }
     }
 }
 
 /// The daemon's own signatures (authorities, server certificate, CRL): recorded, signed once, released. Gives the intent's index and
 /// the signature.
-pub(super) async fn sign_own(ledger: &Ledger, kind: IntentKind, key: &SigningKey, tbs: Arc<[u8]>) -> Result<(u64, Vec<u8>), Refusal> {
+pub(super) async fn sign_own(
+    ledger: &Ledger,
+    kind: IntentKind,
+    key: &SigningKey,
+    tbs: Arc<[u8]>,
+) -> Result<(u64, Vec<u8>), Refusal> {
     let intention = Intention { kind, key_id: key.id(), tbs: Arc::clone(&tbs), subject: None };
     let Decided::Intent(intent) = ledger.intend(intention).await? else {
         return Err(Refusal::internal("the daemon's own wish was taken for a repeated one"));
@@ -342,7 +370,8 @@ mod tests {
     fn a_certificate_is_assembled_as_rcgen_would() {
         let key = rcgen::KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
         let id = SpiffeId::parse("spiffe://example.org/agent/a/b").unwrap();
-        let params = leaf(&id, &Serial::random(), UnixTime::from_seconds(1_800_000_000), UnixTime::from_seconds(1_800_000_600)).unwrap();
+        let params =
+            leaf(&id, &Serial::random(), UnixTime::from_seconds(1_800_000_000), UnixTime::from_seconds(1_800_000_600)).unwrap();
         let whole = params.self_signed(&key).unwrap();
         let (_, parsed) = x509_parser::parse_x509_certificate(whole.der()).unwrap();
         let tbs = parsed.tbs_certificate.as_ref();

@@ -69,10 +69,16 @@ impl Acts {
 
     /// A fresh token: the seed leaves in the answer, the public key goes to the ledger.
     pub(super) fn new_token(&self, ttl_seconds: u32) -> Result<(Token, SecretBytes), Refusal> {
-        let ttl = in_range("token ttl", ttl_seconds, self.limits.token_ttl_seconds_default, TTL_SECONDS_MIN, TOKEN_TTL_SECONDS_MAX)?;
+        let ttl =
+            in_range("token ttl", ttl_seconds, self.limits.token_ttl_seconds_default, TTL_SECONDS_MIN, TOKEN_TTL_SECONDS_MAX)?;
         let now = self.trusted_now()?;
         let seed = SecretBytes::random::<32>();
-        let token = Token { id: TokenId::random(), public_key: join_public_key(&seed), expires: now.plus_seconds(ttl.into()), spent_for: None };
+        let token = Token {
+            id: TokenId::random(),
+            public_key: join_public_key(&seed),
+            expires: now.plus_seconds(ttl.into()),
+            spent_for: None,
+        };
         Ok((token, seed))
     }
 }

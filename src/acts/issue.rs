@@ -10,7 +10,7 @@ use crate::policy::{self, Wish};
 use crate::proto::IntentKind;
 
 use super::certificate::{Issued, Prepared, assemble};
-use super::{Acts, Authorities};
+use super::Acts;
 
 impl Acts {
     /// First contact or rejoin: over a stream whose challenge the proof answers.
@@ -31,9 +31,7 @@ impl Acts {
     /// The reason codes of every check below; `UNAUTHENTICATED`, `AGENT_QUARANTINED`, `EPOCH_STALE` of the caller itself.
     pub async fn renew(&self, source: &Arc<Connection>, ask: Ask) -> Result<Issued, Refusal> {
         let renewed = async {
-            let caller = source
-                .agent(&self.ledger)
-                .map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
+            let caller = source.agent(&self.ledger).map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
             let issued = self.issue(IntentKind::Renew, &Contact::Connection(caller), &ask).await?;
             if let Ok(csr) = Csr::key_of(ask.csr()) {
                 caller.now_proves(csr.digest());
@@ -58,7 +56,14 @@ impl Acts {
             .map_err(|refusal| Rejected { agent: Some(appraisal.agent().clone()), refusal })
     }
 
-    async fn issue_to(&self, kind: IntentKind, appraisal: &Appraisal, csr: &Csr, ask: &Ask, now: UnixTime) -> Result<Issued, Refusal> {
+    async fn issue_to(
+        &self,
+        kind: IntentKind,
+        appraisal: &Appraisal,
+        csr: &Csr,
+        ask: &Ask,
+        now: UnixTime,
+    ) -> Result<Issued, Refusal> {
         // Memory; refuses unknown, quarantined, stale epoch.
         let standing = self.ledger.standing(appraisal.agent(), appraisal.epoch())?;
         // An answer that was lost is given again, whatever the limits say now.
@@ -86,8 +91,7 @@ impl Acts {
     /// The stored answer, rebuilt from what was recorded. The gate was passed then; the standing has just been looked at.
     async fn repeat(&self, appraisal: &Appraisal, intent: u64, next_sequence: u64) -> Result<Issued, Refusal> {
         let ledger = self.ledger.clone();
-        let (tbs, signature) =
-            tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)??;
+        let (tbs, signature) = tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)??;
         let leaf = assemble(&tbs, &signature);
         let not_after = {
             let (_, parsed) = x509_parser::parse_x509_certificate(&leaf).map_err(|error| Refusal::internal(error.to_string()))?;

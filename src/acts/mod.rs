@@ -10,6 +10,7 @@ mod checkpoint;
 mod clock;
 mod crl;
 mod enrol;
+mod files;
 mod init;
 mod issue;
 mod keys;
@@ -17,12 +18,12 @@ mod quarantine;
 mod release;
 mod server_certificate;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
 use crate::config::{Config, Limits};
-use crate::hsm::{self, SigningKey};
+use crate::hsm;
 use crate::ledger::Ledger;
 use crate::model::{Clock, Reason, Refusal, TrustDomain};
 use crate::proto;
@@ -32,8 +33,8 @@ pub use certificate::{Authority, Issued, assemble};
 pub use checkpoint::verifier_key;
 pub use crl::Crl;
 pub use enrol::JoinTerms;
-pub use init::{Initialised, initialise};
-pub use keys::{Keys, reconcile};
+pub use init::{Initialised, Root, initialise};
+pub use keys::{Keys, Tokens, reconcile};
 pub use server_certificate::ServerCertificate;
 
 /// Everything an act needs. Built once by the daemon.
@@ -46,7 +47,6 @@ pub struct Acts {
     /// Absent while the token is.
     authorities: ArcSwapOption<Authorities>,
     crl: Crl,
-    checkpoints: Mutex<()>,
 }
 
 impl Acts {
@@ -60,7 +60,6 @@ impl Acts {
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
             crl,
-            checkpoints: Mutex::new(()),
         }
     }
 
@@ -92,7 +91,8 @@ impl Acts {
     /// `HSM_UNAVAILABLE`.
     pub fn authorities(&self) -> Result<Arc<Authorities>, Refusal> {
         self.authorities.load_full().ok_or_else(|| {
-            Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later").retry_after(std::time::Duration::from_secs(1))
+            Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
+                .retry_after(std::time::Duration::from_secs(1))
         })
     }
 
@@ -102,7 +102,11 @@ impl Acts {
 
     fn trusted_now(&self) -> Result<crate::model::UnixTime, Refusal> {
         self.clock().now().map_err(|error| {
-            Refusal::new(Reason::ClockUntrusted, "the daemon's clock jumped; issuing waits until it returns or an operator accepts it").because(error)
+            Refusal::new(
+                Reason::ClockUntrusted,
+                "the daemon's clock jumped; issuing waits until it returns or an operator accepts it",
+            )
+            .because(error)
         })
     }
 
@@ -117,9 +121,4 @@ fn hsm_refusal(error: hsm::Error) -> Refusal {
     Refusal::new(reason, "the token is not available now; ask again in a moment")
         .because(error)
         .retry_after(std::time::Duration::from_millis(500))
-}
-
-/// The keys of the authority token that are in use.
-pub(crate) fn key_for(keys: &[(proto::Purpose, SigningKey)], purpose: proto::Purpose) -> Option<&SigningKey> {
-    keys.iter().find(|(found, _)| *found == purpose).map(|(_, key)| key)
 }

@@ -10,7 +10,13 @@ impl Acts {
     ///
     /// # Errors
     /// `AGENT_UNKNOWN`, `NOT_QUARANTINED`, `HSM_UNAVAILABLE` (there is no bundle to hand out), `CLOCK_UNTRUSTED`.
-    pub async fn release(&self, operator: &Operator, agent: AgentId, reason: &str, token_ttl_seconds: u32) -> Result<JoinTerms, Refusal> {
+    pub async fn release(
+        &self,
+        operator: &Operator,
+        agent: AgentId,
+        reason: &str,
+        token_ttl_seconds: u32,
+    ) -> Result<JoinTerms, Refusal> {
         let bundle = self.bundle()?;
         let (token, seed) = self.new_token(token_ttl_seconds)?;
         let (token_id, expires) = (token.id, token.expires);

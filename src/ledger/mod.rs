@@ -1,3 +1,4 @@
 pub mod merkle;
 pub mod note;
 pub mod standing;
+pub mod verify;

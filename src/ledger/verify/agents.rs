@@ -142,8 +142,11 @@ impl Agents {
             self.denied.insert(serial, Denied { since: at.index, not_after_seconds });
             return;
         }
-        let now = at.time.seconds();
-        agent.live.retain(|live| live.not_after_seconds > now);
+        // Only when it would grow: each release costs the same however many a ledger claims to be live.
+        if agent.live.len() == agent.live.capacity() {
+            let now = at.time.seconds();
+            agent.live.retain(|live| live.not_after_seconds > now);
+        }
         agent.live.push(Live { serial, not_after_seconds, epoch: candidate.epoch });
     }
 

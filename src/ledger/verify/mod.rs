@@ -27,6 +27,8 @@
 //! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
 
 mod agents;
+#[cfg(test)]
+mod book;
 mod intents;
 mod keys;
 mod tbs;

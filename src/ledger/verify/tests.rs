@@ -1,262 +1,15 @@
 //! Every rule is broken once, by hand, in an otherwise right ledger.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
+use std::sync::OnceLock;
 
-use prost::Message as _;
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension, IsCa, Issuer, KeyIdMethod, KeyPair,
-    KeyUsagePurpose, PublicKeyData as _, RevokedCertParams, SanType, SerialNumber,
-};
-use time::OffsetDateTime;
-use x509_parser::prelude::FromDer as _;
+use proptest::prelude::*;
+use proptest::sample::Index;
 
+use super::book::{AGENT, Ask, Book, ISSUING, ROOT};
 use super::*;
 use crate::model::Serial;
-use crate::proto::{self, IntentKind, KeyAlgorithm, Purpose};
-
-const ROOT: [u8; 16] = [1; 16];
-const ISSUING: [u8; 16] = [2; 16];
-const AGENT: &str = "builder/7";
-const START_SECONDS: u64 = 1_800_000_000;
-
-/// A ledger in the making.
-struct Book {
-    entries: Vec<Vec<u8>>,
-    time: UnixTime,
-    root: Issuer<'static, KeyPair>,
-    issuing: Issuer<'static, KeyPair>,
-    signatures: HashMap<u64, Vec<u8>>,
-    serials: HashMap<u64, Serial>,
-}
-
-fn authority(key: KeyPair) -> Issuer<'static, KeyPair> {
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    Issuer::new(params, key)
-}
-
-fn at_seconds(seconds: u64) -> OffsetDateTime {
-    OffsetDateTime::from_unix_timestamp(i64::try_from(seconds).unwrap()).unwrap()
-}
-
-/// What an agent's certificate is to say.
-struct Ask {
-    agent: &'static str,
-    uri: String,
-    epoch: u32,
-    sequence: u64,
-    serial: Serial,
-    ttl_seconds: u64,
-    fresh_seconds: u64,
-    key: [u8; 16],
-    authority: bool,
-}
-
-impl Ask {
-    fn new(epoch: u32, sequence: u64) -> Self {
-        Self::of(AGENT, epoch, sequence)
-    }
-
-    fn of(agent: &'static str, epoch: u32, sequence: u64) -> Self {
-        Self {
-            agent,
-            uri: format!("spiffe://example.org/agent/{agent}"),
-            epoch,
-            sequence,
-            serial: Serial::random(),
-            ttl_seconds: 600,
-            fresh_seconds: 86_400,
-            key: ISSUING,
-            authority: false,
-        }
-    }
-}
-
-impl Book {
-    /// Genesis, two active keys, one enrolled agent.
-    fn new() -> Self {
-        let mut book = Self::empty();
-        book.genesis();
-        book.key(ROOT, Purpose::Root);
-        book.key(ISSUING, Purpose::Issuing);
-        book.enrol(AGENT);
-        book
-    }
-
-    fn empty() -> Self {
-        Self {
-            entries: Vec::new(),
-            time: UnixTime::from_seconds(START_SECONDS),
-            root: authority(KeyPair::generate().unwrap()),
-            issuing: authority(KeyPair::generate().unwrap()),
-            signatures: HashMap::new(),
-            serials: HashMap::new(),
-        }
-    }
-
-    fn add(&mut self, body: Body) -> u64 {
-        let index = self.size();
-        self.time.0 += 1000;
-        self.raw(&Entry { index, time_unix_micros: self.time.micros(), body: Some(body) })
-    }
-
-    fn raw(&mut self, entry: &Entry) -> u64 {
-        self.entries.push(entry.encode_to_vec());
-        self.size() - 1
-    }
-
-    fn size(&self) -> u64 {
-        u64::try_from(self.entries.len()).unwrap()
-    }
-
-    fn genesis(&mut self) -> u64 {
-        self.add(Body::Genesis(Genesis { trust_domain: "example.org".into(), deployment: vec![7; 16], schema: 1 }))
-    }
-
-    fn key(&mut self, id: [u8; 16], purpose: Purpose) {
-        self.key_intended(id, purpose);
-        self.key_activated(id);
-    }
-
-    fn key_intended(&mut self, id: [u8; 16], purpose: Purpose) {
-        self.add(Body::KeyIntended(proto::KeyIntended {
-            key_id: id.to_vec(),
-            purpose: purpose.into(),
-            algorithm: KeyAlgorithm::P256.into(),
-            token: proto::TokenRole::Authority.into(),
-        }));
-    }
-
-    fn key_activated(&mut self, id: [u8; 16]) {
-        let spki = if id == ROOT { self.root.key() } else { self.issuing.key() }.subject_public_key_info();
-        self.add(Body::KeyActivated(proto::KeyActivated { key_id: id.to_vec(), spki }));
-    }
-
-    fn enrol(&mut self, agent: &str) -> u64 {
-        self.add(Body::Enrolled(proto::Enrolled { agent: agent.into(), epoch: 1, ..Default::default() }))
-    }
-
-    fn certificate(&self, ask: &Ask) -> Vec<u8> {
-        let mut params = CertificateParams::default();
-        params.serial_number = Some(SerialNumber::from_slice(&ask.serial.0));
-        params.not_before = at_seconds(self.time.seconds() - 30);
-        params.not_after = at_seconds(self.time.seconds() + ask.ttl_seconds);
-        params.subject_alt_names = vec![SanType::URI(ask.uri.as_str().try_into().unwrap())];
-        if ask.authority {
-            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        } else {
-            let mut end_entity = CustomExtension::from_oid_content(&[2, 5, 29, 19], vec![0x30, 0]);
-            end_entity.set_criticality(true);
-            params.custom_extensions = vec![end_entity];
-        }
-        let issuer = if ask.key == ROOT { &self.root } else { &self.issuing };
-        params.signed_by(self.issuing.key(), issuer).unwrap().der().to_vec()
-    }
-
-    fn intend_kind(&mut self, kind: IntentKind, ask: &Ask) -> u64 {
-        let der = self.certificate(ask);
-        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(&der).unwrap();
-        let index = self.add(Body::Intended(proto::Intended {
-            kind: kind.into(),
-            key_id: ask.key.to_vec(),
-            tbs: parsed.tbs_certificate.as_ref().to_vec(),
-            agent: ask.agent.into(),
-            epoch: ask.epoch,
-            sequence: ask.sequence,
-            appraised: Some(proto::Appraised {
-                fresh_until_unix_seconds: self.time.seconds() + ask.fresh_seconds,
-                ..Default::default()
-            }),
-            ..Default::default()
-        }));
-        self.signatures.insert(index, parsed.signature_value.data.to_vec());
-        self.serials.insert(index, ask.serial);
-        index
-    }
-
-    fn intend(&mut self, ask: &Ask) -> u64 {
-        self.intend_kind(if ask.sequence == 0 { IntentKind::Attest } else { IntentKind::Renew }, ask)
-    }
-
-    fn release(&mut self, intent: u64) -> u64 {
-        let signature = self.signatures.get(&intent).cloned().unwrap_or_default();
-        self.add(Body::Released(proto::Released { intent, signature }))
-    }
-
-    fn issue(&mut self, ask: &Ask) -> u64 {
-        let intent = self.intend(ask);
-        self.release(intent);
-        intent
-    }
-
-    fn withhold(&mut self, intent: u64) {
-        self.add(Body::Withheld(proto::Withheld { intent, reason: proto::Reason::DeniedMeanwhile.into() }));
-    }
-
-    fn unknown(&mut self, intent: u64) {
-        self.add(Body::Unknown(proto::Unknown { intent, cause: "timeout".into() }));
-    }
-
-    fn quarantine(&mut self, agent: &str, epoch: u32) {
-        self.add(Body::Quarantined(proto::Quarantined { agent: agent.into(), epoch, ..Default::default() }));
-    }
-
-    fn reinstate(&mut self, agent: &str, epoch: u32) {
-        self.add(Body::Reinstated(proto::Reinstated { agent: agent.into(), epoch, ..Default::default() }));
-    }
-
-    fn start(&mut self) {
-        self.add(Body::Started(proto::Started::default()));
-    }
-
-    /// A CRL that lists the certificates of `intents`.
-    fn crl(&mut self, number: u64, intents: &[u64]) {
-        let now = at_seconds(self.time.seconds());
-        let revoked = |intent| RevokedCertParams {
-            serial_number: SerialNumber::from_slice(&self.serials[intent].0),
-            revocation_time: now,
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let params = CertificateRevocationListParams {
-            this_update: now,
-            next_update: now + time::Duration::hours(1),
-            crl_number: SerialNumber::from(number),
-            issuing_distribution_point: None,
-            revoked_certs: intents.iter().map(revoked).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        let crl = params.signed_by(&self.issuing).unwrap();
-        let (_, parsed) = x509_parser::revocation_list::CertificateRevocationList::from_der(crl.der()).unwrap();
-        let index = self.add(Body::Intended(proto::Intended {
-            kind: IntentKind::Crl.into(),
-            key_id: ISSUING.to_vec(),
-            tbs: parsed.tbs_cert_list.as_ref().to_vec(),
-            ..Default::default()
-        }));
-        self.signatures.insert(index, parsed.signature_value.data.to_vec());
-        self.release(index);
-    }
-
-    fn checkpoint(&self) -> Checkpoint {
-        let mut tree = Tree::new();
-        for entry in &self.entries {
-            tree.push(leaf_hash(entry), &mut Vec::new());
-        }
-        Checkpoint { origin: "example.org/ledger".into(), size: tree.size(), root: tree.root() }
-    }
-
-    fn report(&self, checkpoints: &[Checkpoint]) -> Report {
-        verify(self.entries.iter().map(Ok::<_, Infallible>), checkpoints.iter().cloned(), true).unwrap()
-    }
-
-    /// The rules found broken.
-    fn broken(&self) -> Vec<&'static str> {
-        self.report(&[self.checkpoint()]).violations.iter().map(|violation| violation.rule).collect()
-    }
-}
+use crate::proto::{self, IntentKind, Purpose};
 
 #[test]
 fn a_right_ledger_holds_and_is_counted() {
@@ -567,4 +320,40 @@ fn findings_are_bounded_and_counted() {
     }
     let report = book.report(&[]);
     assert_eq!((report.violations.len(), report.violations_total, report.holds()), (VIOLATIONS_KEPT, 1500, false));
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_changed_below_the_checkpoint_is_noticed(
+        which in any::<Index>(),
+        byte in any::<Index>(),
+        bit in 0_u32..8,
+        other in any::<Index>(),
+    ) {
+        static RIGHT: OnceLock<(Vec<Vec<u8>>, Checkpoint)> = OnceLock::new();
+        let (entries, checkpoint) = RIGHT.get_or_init(|| {
+            let mut book = Book::new();
+            book.issue(&Ask::new(1, 0));
+            book.quarantine(AGENT, 1);
+            book.crl(book.size(), &[6]);
+            book.reinstate(AGENT, 2);
+            book.issue(&Ask::new(2, 0));
+            assert_eq!(book.broken(), [""; 0]);
+            (book.entries.clone(), book.checkpoint())
+        });
+        let (at, other) = (which.index(entries.len()), other.index(entries.len()));
+        let holds = |entries: &[Vec<u8>]| {
+            verify(entries.iter().map(Ok::<_, Infallible>), [checkpoint.clone()], true).unwrap().holds()
+        };
+        let mut flipped = entries.clone();
+        let byte = byte.index(flipped[at].len());
+        flipped[at][byte] ^= 1_u8 << bit;
+        prop_assert!(!holds(&flipped));
+        let mut swapped = entries.clone();
+        swapped.swap(at, other);
+        prop_assert_eq!(holds(&swapped), at == other);
+        let mut dropped = entries.clone();
+        dropped.remove(at);
+        prop_assert!(!holds(&dropped));
+    }
 }

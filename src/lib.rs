@@ -40,3 +40,5 @@ pub mod proto;
 pub mod model;
 
 pub mod config;
+
+pub mod client;

@@ -42,3 +42,5 @@ pub mod model;
 pub mod config;
 
 pub mod client;
+
+pub mod cli;

@@ -11,7 +11,7 @@ mod error;
 mod join;
 pub mod operator;
 pub mod request;
-mod store;
+pub mod store;
 pub mod tls;
 
 pub use agent::Client;

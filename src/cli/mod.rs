@@ -7,15 +7,26 @@
 mod agent;
 mod agent_run;
 mod agents;
+mod ca;
+mod clock;
+mod config;
+mod crl;
+mod describe;
 mod duration;
 mod failure;
+mod hsm;
+mod ledger;
+mod quarantine;
 mod render;
+mod shell;
+mod status;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::config::Config;
 pub use failure::{EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_UNAVAILABLE, EXIT_VERIFICATION_FAILED, Failure};
@@ -86,6 +97,46 @@ enum Command {
     /// Be an agent: get credentials and keep them fresh.
     #[command(subcommand)]
     Agent(agent::Verb),
+    /// Take everything back from an agent (operator).
+    #[command(subcommand)]
+    Quarantine(quarantine::Verb),
+    /// The certificate revocation list (operator).
+    #[command(subcommand)]
+    Crl(crl::Verb),
+    /// Read the ledger (operator).
+    #[command(subcommand)]
+    Ledger(ledger::Verb),
+    /// The authorities of the trust domain (operator).
+    #[command(subcommand)]
+    Ca(ca::Verb),
+    /// The PKCS#11 tokens (operator).
+    #[command(subcommand)]
+    Hsm(hsm::Verb),
+    /// Whether the daemon is ready, and if not, why (operator). Exits 5 while it is not.
+    #[command(after_help = "Example:\n  keyward status --format json")]
+    Status,
+    /// The daemon's clock (operator).
+    #[command(subcommand)]
+    Clock(clock::Verb),
+    /// The configuration file.
+    #[command(subcommand)]
+    Config(config::Verb),
+    /// Print a completion script.
+    #[command(after_help = "Example:\n  keyward completion bash > /etc/bash_completion.d/keyward")]
+    Completion {
+        /// For which shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write those of all verbs.
+    #[command(after_help = "Examples:\n  keyward man | man -l -\n  keyward man --out /usr/local/share/man/man1")]
+    Man {
+        /// Directory for one page per verb.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+    /// Print the version.
+    #[command(after_help = "Example:\n  keyward version --format json")]
+    Version,
 }
 
 /// Runs the command of this process's arguments.
@@ -118,7 +169,26 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
     match command {
         Command::Agents(verb) => done(block_on(agents::run(verb, &global, output))),
         Command::Agent(verb) => block_on(agent::run(verb, output)),
+        Command::Quarantine(verb) => done(block_on(quarantine::run(verb, &global, output))),
+        Command::Crl(verb) => done(block_on(crl::run(verb, &global, output))),
+        Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),
+        Command::Ca(verb) => done(block_on(ca::run(verb, &global, output))),
+        Command::Hsm(verb) => done(block_on(hsm::run(verb, &global, output))),
+        Command::Status => block_on(status::run(&global, output)),
+        Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),
+        Command::Config(verb) => done(config::run(verb, &global, output)),
+        Command::Completion { shell } => done(shell::completion(shell, output)),
+        Command::Man { out } => done(shell::man(out, output)),
+        Command::Version => {
+            let version = Version { version: env!("CARGO_PKG_VERSION") };
+            done(output.show(&version, |version| format!("keyward {}\n", version.version)).map_err(Failure::from))
+        }
     }
+}
+
+#[derive(serde::Serialize)]
+struct Version {
+    version: &'static str,
 }
 
 fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {

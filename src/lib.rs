@@ -52,3 +52,7 @@ pub mod attest;
 pub mod policy;
 
 pub mod acts;
+
+pub mod client;
+
+pub mod cli;

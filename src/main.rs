@@ -1,3 +1,5 @@
 //! The `keyward` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    keyward::cli::run()
+}

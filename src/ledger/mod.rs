@@ -18,6 +18,7 @@ mod row;
 mod sequencer;
 mod standing;
 mod store;
+pub mod verify;
 mod views;
 
 use std::collections::VecDeque;

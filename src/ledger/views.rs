@@ -1,6 +1,6 @@
 //! What the other rooms may see of the book: copies, taken under the gate's short lock.
 
-use crate::model::{AgentId, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::{self, AgentState};
 
 use super::agent::{Agent, Ending, Live, Quarantine, Token};
@@ -146,6 +146,15 @@ impl Ledger {
             }
         }
         denied
+    }
+
+    /// Whether this very request was answered last: its intent, and what to claim next.
+    #[must_use]
+    pub fn answered(&self, agent: &AgentId, request_hash: &Digest) -> Option<(u64, u64)> {
+        let gate = self.gate();
+        let (_, found) = gate.book.named(agent).ok()?;
+        let asked = found.bound.as_ref()?.asked.as_ref()?;
+        (asked.request_hash == *request_hash && asked.ending == Ending::Released).then_some((asked.intent, found.sequence))
     }
 
     /// The stored answer to a repeated request, if there is one: rebuilt from the entries, never signed again. Blocking.

@@ -107,7 +107,7 @@ fn take(der: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
         return None;
     }
     let (length, rest) = match first {
-        short @ 0..0x80 => (usize::from(*short), rest),
+        short @ 0..=0x7f => (usize::from(*short), rest),
         0x81 => (usize::from(*rest.first()?), &rest[1..]),
         0x82 => (usize::from(*rest.first()?) << 8 | usize::from(*rest.get(1)?), &rest[2..]),
         _ => return None,

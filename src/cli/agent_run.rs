@@ -1,0 +1,324 @@
+//! `keyward agent run`: a command beside credentials that are kept fresh, and killed with them.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{ExitCode, ExitStatus};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::agent::refresh;
+use super::{EXIT_REFUSED, Failure, Output};
+use crate::client::store::Card;
+use crate::client::{self, AgentDir, Client, JoinFile};
+use crate::model::{Reason, UnixTime};
+
+/// A wall clock that jumps or a suspended machine is noticed within this time.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// Between SIGTERM and SIGKILL.
+const GRACE: Duration = Duration::from_secs(10);
+const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+
+/// What happens to the command after a renewal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OnRenew {
+    /// It is sent this signal.
+    Signal(Signal),
+    /// It is ended and started again.
+    Restart,
+    /// Nothing: it reads the files by itself.
+    Nothing,
+}
+
+impl OnRenew {
+    /// `signal:HUP`, `signal:USR1`, `signal:USR2`, `restart` or `none`; a clap value parser.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "restart" => Ok(Self::Restart),
+            "none" => Ok(Self::Nothing),
+            "signal:HUP" => Ok(Self::Signal(Signal::HUP)),
+            "signal:USR1" => Ok(Self::Signal(Signal::USR1)),
+            "signal:USR2" => Ok(Self::Signal(Signal::USR2)),
+            _ => Err("write signal:HUP, signal:USR1, signal:USR2, restart or none".into()),
+        }
+    }
+}
+
+/// One command and its credentials.
+pub(super) struct Supervisor {
+    out: PathBuf,
+    join: Option<PathBuf>,
+    ttl_seconds: u32,
+    on_renew: OnRenew,
+    program: OsString,
+    arguments: Vec<OsString>,
+}
+
+/// What woke the supervisor.
+enum Event {
+    Exited(ExitStatus),
+    Told(Signal),
+    Due,
+}
+
+impl Supervisor {
+    pub(super) fn new(
+        out: PathBuf,
+        join: Option<PathBuf>,
+        ttl_seconds: u32,
+        on_renew: OnRenew,
+        mut command: Vec<OsString>,
+    ) -> Result<Self, Failure> {
+        if command.is_empty() {
+            return Err(Failure::usage("name the command to run after --"));
+        }
+        let program = command.remove(0);
+        Ok(Self { out, join, ttl_seconds, on_renew, program, arguments: command })
+    }
+
+    pub(super) async fn run(self, output: &mut Output) -> Result<ExitCode, Failure> {
+        let mut card = self.first_credentials(output).await?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
+        let mut child = self.start()?;
+        let mut back_off = BackOff::default();
+        let mut due = due(&card);
+        loop {
+            let event = tokio::select! {
+                status = child.wait() => Event::Exited(status?),
+                _ = terminate.recv() => Event::Told(Signal::TERM),
+                _ = interrupt.recv() => Event::Told(Signal::INT),
+                _ = hang_up.recv() => Event::Told(Signal::HUP),
+                () = sleep_until(next_look(due)) => Event::Due,
+            };
+            match event {
+                Event::Exited(status) => return Ok(exit_code(status)),
+                Event::Told(Signal::HUP) => send(&child, Signal::HUP),
+                Event::Told(told) => {
+                    send(&child, told);
+                    return Ok(exit_code(end(&mut child).await?));
+                }
+                Event::Due if UnixTime::wall() < due => {}
+                Event::Due => match refresh(&self.out, self.ttl_seconds).await {
+                    Ok(renewed) => {
+                        card = renewed;
+                        due = self::due(&card);
+                        back_off = BackOff::default();
+                        output.say(&format!(
+                            "keyward: renewed {}, not after {}",
+                            card.agent,
+                            UnixTime::from_seconds(card.not_after_unix_seconds)
+                        ));
+                        self.after_renewal(&mut child).await?;
+                    }
+                    Err(error) if error.is_passing() => {
+                        let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
+                        output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
+                        due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
+                    }
+                    Err(error) => return self.give_up(child, error).await,
+                },
+            }
+        }
+    }
+
+    /// The credentials to start with: those in the directory, or the join file's.
+    async fn first_credentials(&self, output: &mut Output) -> Result<Card, Failure> {
+        let join = self.join.as_deref().map(JoinFile::read);
+        let mut back_off = BackOff::default();
+        let join = match join {
+            // A join file is often gone once it was used; what is in the directory then counts.
+            Some(Err(client::JoinFileError::Io { .. })) if self.out.join("current").exists() => None,
+            Some(join) => Some(join?),
+            None => None,
+        };
+        loop {
+            let attempt = self.first_attempt(join.as_ref()).await;
+            match attempt {
+                Ok(card) => return Ok(card),
+                Err(error) if error.is_passing() => {
+                    let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
+                    output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
+                    sleep_until(Instant::now() + wait).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn first_attempt(&self, join: Option<&JoinFile>) -> Result<Card, client::Error> {
+        let dir = AgentDir::open(&self.out, join.is_some())?;
+        let holding = dir.holding_if_any()?;
+        if let Some(join) = join {
+            // The file of a release makes the old credentials void, fresh as they may look.
+            if holding.as_ref().is_none_or(|holding| holding.card.token_id != join.token_id.to_string()) {
+                return Client::new(dir).attest(join, self.ttl_seconds).await;
+            }
+        }
+        let card = dir.holding()?.card;
+        if card.half_life() > UnixTime::wall() {
+            return Ok(card);
+        }
+        drop(dir);
+        refresh(&self.out, self.ttl_seconds).await
+    }
+
+    fn start(&self) -> Result<Child, Failure> {
+        let out = std::path::absolute(&self.out)?;
+        Command::new(&self.program)
+            .args(&self.arguments)
+            .env("KEYWARD_SVID", out.join("svid.pem"))
+            .env("KEYWARD_KEY", out.join("key.pem"))
+            .env("KEYWARD_BUNDLE", out.join("bundle.pem"))
+            // A group of its own: what the agent spawned goes with it.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| Failure::error(format!("{}: {error}", self.program.display())))
+    }
+
+    async fn after_renewal(&self, child: &mut Child) -> Result<(), Failure> {
+        match self.on_renew {
+            OnRenew::Signal(signal) => send(child, signal),
+            OnRenew::Restart => {
+                send(child, Signal::TERM);
+                end(child).await?;
+                *child = self.start()?;
+            }
+            OnRenew::Nothing => {}
+        }
+        Ok(())
+    }
+
+    /// There will be no further certificate. A quarantined agent gets no time to say goodbye.
+    async fn give_up(&self, mut child: Child, error: client::Error) -> Result<ExitCode, Failure> {
+        let contained = error.refused().is_some_and(|refused| {
+            matches!(
+                refused.reason,
+                Reason::AgentQuarantined | Reason::CloneSuspected | Reason::EpochStale | Reason::DeniedMeanwhile
+            )
+        });
+        let last = if contained { Signal::KILL } else { Signal::TERM };
+        send(&child, last);
+        end(&mut child).await?;
+        let failure = Failure::from(error).and_then_said(&format!("{} was ended", self.program.display()));
+        Err(if contained { failure.with_code(EXIT_REFUSED) } else { failure })
+    }
+}
+
+/// Waits for the end of what was told to end; past the grace it is killed.
+async fn end(child: &mut Child) -> Result<ExitStatus, Failure> {
+    let ended = timeout(GRACE, child.wait()).await;
+    // The group may have members that outlived their leader.
+    if let (Some(pid), Err(_)) = (child.id(), &ended) {
+        kill_group(pid, Signal::KILL);
+    }
+    Ok(match ended {
+        Ok(status) => status?,
+        Err(_) => child.wait().await?,
+    })
+}
+
+fn send(child: &Child, signal: Signal) {
+    if let Some(pid) = child.id() {
+        kill_group(pid, signal);
+    }
+}
+
+fn kill_group(pid: u32, signal: Signal) {
+    if let Some(group) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // The group may be gone already, which is what was wanted.
+        let _ = kill_process_group(group, signal);
+    }
+}
+
+/// The command's own code; 128 + the signal that ended it, as shells have it.
+fn exit_code(status: ExitStatus) -> ExitCode {
+    use std::os::unix::process::ExitStatusExt;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+/// Half-life, give or take a tenth of the lifetime: agents that started together do not renew together.
+fn due(card: &Card) -> UnixTime {
+    let lifetime_micros = card.not_after_unix_seconds.saturating_sub(card.not_before_unix_seconds).saturating_mul(1_000_000);
+    let early = UnixTime(card.half_life().0.saturating_sub(lifetime_micros / 10));
+    UnixTime(early.0 + lifetime_micros / 5 / 256 * u64::from(random_byte()))
+}
+
+fn random_byte() -> u8 {
+    let mut byte = [0];
+    // Without randomness the renewal is merely not spread.
+    let _ = aws_lc_rs::rand::fill(&mut byte);
+    byte[0]
+}
+
+fn next_look(due: UnixTime) -> Instant {
+    let left = Duration::from_micros(due.0.saturating_sub(UnixTime::wall().0));
+    Instant::now() + left.min(LOOK_AGAIN)
+}
+
+/// Doubling waits, spread by up to a half.
+#[derive(Default)]
+struct BackOff {
+    failures: u32,
+}
+
+impl BackOff {
+    fn next(&mut self, asked: Option<Duration>) -> Duration {
+        let doubled = BACK_OFF_FIRST.saturating_mul(1 << self.failures.min(6)).min(BACK_OFF_MAX);
+        self.failures += 1;
+        let spread = doubled.mul_f64(0.5 + f64::from(random_byte()) / 512.0);
+        asked.map_or(spread, |asked| asked.min(BACK_OFF_MAX).max(spread))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn card(not_before: u64, not_after: u64) -> Card {
+        Card {
+            version: 1,
+            agent: "coder/7".into(),
+            spiffe_id: String::new(),
+            trust_domain: String::new(),
+            epoch: 1,
+            next_sequence: 1,
+            ledger_index: 1,
+            not_before_unix_seconds: not_before,
+            not_after_unix_seconds: not_after,
+            bundle_sequence: 1,
+            addresses: Vec::new(),
+            token_id: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_renewal_is_due_around_half_life() {
+        for _ in 0..100 {
+            let due = due(&card(1_000, 2_000)).seconds();
+            assert!((1_400..=1_600).contains(&due), "{due}");
+        }
+    }
+
+    #[test]
+    fn waits_grow_and_stay_below_a_minute_and_heed_what_the_daemon_asks() {
+        let mut back_off = BackOff::default();
+        let waits: Vec<_> = (0..40).map(|_| back_off.next(None)).collect();
+        assert!(waits[0] <= BACK_OFF_FIRST && waits[39] >= BACK_OFF_MAX / 2 && waits.iter().all(|wait| *wait <= BACK_OFF_MAX));
+        assert_eq!(BackOff::default().next(Some(Duration::from_secs(20))), Duration::from_secs(20));
+    }
+
+    #[test]
+    fn actions_are_understood_or_refused() {
+        assert_eq!(OnRenew::parse("signal:HUP"), Ok(OnRenew::Signal(Signal::HUP)));
+        assert_eq!((OnRenew::parse("restart"), OnRenew::parse("none")), (Ok(OnRenew::Restart), Ok(OnRenew::Nothing)));
+        assert!(OnRenew::parse("signal:KILL").is_err() && OnRenew::parse("").is_err());
+    }
+}

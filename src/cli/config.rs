@@ -1,0 +1,39 @@
+//! `keyward config`: check the configuration before the daemon does.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use serde::Serialize;
+
+use super::{Failure, Global, Output};
+use crate::config::Config;
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Tell every mistake at once; print the effective values where there is none.
+    #[command(after_help = "Examples:\n  keyward config validate\n  keyward config validate ./keyward.toml")]
+    Validate {
+        /// The file [default: that of --config].
+        file: Option<PathBuf>,
+    },
+}
+
+#[derive(Serialize)]
+struct Effective {
+    hash: String,
+    values: BTreeMap<String, String>,
+}
+
+pub(super) fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    let Verb::Validate { file } = verb;
+    let path = file.unwrap_or_else(|| global.config.clone());
+    let config = Config::load(&path).map_err(|errors| Failure::error(format!("{}:\n{errors}", path.display())))?;
+    let text = config.effective();
+    let values = text.lines().filter_map(|line| line.split_once(" = ")).map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let effective = Effective { hash: config.hash.to_string(), values: values.collect() };
+    output.show(&effective, |_| text.clone())?;
+    output.say(&format!("{} is valid, SHA-256 {}", path.display(), config.hash));
+    Ok(())
+}

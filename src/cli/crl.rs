@@ -1,0 +1,115 @@
+//! `keyward crl`: what is revoked, as the world is told.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+use serde::Serialize;
+use x509_parser::prelude::{CertificateRevocationList, FromDer};
+
+use super::agents::Daemon;
+use super::render::{pairs, table, time};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output};
+use crate::model::hex;
+use crate::proto::GetCrlRequest;
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Show the newest CRL, or save it as it is.
+    #[command(
+        after_help = "Examples:\n  keyward crl show\n  keyward crl show --der keyward.crl\n  keyward crl show --pem | openssl crl -noout -text"
+    )]
+    Show {
+        /// Write it in DER to this file; - is standard output.
+        #[arg(long, value_name = "FILE", conflicts_with = "pem")]
+        der: Option<PathBuf>,
+        /// Print it as PEM.
+        #[arg(long)]
+        pem: bool,
+    },
+}
+
+#[derive(Serialize)]
+struct Crl {
+    issuer: String,
+    number: Option<String>,
+    this_update: String,
+    next_update: Option<String>,
+    revoked: Vec<Revoked>,
+}
+
+#[derive(Serialize)]
+struct Revoked {
+    serial: String,
+    revoked_at: String,
+}
+
+pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    let Verb::Show { der, pem } = verb;
+    let mut daemon = Daemon::connect(global).await?;
+    let answer = daemon.service.get_crl(GetCrlRequest {}).await.map_err(|status| daemon.failed(&status))?;
+    let bytes = answer.into_inner().crl;
+    if bytes.is_empty() {
+        return Err(Failure::new(EXIT_NOT_FOUND, "there is no CRL yet"));
+    }
+    match der {
+        Some(path) if path == Path::new("-") => return Ok(output.raw(&bytes)?),
+        Some(path) => return save(&path, &bytes),
+        None if pem => {
+            let text = pem::encode_config(
+                &pem::Pem::new("X509 CRL", bytes),
+                pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF),
+            );
+            return Ok(output.raw(text.as_bytes())?);
+        }
+        None => {}
+    }
+    let crl = parse(&bytes).ok_or_else(|| Failure::error("the daemon answered with a CRL that does not parse"))?;
+    Ok(output.show(&crl, Crl::text)?)
+}
+
+/// A relying party may read the file at any time: it is replaced as a whole.
+fn save(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = PathBuf::from(temporary);
+    let mut file = std::fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    Ok(std::fs::rename(&temporary, path)?)
+}
+
+fn parse(der: &[u8]) -> Option<Crl> {
+    let (_, crl) = CertificateRevocationList::from_der(der).ok()?;
+    let seconds = |at: x509_parser::time::ASN1Time| time(u64::try_from(at.timestamp()).unwrap_or(0));
+    Some(Crl {
+        issuer: crl.issuer().to_string(),
+        number: crl.crl_number().map(ToString::to_string),
+        this_update: seconds(crl.last_update()),
+        next_update: crl.next_update().map(seconds),
+        revoked: crl
+            .iter_revoked_certificates()
+            .map(|revoked| Revoked { serial: hex(revoked.raw_serial()), revoked_at: seconds(revoked.revocation_date) })
+            .collect(),
+    })
+}
+
+impl Crl {
+    fn text(&self) -> String {
+        let dash = || "-".to_owned();
+        let mut text = pairs(&[
+            ("issuer", self.issuer.clone()),
+            ("number", self.number.clone().unwrap_or_else(dash)),
+            ("this update", self.this_update.clone()),
+            ("next update", self.next_update.clone().unwrap_or_else(dash)),
+            ("revoked", self.revoked.len().to_string()),
+        ]);
+        if !self.revoked.is_empty() {
+            let rows: Vec<_> = self.revoked.iter().map(|one| vec![one.serial.clone(), one.revoked_at.clone()]).collect();
+            text.push('\n');
+            text.push_str(&table(&["SERIAL", "REVOKED AT"], &rows));
+        }
+        text
+    }
+}

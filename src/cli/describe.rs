@@ -1,0 +1,231 @@
+//! Ledger entries in words: one name for the kind, named fields for the rest.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::render::{pairs, time};
+use crate::model::{UnixTime, hex};
+use crate::proto::entry::Body;
+use crate::proto::{self, Entry, EvidenceKind, IntentKind, KeyAlgorithm, Operator, Purpose, QuarantineCause, TokenRole};
+
+/// An entry as JSON has it.
+#[derive(Serialize)]
+pub(super) struct Described {
+    pub(super) index: u64,
+    pub(super) time: String,
+    pub(super) kind: &'static str,
+    #[serde(flatten)]
+    fields: serde_json::Map<String, Value>,
+}
+
+impl Described {
+    pub(super) fn of(entry: &Entry) -> Self {
+        let (kind, fields) = entry.body.as_ref().map_or(("unknown_kind", Value::Null), body);
+        let fields = match fields {
+            Value::Object(fields) => fields,
+            _ => serde_json::Map::new(),
+        };
+        Self { index: entry.index, time: UnixTime(entry.time_unix_micros).to_string(), kind, fields }
+    }
+
+    /// The fields in one line, without those that are long and mean nothing to the eye.
+    pub(super) fn summary(&self) -> String {
+        let short = self.fields.iter().filter(|(_, value)| !is_empty(value) && !is_long(value));
+        short.map(|(name, value)| format!("{name}={}", plain(value))).collect::<Vec<_>>().join(" ")
+    }
+
+    /// All of it, one field a line.
+    pub(super) fn text(&self) -> String {
+        let mut lines = vec![("index", self.index.to_string()), ("time", self.time.clone()), ("kind", self.kind.to_owned())];
+        lines.extend(self.fields.iter().map(|(name, value)| (name.as_str(), plain(value))));
+        pairs(&lines)
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.is_null() || value == "" || value == &json!([])
+}
+
+fn is_long(value: &Value) -> bool {
+    value.is_object() || value.as_str().is_some_and(|text| text.len() >= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".into(),
+        other => other.to_string(),
+    }
+}
+
+fn body(body: &Body) -> (&'static str, Value) {
+    match body {
+        Body::Genesis(e) => {
+            ("genesis", json!({"trust_domain": e.trust_domain, "deployment": hex(&e.deployment), "schema": e.schema}))
+        }
+        Body::Started(e) => ("started", json!({"version": e.version, "config_hash": hex(&e.config_hash)})),
+        Body::Stopped(e) => ("stopped", json!({"cause": e.cause})),
+        Body::ClockAccepted(e) => {
+            ("clock_accepted", json!({"deviation_micros": e.deviation_micros, "by": operator(e.by.as_ref())}))
+        }
+        Body::HsmUnlocked(e) => ("hsm_unlocked", json!({"token": e.token, "by": operator(e.by.as_ref())})),
+        Body::KeyIntended(_) | Body::KeyActivated(_) | Body::KeyAbandoned(_) | Body::AuthorityActivated(_) => key(body),
+        Body::Intended(e) => ("intended", intended(e)),
+        Body::Released(e) => ("released", json!({"intent": e.intent, "signature": hex(&e.signature)})),
+        Body::Withheld(e) => ("withheld", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
+        Body::Failed(e) => ("failed", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
+        Body::Unknown(e) => ("unknown", json!({"intent": e.intent, "cause": e.cause})),
+        Body::Enrolled(_) | Body::Quarantined(_) | Body::Reinstated(_) => agent(body),
+        Body::Refused(e) => {
+            ("refused", json!({"agent": e.agent, "method": e.method, "reason": e.reason().as_str_name(), "detail": e.detail}))
+        }
+        Body::RefusalsCounted(e) => {
+            let count = |c: &proto::refusals_counted::Count| json!({"reason": c.reason().as_str_name(), "source": c.source, "count": c.count});
+            ("refusals_counted", json!({"counts": e.counts.iter().map(count).collect::<Vec<_>>()}))
+        }
+    }
+}
+
+fn key(body: &Body) -> (&'static str, Value) {
+    match body {
+        Body::KeyIntended(e) => (
+            "key_intended",
+            json!({"purpose": purpose_name(e.purpose()), "algorithm": algorithm_name(e.algorithm()),
+                   "token": role_name(e.token()), "key_id": hex(&e.key_id)}),
+        ),
+        Body::KeyActivated(e) => ("key_activated", json!({"key_id": hex(&e.key_id), "spki": hex(&e.spki)})),
+        Body::KeyAbandoned(e) => {
+            ("key_abandoned", json!({"key_id": hex(&e.key_id), "cause": e.cause, "objects_destroyed": e.objects_destroyed}))
+        }
+        Body::AuthorityActivated(e) => (
+            "authority_activated",
+            json!({"purpose": purpose_name(e.purpose()), "intent": e.intent, "key_id": hex(&e.key_id),
+                   "certificate": hex(&e.certificate)}),
+        ),
+        _ => ("unknown_kind", Value::Null),
+    }
+}
+
+fn agent(body: &Body) -> (&'static str, Value) {
+    match body {
+        Body::Enrolled(e) => {
+            let limits = e.limits.unwrap_or_default();
+            (
+                "enrolled",
+                json!({"agent": e.agent, "epoch": e.epoch, "ttl_seconds_max": limits.ttl_seconds_max,
+                       "rejoin_seconds": limits.rejoin_seconds, "token_expires": time(e.token_expires_unix_seconds),
+                       "token_id": hex(&e.token_id), "token_public_key": hex(&e.token_public_key),
+                       "by": operator(e.by.as_ref())}),
+            )
+        }
+        Body::Quarantined(e) => (
+            "quarantined",
+            json!({"agent": e.agent, "epoch": e.epoch, "cause": cause_name(e.cause()), "detail": e.detail,
+                   "by": operator(e.by.as_ref())}),
+        ),
+        Body::Reinstated(e) => (
+            "reinstated",
+            json!({"agent": e.agent, "epoch": e.epoch, "token_expires": time(e.token_expires_unix_seconds),
+                   "token_id": hex(&e.token_id), "token_public_key": hex(&e.token_public_key),
+                   "by": operator(e.by.as_ref())}),
+        ),
+        _ => ("unknown_kind", Value::Null),
+    }
+}
+
+fn intended(e: &proto::Intended) -> Value {
+    let mut fields = json!({"purpose": intent_name(e.kind())});
+    if !e.agent.is_empty() {
+        fields = json!({"purpose": intent_name(e.kind()), "agent": e.agent, "epoch": e.epoch, "sequence": e.sequence,
+            "request_hash": hex(&e.request_hash), "idempotency_hash": hex(&e.idempotency_hash),
+            "policy_hash": hex(&e.policy_hash), "appraised": e.appraised.as_ref().map(appraised)});
+    }
+    fields["key_id"] = hex(&e.key_id).into();
+    fields["tbs"] = hex(&e.tbs).into();
+    fields
+}
+
+fn appraised(e: &proto::Appraised) -> Value {
+    let kind = match e.kind() {
+        EvidenceKind::JoinToken => "join_token",
+        EvidenceKind::BoundKey => "bound_key",
+        EvidenceKind::Unspecified => "unknown",
+    };
+    json!({"kind": kind, "evidence_id": hex(&e.evidence_id), "fresh_until": time(e.fresh_until_unix_seconds),
+           "channel_proved": e.channel_proved})
+}
+
+fn operator(by: Option<&Operator>) -> Value {
+    by.map_or(Value::Null, |by| json!({"uid": by.uid, "reason": by.reason}))
+}
+
+fn intent_name(kind: IntentKind) -> &'static str {
+    match kind {
+        IntentKind::Unspecified => "unknown",
+        IntentKind::Attest => "attest",
+        IntentKind::Renew => "renew",
+        IntentKind::Server => "server",
+        IntentKind::Crl => "crl",
+        IntentKind::Root => "root",
+        IntentKind::Issuing => "issuing",
+    }
+}
+
+/// What an authority key is for.
+pub(super) fn purpose_name(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Unspecified => "unknown",
+        Purpose::Root => "root",
+        Purpose::Issuing => "issuing",
+        Purpose::Ledger => "ledger",
+        Purpose::Canary => "canary",
+    }
+}
+
+fn algorithm_name(algorithm: KeyAlgorithm) -> &'static str {
+    match algorithm {
+        KeyAlgorithm::Unspecified => "unknown",
+        KeyAlgorithm::P256 => "p256",
+        KeyAlgorithm::Ed25519 => "ed25519",
+    }
+}
+
+fn role_name(role: TokenRole) -> &'static str {
+    match role {
+        TokenRole::Unspecified => "unknown",
+        TokenRole::Authority => "authority",
+        TokenRole::Agents => "agents",
+    }
+}
+
+fn cause_name(cause: QuarantineCause) -> &'static str {
+    match cause {
+        QuarantineCause::Unspecified => "unknown",
+        QuarantineCause::Operator => "operator",
+        QuarantineCause::CloneSuspected => "clone_suspected",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_told_in_words_with_stable_names() {
+        let by = Some(Operator { uid: 1000, reason: "case 1".into() });
+        let quarantined = proto::Quarantined { by, agent: "coder/7".into(), epoch: 1, cause: 1, detail: "case 1".into() };
+        let entry = Entry { index: 5, time_unix_micros: 1_800_000_000_000_000, body: Some(Body::Quarantined(quarantined)) };
+        let described = Described::of(&entry);
+        let value = serde_json::to_value(&described).expect("json");
+        assert_eq!(value["kind"], "quarantined");
+        assert_eq!(value["time"], "2027-01-15T08:00:00Z");
+        assert_eq!((&value["agent"], &value["by"]["uid"]), (&json!("coder/7"), &json!(1000)));
+        assert_eq!(described.summary(), "agent=coder/7 cause=operator detail=case 1 epoch=1");
+        assert!(described.text().contains("cause   operator\n"));
+    }
+
+    #[test]
+    fn an_entry_newer_than_this_program_is_still_listed() {
+        assert_eq!(Described::of(&Entry { index: 1, ..Entry::default() }).kind, "unknown_kind");
+    }
+}

@@ -1,0 +1,229 @@
+//! The command line: one file per noun.
+//!
+//! Owns: arguments, what is printed, exit codes. Promises: data on standard output, messages on standard error; JSON that is
+//! stable (snake_case, RFC 3339 times); a verb that destroys says what it affects and wants `--yes`. Never: takes a secret
+//! from an argument or the environment, prints one other than a join file asked for with `--out -`.
+
+mod agent;
+mod agent_run;
+mod agents;
+mod ca;
+mod clock;
+mod config;
+mod crl;
+mod describe;
+mod duration;
+mod failure;
+mod hsm;
+mod ledger;
+mod quarantine;
+mod render;
+mod shell;
+mod status;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::config::Config;
+pub use failure::{EXIT_NOT_FOUND, EXIT_REFUSED, EXIT_UNAVAILABLE, EXIT_VERIFICATION_FAILED, Failure};
+pub use render::{Format, Output};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   done
+  1   an error
+  2   wrong usage
+  3   the daemon refused
+  4   not found
+  5   unavailable: daemon, token or ledger cannot be reached or cannot answer now
+  6   verification failed, or somebody else answered
+  74  (serve) the ledger cannot be written
+  75  (serve) restart me";
+
+/// Short-lived identities and HSM-backed signing keys for AI agents, and the means to take them all back.
+#[derive(Debug, Parser)]
+#[command(name = "keyward", version, max_term_width = 100, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every verb understands.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Configuration file.
+    #[arg(long, global = true, env = "KEYWARD_CONFIG", value_name = "FILE", default_value = "/etc/keyward/keyward.toml")]
+    pub config: PathBuf,
+    /// Operator socket; by default the one below the configured runtime directory.
+    #[arg(long, global = true, env = "KEYWARD_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// How data is printed.
+    #[arg(long, global = true, env = "KEYWARD_FORMAT", value_enum, default_value = "table")]
+    pub format: Format,
+}
+
+impl Global {
+    /// The checked configuration.
+    ///
+    /// # Errors
+    /// Every mistake in the file.
+    pub fn load(&self) -> Result<Config, Failure> {
+        Config::load(&self.config).map_err(|errors| Failure::error(format!("{}:\n{errors}", self.config.display())))
+    }
+
+    /// Where the daemon listens for operators.
+    ///
+    /// # Errors
+    /// Where no socket is named and the configuration cannot be read.
+    pub fn socket(&self) -> Result<PathBuf, Failure> {
+        match &self.socket {
+            Some(path) => Ok(path.clone()),
+            None => Ok(self.load()?.paths.runtime.join("operator.sock")),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Enrol agents and look at them (operator).
+    #[command(subcommand)]
+    Agents(agents::Verb),
+    /// Be an agent: get credentials and keep them fresh.
+    #[command(subcommand)]
+    Agent(agent::Verb),
+    /// Take everything back from an agent (operator).
+    #[command(subcommand)]
+    Quarantine(quarantine::Verb),
+    /// The certificate revocation list (operator).
+    #[command(subcommand)]
+    Crl(crl::Verb),
+    /// Read the ledger (operator).
+    #[command(subcommand)]
+    Ledger(ledger::Verb),
+    /// The authorities of the trust domain (operator).
+    #[command(subcommand)]
+    Ca(ca::Verb),
+    /// The PKCS#11 tokens (operator).
+    #[command(subcommand)]
+    Hsm(hsm::Verb),
+    /// Whether the daemon is ready, and if not, why (operator). Exits 5 while it is not.
+    #[command(after_help = "Example:\n  keyward status --format json")]
+    Status,
+    /// The daemon's clock (operator).
+    #[command(subcommand)]
+    Clock(clock::Verb),
+    /// The configuration file.
+    #[command(subcommand)]
+    Config(config::Verb),
+    /// Print a completion script.
+    #[command(after_help = "Example:\n  keyward completion bash > /etc/bash_completion.d/keyward")]
+    Completion {
+        /// For which shell.
+        shell: Shell,
+    },
+    /// Print the manual page, or write those of all verbs.
+    #[command(after_help = "Examples:\n  keyward man | man -l -\n  keyward man --out /usr/local/share/man/man1")]
+    Man {
+        /// Directory for one page per verb.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+    /// Print the version.
+    #[command(after_help = "Example:\n  keyward version --format json")]
+    Version,
+}
+
+/// Runs the command of this process's arguments.
+#[must_use]
+pub fn run() -> ExitCode {
+    run_with(std::env::args_os())
+}
+
+fn run_with(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version go to standard output with 0, the rest to standard error with 2; clap knows which.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let mut output = Output::of_process(arguments.global.format);
+    match dispatch(arguments, &mut output) {
+        Ok(code) => code,
+        Err(failure) => {
+            output.say(&failure.to_string());
+            failure.exit_code()
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failure> {
+    let Arguments { global, command } = arguments;
+    match command {
+        Command::Agents(verb) => done(block_on(agents::run(verb, &global, output))),
+        Command::Agent(verb) => block_on(agent::run(verb, output)),
+        Command::Quarantine(verb) => done(block_on(quarantine::run(verb, &global, output))),
+        Command::Crl(verb) => done(block_on(crl::run(verb, &global, output))),
+        Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),
+        Command::Ca(verb) => done(block_on(ca::run(verb, &global, output))),
+        Command::Hsm(verb) => done(block_on(hsm::run(verb, &global, output))),
+        Command::Status => block_on(status::run(&global, output)),
+        Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),
+        Command::Config(verb) => done(config::run(verb, &global, output)),
+        Command::Completion { shell } => done(shell::completion(shell, output)),
+        Command::Man { out } => done(shell::man(out, output)),
+        Command::Version => {
+            let version = Version { version: env!("CARGO_PKG_VERSION") };
+            done(output.show(&version, |version| format!("keyward {}\n", version.version)).map_err(Failure::from))
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct Version {
+    version: &'static str,
+}
+
+fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// One thread is enough for a command; the daemon makes a runtime of its own.
+fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Failure::error(format!("no runtime: {error}")))?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_help_and_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            assert!(command.get_about().is_some(), "{path} has no help");
+            if command.has_subcommands() {
+                command.get_subcommands().for_each(|verb| check(verb, &path));
+            } else {
+                let examples = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(examples.starts_with("Example"), "{path} has no example");
+                assert!(examples.contains("keyward "), "{path}: the example is not a command");
+            }
+        }
+        Arguments::command().get_subcommands().for_each(|verb| check(verb, "keyward"));
+    }
+}

@@ -7,7 +7,13 @@
 mod house;
 
 mod attest;
+mod bad_input;
 mod certificate;
+mod crash;
+mod enrol;
+mod hsm;
 mod instruments;
+mod ledger;
 mod quarantine;
+mod release;
 mod renew;

@@ -50,6 +50,7 @@ impl Shadow {
     }
 
     /// A file was synced whose copy lacks only these ranges. In place: a kill in the middle is a power cut during the sync.
+    #[allow(dead_code, reason = "for the library")]
     pub fn keep_ranges(&self, key: &Key, file: &File, ranges: &[(u64, u64)]) -> io::Result<()> {
         let Ok(copy) = OpenOptions::new().write(true).open(self.file(key)) else {
             return self.keep_whole(key, file);

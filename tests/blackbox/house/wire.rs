@@ -13,7 +13,7 @@ use keyward::proto::agent_service_client::AgentServiceClient;
 use keyward::proto::operator_service_client::OperatorServiceClient;
 use keyward::proto::{
     Ask, AttestRequest, AttestResponse, BoundKeyClaim, Challenge, Credential, EnrolRequest, Entry, JoinClaim, JoinFile,
-    ListEntriesRequest, RenewRequest, StatusRequest, StatusResponse, ask::Claim, attest_response::Step,
+    ListEntriesRequest, ReleaseRequest, RenewRequest, StatusRequest, ask::Claim, attest_response::Step,
 };
 use prost::Message as _;
 use rcgen::SigningKey as _;
@@ -134,7 +134,7 @@ impl Wire {
         let challenge = stream.challenge.clone();
         // The server's patience is what is tested: time must pass.
         self.runtime.block_on(tokio::time::sleep(wait));
-        stream.send(self, answer(&challenge))?;
+        stream.send(self, answer(&challenge));
         stream.credential(self)
     }
 
@@ -192,6 +192,14 @@ impl Wire {
         Ok(answer.into_inner().join.expect("a join file"))
     }
 
+    /// Releases over the operator socket.
+    pub fn release(&self, agent: &str) -> JoinFile {
+        let mut operator = self.operator();
+        let request = ReleaseRequest { agent: agent.to_owned(), reason: "a test".to_owned(), token_ttl_seconds: 0 };
+        let answer = self.runtime.block_on(operator.release(request)).unwrap();
+        answer.into_inner().join.expect("a join file")
+    }
+
     /// Every entry of the ledger.
     pub fn entries(&self) -> Vec<Entry> {
         let mut operator = self.operator();
@@ -204,12 +212,6 @@ impl Wire {
             }
             entries.extend(page.entries.iter().map(|bytes| Entry::decode(bytes.as_slice()).unwrap()));
         }
-    }
-
-    /// What the daemon says of itself.
-    pub fn status(&self) -> StatusResponse {
-        let mut operator = self.operator();
-        self.runtime.block_on(operator.status(StatusRequest {})).unwrap().into_inner()
     }
 
     fn operator(&self) -> OperatorServiceClient<Channel> {
@@ -244,10 +246,9 @@ pub struct Stream {
 
 impl Stream {
     /// Answers the challenge.
-    pub fn send(&mut self, wire: &Wire, request: AttestRequest) -> Answer<()> {
+    pub fn send(&mut self, wire: &Wire, request: AttestRequest) {
         // A stream that the server has ended is judged by what `credential` reads.
         let _ = wire.runtime.block_on(self.requests.send(request));
-        Ok(())
     }
 
     /// The server's answer.

@@ -21,9 +21,8 @@
 //! | [`acts`] | the verbs: issue, enrol, quarantine, release, crl, … |
 //! | [`api`] | gRPC: translate, call one act, translate back |
 //! | [`client`] | the Rust client of an agent and of an operator |
-//! | [`cli`] | the command line, one file per noun |
-//! | [`bench`] | `keyward bench`: figures beside their floor |
 //! | [`daemon`] | builds the rooms left to right, serves, drains |
+//! | [`cli`] | the command line, one file per noun |
 //!
 //! # The promises
 //!
@@ -53,6 +52,10 @@ pub mod policy;
 
 pub mod acts;
 
+pub mod api;
+
 pub mod client;
+
+pub mod daemon;
 
 pub mod cli;

@@ -9,8 +9,8 @@ use crate::model::{Csr, Refusal, UnixTime};
 use crate::policy::{self, Wish};
 use crate::proto::IntentKind;
 
-use super::certificate::{Issued, Prepared, assemble};
 use super::Acts;
+use super::certificate::{Issued, Prepared, assemble};
 
 impl Acts {
     /// First contact or rejoin: over a stream whose challenge the proof answers.

@@ -18,6 +18,7 @@ mod hsm;
 mod ledger;
 mod quarantine;
 mod render;
+mod serve;
 mod shell;
 mod status;
 
@@ -91,6 +92,14 @@ impl Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Make the ledger, the keys in the token and the authorities over them. Called again, it goes on where it was interrupted.
+    #[command(
+        after_help = "Examples:\n  keyward init\n  keyward init --root-csr issuing.csr\n  keyward init --root-certificate root.pem --issuing-certificate issuing.pem"
+    )]
+    Init(serve::Init),
+    /// Run the daemon until SIGTERM.
+    #[command(after_help = "Example:\n  keyward serve --config /etc/keyward/keyward.toml")]
+    Serve,
     /// Enrol agents and look at them (operator).
     #[command(subcommand)]
     Agents(agents::Verb),
@@ -167,6 +176,8 @@ fn run_with(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failure> {
     let Arguments { global, command } = arguments;
     match command {
+        Command::Init(ask) => done(block_on(serve::init(ask, &global, output))),
+        Command::Serve => serve::serve(&global),
         Command::Agents(verb) => done(block_on(agents::run(verb, &global, output))),
         Command::Agent(verb) => block_on(agent::run(verb, output)),
         Command::Quarantine(verb) => done(block_on(quarantine::run(verb, &global, output))),

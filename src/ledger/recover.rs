@@ -146,6 +146,14 @@ impl Ledger {
     }
 }
 
+impl Ledger {
+    /// Free bytes on the ledger's file system; 0 if that cannot be told.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        rustix::fs::statvfs(&self.0.path).map_or(0, |found| found.f_bavail.saturating_mul(found.f_frsize))
+    }
+}
+
 /// Should the writer thread die by a panic, issuing is off as after a failed fsync.
 struct Guard(Ledger);
 

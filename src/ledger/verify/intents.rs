@@ -46,7 +46,7 @@ pub(super) struct Intents {
 /// Which key signs what.
 fn signer(kind: IntentKind) -> Option<Purpose> {
     match kind {
-        IntentKind::Attest | IntentKind::Renew | IntentKind::Server | IntentKind::Crl => Some(Purpose::Issuing),
+        IntentKind::Attest | IntentKind::Renew | IntentKind::Server | IntentKind::Crl | IntentKind::Csr => Some(Purpose::Issuing),
         IntentKind::Root | IntentKind::Issuing => Some(Purpose::Root),
         IntentKind::Unspecified => None,
     }
@@ -262,6 +262,6 @@ fn names(uri: &str, intent: &Intended, domain: &TrustDomain) -> bool {
         IntentKind::Attest | IntentKind::Renew => path.strip_prefix("/agent/") == Some(intent.agent.as_str()),
         IntentKind::Server => path == "/keyward/server",
         IntentKind::Root | IntentKind::Issuing => path.is_empty(),
-        IntentKind::Crl | IntentKind::Unspecified => false,
+        IntentKind::Crl | IntentKind::Csr | IntentKind::Unspecified => false,
     }
 }

@@ -1,0 +1,106 @@
+//! AgentService.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::acts::{Acts, Issued};
+use crate::attest::{Ask, Challenge};
+use crate::authn::Connection;
+use crate::model::{Reason, Refusal};
+use crate::proto::agent_service_server::AgentService;
+use crate::proto::{self, AttestRequest, AttestResponse, RenewRequest, RenewResponse, attest_response::Step};
+
+use super::convert;
+use super::refusal::status_of;
+
+pub(super) struct Agents {
+    acts: Arc<Acts>,
+    strangers: Arc<Semaphore>,
+}
+
+impl Agents {
+    pub(super) fn new(acts: Arc<Acts>, strangers_max: usize) -> Self {
+        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)) }
+    }
+
+    fn connection<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
+        request
+            .extensions()
+            .get::<Arc<Connection>>()
+            .cloned()
+            .ok_or_else(|| status_of(&Refusal::internal("a request without a connection")))
+    }
+}
+
+fn credential(acts: &Acts, issued: Issued) -> Result<proto::Credential, Refusal> {
+    Ok(convert::credential(issued, acts.authorities()?.bundle()))
+}
+
+#[tonic::async_trait]
+impl AgentService for Agents {
+    type AttestStream = Pin<Box<dyn Stream<Item = Result<AttestResponse, Status>> + Send>>;
+
+    /// The challenge is the first message; it lives in this stream's task and dies with it.
+    async fn attest(&self, request: Request<Streaming<AttestRequest>>) -> Result<Response<Self::AttestStream>, Status> {
+        let connection = Self::connection(&request)?;
+        let Ok(place) = Arc::clone(&self.strangers).try_acquire_owned() else {
+            self.acts.ledger().refused_stranger(Reason::Overloaded, Some(connection.source()));
+            return Err(status_of(&Refusal::new(
+                Reason::Overloaded,
+                "too many attestations are under way; try again in a moment",
+            )));
+        };
+        let mut requests = request.into_inner();
+        let acts = Arc::clone(&self.acts);
+        let (answers, stream) = tokio::sync::mpsc::channel(2);
+        tokio::spawn(async move {
+            let _place = place;
+            let challenge = Challenge::new();
+            let step = Step::Challenge(proto::Challenge {
+                nonce: challenge.nonce().to_vec(),
+                expires_seconds: u32::try_from(Challenge::LIFETIME.as_secs()).unwrap_or(10),
+            });
+            if answers.send(Ok(AttestResponse { step: Some(step) })).await.is_err() {
+                return;
+            }
+            let answer = match timeout(Challenge::LIFETIME, requests.next()).await {
+                Ok(Some(Ok(AttestRequest { ask, proof }))) => {
+                    // From here on the client may go: what has begun is brought to its end.
+                    let attested = async { acts.attest(&connection, &challenge, Ask::parse(&ask, proof)?).await };
+                    attested.await.and_then(|issued| credential(&acts, issued))
+                }
+                Ok(Some(Err(status))) => {
+                    tracing::debug!(%status, "an attestation broke off");
+                    return;
+                }
+                Ok(None) => return,
+                Err(_) => Err(Refusal::new(Reason::ChallengeExpired, "answer the challenge within ten seconds")),
+            };
+            let answer = answer
+                .map(|credential| AttestResponse { step: Some(Step::Credential(credential)) })
+                .map_err(|refusal| status_of(&refusal));
+            let _ = answers.send(answer).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+        let connection = Self::connection(&request)?;
+        let acts = Arc::clone(&self.acts);
+        let RenewRequest { ask, proof } = request.into_inner();
+        // A task of its own: a client that goes away changes nothing.
+        let renewed = tokio::spawn(async move {
+            let issued = acts.renew(&connection, Ask::parse(&ask, proof)?).await?;
+            credential(&acts, issued)
+        });
+        let credential =
+            renewed.await.unwrap_or_else(|error| Err(Refusal::internal(error))).map_err(|refusal| status_of(&refusal))?;
+        Ok(Response::new(RenewResponse { credential: Some(credential) }))
+    }
+}

@@ -1,0 +1,224 @@
+//! Sockets: TLS connections with an identity and an end, and the operator socket.
+
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+
+use crate::acts::Acts;
+use crate::authn::{Connection, Operator, OperatorRefused};
+use crate::config;
+use crate::model::{Reason, thread_cpu_nanos};
+
+/// A handshake has this long.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// Operators' connections at once.
+const OPERATOR_CONNECTIONS_MAX: usize = 64;
+
+/// One connection with what is known of its peer. A read or write after the certificate's end fails, and the connection with it.
+pub(super) struct Held<Io, Peer> {
+    io: Io,
+    peer: Peer,
+    ends: Option<Pin<Box<Sleep>>>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl<Io, Peer: Clone + Send + Sync + 'static> Connected for Held<Io, Peer> {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl<Io, Peer> Held<Io, Peer> {
+    fn over(&mut self, context: &mut Context<'_>) -> bool {
+        self.ends.as_mut().is_some_and(|ends| ends.as_mut().poll(context).is_ready())
+    }
+}
+
+fn ended() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the client certificate has expired")
+}
+
+impl<Io: AsyncRead + Unpin, Peer: Unpin> AsyncRead for Held<Io, Peer> {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.over(context) {
+            return Poll::Ready(Err(ended()));
+        }
+        Pin::new(&mut self.io).poll_read(context, buffer)
+    }
+}
+
+impl<Io: AsyncWrite + Unpin, Peer: Unpin> AsyncWrite for Held<Io, Peer> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(context, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
+
+pub(super) type Agent = Held<TlsStream<TcpStream>, Arc<Connection>>;
+
+/// Accepted and identified TLS connections, at most `limit` at once: one more waits in the kernel's queue. Ends when the receiver does.
+pub(super) fn tls(
+    acts: Arc<Acts>,
+    listener: TcpListener,
+    settings: Arc<rustls::ServerConfig>,
+    limit: usize,
+) -> ReceiverStream<io::Result<Agent>> {
+    let (sender, receiver) = mpsc::channel(64);
+    let places = Arc::new(Semaphore::new(limit));
+    let acceptor = TlsAcceptor::from(settings);
+    tokio::spawn(async move {
+        loop {
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place,
+                () = sender.closed() => return,
+            };
+            let Ok(place) = place else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = sender.closed() => return,
+            };
+            let (stream, _) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of file descriptors, or the peer is gone already: nothing to hand on, and no spinning.
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
+            };
+            tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, sender.clone()));
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
+async fn handshake(
+    acts: Arc<Acts>,
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    place: OwnedSemaphorePermit,
+    sender: mpsc::Sender<io::Result<Agent>>,
+) {
+    let Ok(address) = stream.peer_addr() else { return };
+    let source = address.ip().to_canonical();
+    let _ = stream.set_nodelay(true);
+    let shaken = Metered { future: Box::pin(acceptor.accept(stream)), nanos: 0 };
+    let (tls, nanos) = match timeout(HANDSHAKE_DEADLINE, shaken).await {
+        Ok((Ok(tls), nanos)) => (tls, nanos),
+        Ok((Err(error), _)) => {
+            tracing::debug!(%source, %error, "TLS handshake");
+            acts.ledger().refused_stranger(Reason::Unauthenticated, Some(source));
+            return;
+        }
+        Err(_) => {
+            tracing::debug!(%source, "TLS handshake: no progress");
+            acts.ledger().refused_stranger(Reason::Unauthenticated, Some(source));
+            return;
+        }
+    };
+    acts.ledger().meter().handshake.add(nanos);
+    let leaf = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let connection = match Connection::identify(leaf.map(AsRef::as_ref), source, acts.domain()) {
+        Ok(connection) => connection,
+        Err(refusal) => {
+            tracing::info!(%source, ?refusal, "a certificate of ours that is no agent's");
+            acts.ledger().refused_stranger(refusal.reason, Some(source));
+            return;
+        }
+    };
+    let ends = connection.not_after().map(|not_after| {
+        let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
+        Box::pin(sleep_until(Instant::now() + Duration::from_micros(left)))
+    });
+    let held = Held { io: tls, peer: Arc::new(connection), ends, _place: place };
+    let _ = sender.send(Ok(held)).await;
+}
+
+/// Adds up the CPU that the polls of a future take, wherever they run.
+struct Metered<F> {
+    future: Pin<Box<F>>,
+    nanos: u64,
+}
+
+impl<F: Future> Future for Metered<F> {
+    type Output = (F::Output, u64);
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let before = thread_cpu_nanos();
+        let polled = self.future.as_mut().poll(context);
+        self.nanos += thread_cpu_nanos().saturating_sub(before);
+        polled.map(|output| (output, self.nanos))
+    }
+}
+
+/// Who is at the other end of the operator socket.
+#[derive(Clone)]
+pub(super) struct LocalPeer(pub(super) Result<Operator, OperatorRefused>);
+
+pub(super) type Local = Held<UnixStream, LocalPeer>;
+
+/// Connections of operators. The socket is 0660; who may use it is decided by uid and gid, not by the mode alone.
+pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<ReceiverStream<io::Result<Local>>> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    let (sender, receiver) = mpsc::channel(16);
+    let places = Arc::new(Semaphore::new(OPERATOR_CONNECTIONS_MAX));
+    tokio::spawn(async move {
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = sender.closed() => return,
+            };
+            let Ok((stream, _)) = accepted else { continue };
+            let Ok(peer) = stream.peer_cred() else { continue };
+            // Who is refused is told so on its first call: a closed connection would say nothing.
+            let caller = Operator::admit(peer.uid(), peer.gid(), &admitted);
+            if let Err(refused) = &caller {
+                tracing::warn!(%refused, "operator socket");
+            }
+            let held = Held { io: stream, peer: LocalPeer(caller), ends: None, _place: place };
+            let _ = sender.send(Ok(held)).await;
+        }
+    });
+    Ok(ReceiverStream::new(receiver))
+}

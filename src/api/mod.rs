@@ -1,0 +1,133 @@
+//! gRPC.
+//!
+//! Owns: sockets, wire types, status codes. Promises: a call is translated, one act is called, the answer is translated back; what
+//! needs a client certificate is a table that denies by default; every message has a size, every stream a deadline, every
+//! connection an end. Never: decides anything.
+
+mod agent;
+mod convert;
+mod gatekeeper;
+mod health;
+mod listen;
+mod operator;
+mod refusal;
+mod status;
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tonic::transport::Server;
+
+use crate::acts::Acts;
+use crate::config::Config;
+use crate::proto;
+use crate::proto::agent_service_server::AgentServiceServer;
+use crate::proto::operator_service_server::OperatorServiceServer;
+
+pub use health::Health;
+pub use refusal::status_of;
+pub use status::Readiness;
+
+/// Largest message from an agent, in bytes: an ask, a proof, and what protobuf adds.
+const AGENT_MESSAGE_BYTES_MAX: usize = 8192;
+/// Largest message from an operator, in bytes.
+const OPERATOR_MESSAGE_BYTES_MAX: usize = 65_536;
+/// HTTP/2 streams on one connection at once.
+const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+
+/// A socket or the transport failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// A socket.
+    #[error("{what}: {source}")]
+    Socket {
+        /// Which.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The HTTP/2 server.
+    #[error(transparent)]
+    Transport(#[from] tonic::transport::Error),
+    /// gRPC reflection.
+    #[error(transparent)]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+fn server() -> Server {
+    Server::builder()
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .http2_max_header_list_size(16 * 1024)
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .http2_max_pending_accept_reset_streams(Some(32))
+        .tcp_nodelay(true)
+}
+
+/// Serves agents over TLS until `stop` is ready, then drains.
+///
+/// # Errors
+/// When the transport fails.
+pub async fn serve_agents(
+    acts: Arc<Acts>,
+    config: &Config,
+    listener: TcpListener,
+    tls: Arc<rustls::ServerConfig>,
+    health: &Health,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), ApiError> {
+    let connections = listen::tls(Arc::clone(&acts), listener, tls, config.limits.connections);
+    let agents = AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams))
+        .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(OPERATOR_MESSAGE_BYTES_MAX);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .with_service_name("keyward.v1.AgentService")
+        .build_v1()?;
+    server()
+        .layer(gatekeeper::Gatekeeper)
+        .add_service(agents)
+        .add_service(health.service())
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(connections, stop)
+        .await?;
+    Ok(())
+}
+
+/// Serves operators on `<runtime>/operator.sock` until `stop` is ready, then drains.
+///
+/// # Errors
+/// When the socket cannot be made or the transport fails.
+pub async fn serve_operators(
+    acts: Arc<Acts>,
+    config: &Config,
+    readiness: Readiness,
+    health: &Health,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), ApiError> {
+    let path = config.paths.runtime.join("operator.sock");
+    let connections = listen::operators(&path, config.operator.clone())
+        .map_err(|source| ApiError::Socket { what: path.display().to_string(), source })?;
+    let operators = OperatorServiceServer::new(operator::Operators::new(acts, readiness))
+        .max_decoding_message_size(OPERATOR_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(32 << 20);
+    let reflection =
+        tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(proto::DESCRIPTORS).build_v1()?;
+    let served = server()
+        .add_service(operators)
+        .add_service(health.service())
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(connections, stop)
+        .await;
+    remove_socket(&path);
+    Ok(served?)
+}
+
+fn remove_socket(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        tracing::warn!(%error, path = %path.display(), "the operator socket could not be removed");
+    }
+}

@@ -1,0 +1,169 @@
+//! `keyward status`: what an operator wants to know at a glance.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::acts::Acts;
+use crate::hsm::{Hsm, Status as TokenState};
+use crate::ledger::Ledger;
+use crate::model::{Digest, process_cpu_nanos};
+use crate::proto;
+
+/// Whether the daemon is ready, and what it knows of itself.
+#[derive(Clone)]
+pub struct Readiness(Arc<Inner>);
+
+struct Inner {
+    started: Instant,
+    start_size: u64,
+    start_bytes: u64,
+    config_hash: Digest,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    missing: Vec<String>,
+    tokens: Vec<Hsm>,
+    pending: Vec<proto::TokenStatus>,
+    listen: Vec<String>,
+}
+
+impl Readiness {
+    /// At start: nothing is ready.
+    #[must_use]
+    pub fn new(ledger: &Ledger, config_hash: Digest) -> Self {
+        let state = State { missing: vec!["starting".to_owned()], ..State::default() };
+        Self(Arc::new(Inner {
+            started: Instant::now(),
+            start_size: ledger.progress().borrow().size,
+            start_bytes: ledger.file_bytes(),
+            config_hash,
+            state: Mutex::new(state),
+        }))
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is missing; nothing: ready. Answers whether that changed.
+    pub fn set_missing(&self, missing: Vec<String>) -> bool {
+        let mut state = self.state();
+        let changed = state.missing != missing;
+        state.missing = missing;
+        changed
+    }
+
+    /// The opened tokens, each once.
+    pub fn set_tokens(&self, tokens: Vec<Hsm>) {
+        let mut state = self.state();
+        state.tokens = tokens;
+        state.pending.clear();
+    }
+
+    /// Tokens that could not be opened, with why.
+    pub fn set_pending_tokens(&self, pending: Vec<proto::TokenStatus>) {
+        self.state().pending = pending;
+    }
+
+    /// Where agents reach the daemon.
+    pub fn set_listen(&self, listen: Vec<String>) {
+        self.state().listen = listen;
+    }
+
+    pub(super) async fn status(&self, acts: &Acts) -> proto::StatusResponse {
+        let ledger = acts.ledger();
+        let checkpoint = {
+            let ledger = ledger.clone();
+            let note = tokio::task::spawn_blocking(move || ledger.reader().fact("checkpoint")).await;
+            note.ok().and_then(Result::ok).flatten().unwrap_or_default()
+        };
+        // origin, size, root: the second line of a note is its size.
+        let checkpoint_size = String::from_utf8_lossy(&checkpoint).lines().nth(1).and_then(|line| line.parse().ok()).unwrap_or(0);
+        let trusted = ledger.clock().now().is_ok();
+        let (agents, quarantined, open_intents) = ledger.counts();
+        let state = self.state();
+        let mut tokens: Vec<_> = state.tokens.iter().map(|hsm| token(hsm.status())).collect();
+        tokens.extend(state.pending.iter().cloned());
+        proto::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            trust_domain: acts.domain().to_string(),
+            ready: state.missing.is_empty(),
+            not_ready_because: state.missing.clone(),
+            uptime_seconds: self.0.started.elapsed().as_secs(),
+            ledger: Some(self.ledger(ledger, checkpoint_size, open_intents)),
+            tokens,
+            clock: Some(proto::ClockStatus { trusted, deviation_micros: ledger.clock().deviation_micros() }),
+            cpu: Some(cpu(ledger)),
+            agents: agents as u64,
+            quarantined: quarantined as u64,
+            config_hash: self.0.config_hash.0.to_vec(),
+            listen: state.listen.clone(),
+        }
+    }
+
+    fn ledger(&self, ledger: &Ledger, checkpoint_size: u64, open_intents: usize) -> proto::LedgerStatus {
+        let progress = *ledger.progress().borrow();
+        let file_bytes = ledger.file_bytes();
+        let seconds = self.0.started.elapsed().as_secs();
+        // A rate needs a minute to mean anything; entries since start times the average bytes of an entry.
+        let bytes_per_day = if seconds >= 60 {
+            let grown = file_bytes.saturating_sub(self.0.start_bytes);
+            let entries = progress.size.saturating_sub(self.0.start_size);
+            let average = if entries > 0 && grown == 0 { file_bytes / progress.size.max(1) * entries } else { grown };
+            average.saturating_mul(86_400) / seconds
+        } else {
+            0
+        };
+        let days_until_full = ledger.free_bytes().checked_div(bytes_per_day).unwrap_or(0);
+        proto::LedgerStatus {
+            entries: progress.size,
+            commits: progress.commits,
+            file_bytes,
+            bytes_per_day,
+            days_until_full,
+            checkpoint_size,
+            writable: ledger.is_writable(),
+            open_intents: open_intents as u64,
+        }
+    }
+}
+
+fn token(status: TokenState) -> proto::TokenStatus {
+    proto::TokenStatus {
+        role: status.role.into(),
+        module: status.module.display().to_string(),
+        label: status.label,
+        serial: status.serial,
+        usable: status.usable,
+        fault: status.fault.unwrap_or_default(),
+        lanes: u32::try_from(status.lanes).unwrap_or(u32::MAX),
+        queued: u32::try_from(status.queued).unwrap_or(u32::MAX),
+        mechanisms: status.mechanisms,
+        signatures: status.signatures,
+        reconnects: status.reconnects,
+        pin_pending: status.pin_pending,
+        off: status.off,
+    }
+}
+
+fn cpu(ledger: &Ledger) -> proto::CpuParts {
+    let meter = ledger.meter();
+    proto::CpuParts {
+        sign_nanos: meter.sign.nanos(),
+        sign_count: meter.sign.count(),
+        verify_own_nanos: meter.verify_own.nanos(),
+        verify_own_count: meter.verify_own.count(),
+        csr_nanos: meter.csr.nanos(),
+        csr_count: meter.csr.count(),
+        csr_verify_nanos: meter.csr_verify.nanos(),
+        ledger_nanos: meter.ledger.nanos(),
+        process_nanos: process_cpu_nanos(),
+        handshake_nanos: meter.handshake.nanos(),
+        handshake_count: meter.handshake.count(),
+        proof_nanos: meter.proof.nanos(),
+        proof_count: meter.proof.count(),
+        certificate_nanos: meter.certificate.nanos(),
+    }
+}

@@ -1,0 +1,299 @@
+//! The rooms, opened in order; what each start and each stop has to do with them.
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::acts::{self, Acts, Authorities, Crl, Keys, Tokens};
+use crate::api::{self, Health, Readiness};
+use crate::authn::Tls;
+use crate::config::Config;
+use crate::hsm::{self, Hsm, Modules};
+use crate::ledger::{Ledger, Settings};
+use crate::model::Meter;
+use crate::proto::{self, TokenRole, entry::Body};
+
+use super::{Cause, duties, notify};
+
+/// Between two looks at a token that could not be opened.
+const TOKEN_RETRY: Duration = Duration::from_millis(500);
+/// How long a token has to come to rest at the stop.
+const TOKEN_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Everything that is open. Clones share it.
+#[derive(Clone)]
+pub(super) struct Rooms {
+    pub config: Arc<Config>,
+    pub acts: Arc<Acts>,
+    pub readiness: Readiness,
+    pub health: Health,
+    pub tls: Arc<Tls>,
+    /// What is between the daemon and being ready; empty when agents are served.
+    pub waiting_for: Arc<Mutex<Option<String>>>,
+    pub tokens: Arc<watch::Sender<Option<Tokens>>>,
+}
+
+/// Directories, the ledger, the acts: what is there without a token.
+pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
+    let runtime = &config.paths.runtime;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o750)
+        .create(runtime)
+        .map_err(|error| format!("{}: {error}", runtime.display()))?;
+    let settings = ledger_settings(config);
+    let opened = Ledger::open(&settings, Arc::new(Meter::default())).map_err(|error| error.to_string())?;
+    if opened.genesis.trust_domain != config.trust_domain.as_str() {
+        return Err(format!(
+            "the ledger is of trust domain {}, the configuration of {}",
+            opened.genesis.trust_domain, config.trust_domain
+        ));
+    }
+    let ledger = opened.ledger;
+    let started = proto::Started { version: env!("CARGO_PKG_VERSION").to_owned(), config_hash: config.hash.0.to_vec() };
+    ledger.record(Body::Started(started)).await.map_err(|refusal| format!("{refusal:?}"))?;
+    if opened.closed_unknown > 0 || opened.merged_denials > 0 {
+        tracing::warn!(opened.closed_unknown, opened.merged_denials, "put in order what an earlier daemon left open");
+    }
+    Ok(Rooms {
+        readiness: Readiness::new(&ledger, config.hash),
+        acts: Arc::new(Acts::new(config, ledger, Crl::open(&config.paths.state))),
+        config: Arc::clone(config),
+        health: Health::default(),
+        tls: Arc::default(),
+        waiting_for: Arc::new(Mutex::new(Some("starting".to_owned()))),
+        tokens: Arc::new(watch::Sender::new(None)),
+    })
+}
+
+/// How the ledger is opened for a configuration.
+pub(super) fn ledger_settings(config: &Config) -> Settings {
+    Settings {
+        state: config.paths.state.clone(),
+        runtime: config.paths.runtime.clone(),
+        queue_max: config.limits.ledger_queue,
+        live_max: config.limits.live_certificates_per_agent,
+        forget_seconds: config.limits.crl_seconds.into(),
+    }
+}
+
+impl Rooms {
+    /// Says what agents have to wait for; `None`: nothing any more.
+    pub(super) fn wait_for(&self, what: Option<String>) {
+        let mut waiting = self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner);
+        if *waiting != what {
+            match &what {
+                Some(what) => {
+                    tracing::warn!(%what, "not ready");
+                    notify::waiting(what);
+                }
+                None => {
+                    tracing::info!("ready");
+                    notify::ready();
+                }
+            }
+            *waiting = what;
+        }
+    }
+
+    /// The last checkpoint, the last entry, the tokens.
+    pub(super) async fn close(&self, cause: &str) {
+        let ledger = self.acts.ledger();
+        if let Err(refusal) = self.acts.checkpoint(0).await {
+            tracing::warn!(?refusal, "no checkpoint at the stop");
+        }
+        if !ledger.stop(cause, Duration::from_secs(5)).await {
+            tracing::error!("the ledger did not come to its end in time");
+        }
+        let tokens = self.tokens.borrow().clone();
+        if let Some(tokens) = tokens {
+            let shut = tokio::task::spawn_blocking(move || {
+                tokens.authority.shut_down(TOKEN_DEADLINE);
+                if !tokens.shared {
+                    tokens.agents.shut_down(TOKEN_DEADLINE);
+                }
+            });
+            let _ = tokio::time::timeout(TOKEN_DEADLINE * 3, shut).await;
+        }
+    }
+}
+
+/// The operators' side: from the first moment to the last.
+pub(super) async fn serve_operators(rooms: Rooms, stop: Arc<watch::Sender<Option<Cause>>>) {
+    let mut stopping = stop.subscribe();
+    let until = async move {
+        let _ = stopping.wait_for(Option::is_some).await;
+        let failed = *stopping.borrow() == Some(Cause::LedgerFailed);
+        if failed {
+            tokio::time::sleep(super::GRACE_AFTER_FAILURE).await;
+        }
+    };
+    let served =
+        api::serve_operators(Arc::clone(&rooms.acts), &rooms.config, rooms.readiness.clone(), &rooms.health, until).await;
+    if let Err(error) = served {
+        stop.send_replace(Some(Cause::Transport(error.to_string())));
+    }
+}
+
+/// The agents' side: when the tokens are open, the keys bound, and the server's certificate there.
+pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch::Sender<Option<Cause>>>) {
+    let mut stopping = stop.subscribe();
+    let prepared = async {
+        let tokens = open_tokens(&rooms, Arc::new(modules)).await;
+        rooms.tokens.send_replace(Some(tokens.clone()));
+        while let Err(what) = prepare(&rooms, &tokens).await {
+            rooms.wait_for(Some(what));
+            tokio::time::sleep(TOKEN_RETRY).await;
+        }
+        bind(&rooms).await
+    };
+    let listener = tokio::select! {
+        prepared = prepared => prepared,
+        _ = stopping.wait_for(Option::is_some) => return,
+    };
+    let served = async {
+        let (listener, settings) = listener?;
+        rooms.wait_for(None);
+        let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
+        let crl = tokio::spawn(duties::crl(rooms.clone()));
+        let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
+        let until = async move {
+            let _ = stopping.wait_for(Option::is_some).await;
+        };
+        let served = api::serve_agents(Arc::clone(&rooms.acts), &rooms.config, listener, settings, &rooms.health, until).await;
+        for duty in [certificates, crl, checkpoints] {
+            duty.abort();
+        }
+        served.map_err(|error| error.to_string())
+    };
+    if let Err(error) = served.await {
+        stop.send_replace(Some(Cause::Transport(error)));
+    }
+}
+
+/// Opens the tokens, again and again until it works. A login that needs an operator is not tried before the operator said so.
+async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>) -> Tokens {
+    let config = &rooms.config;
+    let mut refused = false;
+    loop {
+        let authority = open_token(rooms, &modules, TokenRole::Authority).await;
+        let opened = match authority {
+            Ok(authority) if config.agents == config.authority => {
+                Ok(Tokens { agents: authority.clone(), authority, shared: true })
+            }
+            Ok(authority) => match open_token(rooms, &modules, TokenRole::Agents).await {
+                Ok(agents) => Ok(Tokens { authority, agents, shared: false }),
+                Err(error) => {
+                    let close = tokio::task::spawn_blocking(move || authority.shut_down(TOKEN_DEADLINE));
+                    let _ = close.await;
+                    Err((TokenRole::Agents, error))
+                }
+            },
+            Err(error) => Err((TokenRole::Authority, error)),
+        };
+        match opened {
+            Ok(tokens) => {
+                let mut open = vec![tokens.authority.clone()];
+                if !tokens.shared {
+                    open.push(tokens.agents.clone());
+                }
+                rooms.readiness.set_tokens(open);
+                if refused {
+                    let label = rooms.config.authority.label.clone();
+                    let body = proto::HsmUnlocked { by: None, token: label };
+                    let _ = rooms.acts.ledger().record(Body::HsmUnlocked(body)).await;
+                }
+                return tokens;
+            }
+            Err((role, error)) => {
+                refused |= error.needs_operator();
+                rooms.readiness.set_pending_tokens(vec![pending(config, role, &error)]);
+                rooms.wait_for(Some(error.to_string()));
+                tokio::time::sleep(TOKEN_RETRY).await;
+                if error.needs_operator() {
+                    // The marker goes when the operator has corrected the PIN.
+                    while hsm::pin_pending(&config.paths.state, role) {
+                        tokio::time::sleep(TOKEN_RETRY).await;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn open_token(rooms: &Rooms, modules: &Arc<Modules>, role: TokenRole) -> Result<Hsm, hsm::Error> {
+    let settings = token_settings(&rooms.config, role);
+    let (modules, meter) = (Arc::clone(modules), Arc::clone(rooms.acts.ledger().meter()));
+    let opened = tokio::task::spawn_blocking(move || Hsm::open(&modules, settings, meter)).await;
+    opened.unwrap_or(Err(hsm::Error::ShutDown))
+}
+
+/// How a token is opened for a configuration.
+pub(super) fn token_settings(config: &Config, role: TokenRole) -> hsm::Settings {
+    let token = match role {
+        TokenRole::Agents => &config.agents,
+        TokenRole::Authority | TokenRole::Unspecified => &config.authority,
+    };
+    hsm::Settings {
+        token: token.clone(),
+        role,
+        state: config.paths.state.clone(),
+        queue: config.limits.hsm_queue,
+        sign_deadline: Duration::from_millis(config.limits.sign_deadline_ms),
+    }
+}
+
+fn pending(config: &Config, role: TokenRole, error: &hsm::Error) -> proto::TokenStatus {
+    let token = if role == TokenRole::Agents { &config.agents } else { &config.authority };
+    proto::TokenStatus {
+        role: role.into(),
+        module: token.module.display().to_string(),
+        label: token.label.clone(),
+        fault: error.to_string(),
+        pin_pending: hsm::pin_pending(&config.paths.state, role),
+        ..proto::TokenStatus::default()
+    }
+}
+
+/// Keys, authorities, the server's certificate.
+async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
+    let acts = &rooms.acts;
+    let told = |refusal: crate::model::Refusal| format!("{refusal:?}");
+    let abandoned = acts::reconcile(acts.ledger(), tokens).await.map_err(told)?;
+    if abandoned > 0 {
+        tracing::warn!(abandoned, "keys that a crash left half made were given up");
+    }
+    let keys = Keys::bind(acts.ledger(), tokens).await.map_err(told)?;
+    acts.set_authorities(Authorities::load(acts.ledger(), keys).await.map_err(told)?);
+    duties::renew_server_certificate(rooms).await.map(drop).map_err(told)
+}
+
+/// Binds TCP, and tells where: join files and `<runtime>/address` carry it.
+async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>), String> {
+    let config = &rooms.config;
+    let listener = TcpListener::bind(config.listen.tcp).await.map_err(|error| format!("{}: {error}", config.listen.tcp))?;
+    let bound = listener.local_addr().map_err(|error| error.to_string())?;
+    let addresses: Vec<String> = if config.listen.names.is_empty() {
+        vec![bound.to_string()]
+    } else {
+        config.listen.names.iter().map(|name| with_port(name, bound.port())).collect()
+    };
+    let path = config.paths.runtime.join("address");
+    std::fs::write(&path, format!("{bound}\n")).map_err(|error| format!("{}: {error}", path.display()))?;
+    rooms.acts.set_addresses(addresses.clone());
+    rooms.readiness.set_listen(addresses);
+    let issuing = rooms.acts.authorities().map_err(|refusal| format!("{refusal:?}"))?.issuing();
+    let settings = rooms.tls.settings(&[issuing.certificate().to_vec().into()]).map_err(|error| error.to_string())?;
+    Ok((listener, settings))
+}
+
+/// An IPv6 address needs brackets before a port.
+fn with_port(name: &str, port: u16) -> String {
+    match name.parse::<std::net::Ipv6Addr>() {
+        Ok(address) => format!("[{address}]:{port}"),
+        Err(_) => format!("{name}:{port}"),
+    }
+}

@@ -322,7 +322,11 @@ impl Token {
         }
         drop(self.errands.shut());
         if was_usable {
-            tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
+            if fault == SHUT_DOWN {
+                tracing::info!(token = %self.settings.token.label, "the token is closed");
+            } else {
+                tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
+            }
         }
         self.alarm.notify_one();
     }

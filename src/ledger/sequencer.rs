@@ -209,7 +209,7 @@ impl Sequencer {
                 let body =
                     Body::Quarantined(proto::Quarantined { by, agent, epoch, cause: cause.into(), detail: detail.clone() });
                 let index = batch.entry(now, body);
-                book.quarantined(index, slot, cause, detail);
+                book.quarantined(index, now, slot, cause, detail);
                 batch.rows.push(agent_row(book, slot));
                 batch.denials += 1;
                 if let Some(answer) = answer {
@@ -295,7 +295,7 @@ impl Sequencer {
                     detail: detail.clone(),
                 };
                 let index = batch.entry(now, Body::Quarantined(entry));
-                book.quarantined(index, slot, cause, detail);
+                book.quarantined(index, now, slot, cause, detail);
                 batch.rows.push(agent_row(book, slot));
                 let advice = "two copies of this agent hold its keys; it is quarantined until an operator releases it";
                 refuse(answer, intents, batch, Refusal::new(Reason::CloneSuspected, advice).recorded_at(index));

@@ -56,6 +56,7 @@ pub struct Arguments {
 
 /// What every verb understands.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Everywhere")]
 pub struct Global {
     /// Configuration file.
     #[arg(long, global = true, env = "KEYWARD_CONFIG", value_name = "FILE", default_value = "/etc/keyward/keyward.toml")]

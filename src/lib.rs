@@ -41,6 +41,18 @@ pub mod model;
 
 pub mod config;
 
+pub mod hsm;
+
+pub mod ledger;
+
+pub mod authn;
+
+pub mod attest;
+
+pub mod policy;
+
+pub mod acts;
+
 pub mod client;
 
 pub mod cli;

@@ -28,6 +28,16 @@ impl Csr {
         meter.csr.measure(|| Self::parse_unmeasured(der, meter))
     }
 
+    /// The key of a request that has been parsed and checked before.
+    ///
+    /// # Errors
+    /// `CSR_MALFORMED`.
+    pub fn key_of(der: &[u8]) -> Result<PublicKey, Refusal> {
+        let malformed = || Refusal::new(Reason::CsrMalformed, "send a PKCS#10 request in DER");
+        let (_, request) = X509CertificationRequest::from_der(der).map_err(|_| malformed())?;
+        PublicKey::from_spki(request.certification_request_info.subject_pki.raw).map_err(|_| malformed())
+    }
+
     fn parse_unmeasured(der: &[u8], meter: &Meter) -> Result<Self, Refusal> {
         if der.len() > Self::BYTES_MAX {
             return Err(Refusal::new(Reason::RequestTooLarge, "send a CSR of at most 4,096 bytes"));

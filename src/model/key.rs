@@ -84,6 +84,13 @@ impl PublicKey {
         Self::from_spki(&[prefix, raw].concat())
     }
 
+    /// From a row of our own that was checked when it was written: 65 bytes of a P-256 point. Not checked to be on the
+    /// curve again; a point that is not verifies nothing.
+    #[must_use]
+    pub(crate) fn stored_p256(raw: &[u8]) -> Option<Self> {
+        (raw.len() == 65).then(|| Self { algorithm: Algorithm::P256, spki: [&P256_SPKI_PREFIX[..], raw].concat().into() })
+    }
+
     /// What it verifies.
     #[must_use]
     pub fn algorithm(&self) -> Algorithm {

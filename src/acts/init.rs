@@ -1,0 +1,189 @@
+//! The beginning: keys in the token, authorities over them. Explicit, and resumed by calling it again.
+
+use std::path::Path;
+
+use rcgen::CertificateParams;
+
+use crate::ledger::Ledger;
+use crate::model::{KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
+use crate::proto::{self, IntentKind, Purpose, TokenRole, entry::Body};
+
+use super::authorities::certificates;
+use super::certificate::{self, Authority, assemble, self_to_be_signed, sign_own};
+use super::keys::{Tokens, ensure, reconcile};
+use super::{files, verifier_key};
+
+/// Ten years, in seconds.
+const ROOT_SECONDS: u64 = 3650 * 86_400;
+/// One year, in seconds.
+const ISSUING_SECONDS: u64 = 365 * 86_400;
+
+/// Where the root comes from.
+pub enum Root {
+    /// Made here, in the token.
+    Own,
+    /// Outside: the issuing key's CSR is handed out.
+    Outside,
+    /// Outside, and here is what it signed.
+    Signed {
+        /// The root, DER.
+        root: Vec<u8>,
+        /// The issuing certificate, DER.
+        issuing: Vec<u8>,
+    },
+}
+
+/// What a call achieved.
+pub enum Initialised {
+    /// Everything is there.
+    Complete {
+        /// The ledger's verifier key.
+        vkey: String,
+        /// The root, PEM.
+        bundle: String,
+    },
+    /// The outside root's turn.
+    AwaitsRoot {
+        /// PKCS#10, PEM.
+        csr: String,
+    },
+}
+
+/// Makes what is missing: keys, then certificates, then the files beside the ledger.
+///
+/// # Errors
+/// When it is complete already, the token or the ledger is not available, or an outside certificate does not fit.
+pub async fn initialise(
+    ledger: &Ledger,
+    tokens: &Tokens,
+    domain: &TrustDomain,
+    state: &Path,
+    root: Root,
+) -> Result<Initialised, Refusal> {
+    let known = certificates(ledger).await?;
+    let has = |purpose: Purpose| known.iter().any(|row| row.purpose == purpose);
+    if has(Purpose::Issuing) && state.join("ledger.vkey").exists() {
+        return Err(Refusal::internal("keyward is initialised already"));
+    }
+    reconcile(ledger, tokens).await?;
+    let ledger_key = ensure(ledger, tokens, Purpose::Ledger, TokenRole::Authority).await?;
+    ensure(ledger, tokens, Purpose::Canary, TokenRole::Authority).await?;
+    if !tokens.shared {
+        ensure(ledger, tokens, Purpose::Canary, TokenRole::Agents).await?;
+    }
+    let issuing_key = ensure(ledger, tokens, Purpose::Issuing, TokenRole::Authority).await?;
+    let now = UnixTime::wall();
+    if !has(Purpose::Issuing) {
+        match root {
+            Root::Own => {
+                let root_key = ensure(ledger, tokens, Purpose::Root, TokenRole::Authority).await?;
+                let root = match known.iter().find(|row| row.purpose == Purpose::Root) {
+                    Some(row) => row.certificate.clone(),
+                    None => {
+                        let name = format!("{domain} root {}", short(root_key.id()));
+                        let params = params(domain, &name, 1, now, ROOT_SECONDS)?;
+                        let tbs = self_to_be_signed(&params, root_key.public())?;
+                        let (intent, signature) = sign_own(ledger, IntentKind::Root, &root_key, tbs.clone()).await?;
+                        let der = assemble(&tbs, &signature);
+                        activate(ledger, Purpose::Root, Some(root_key.id()), &der, intent).await?;
+                        der
+                    }
+                };
+                let authority = Authority::new(root_key.clone(), root)?;
+                let name = format!("{domain} issuing {}", short(issuing_key.id()));
+                let params = params(domain, &name, 0, now, ISSUING_SECONDS)?;
+                let tbs = certificate::leaf_to_be_signed(&authority, &params, issuing_key.public())?;
+                let (intent, signature) = sign_own(ledger, IntentKind::Issuing, &root_key, tbs.clone()).await?;
+                activate(ledger, Purpose::Issuing, Some(issuing_key.id()), &assemble(&tbs, &signature), intent).await?;
+            }
+            Root::Outside => {
+                let name = format!("{domain} issuing {}", short(issuing_key.id()));
+                let params = params(domain, &name, 0, now, ISSUING_SECONDS)?;
+                let tbs = certificate::request_to_be_signed(&params, issuing_key.public())?;
+                let (_, signature) = sign_own(ledger, IntentKind::Csr, &issuing_key, tbs.clone()).await?;
+                let csr = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", assemble(&tbs, &signature)));
+                return Ok(Initialised::AwaitsRoot { csr });
+            }
+            Root::Signed { root, issuing } => {
+                check_outside(domain, &root, &issuing, issuing_key.public(), now)?;
+                activate(ledger, Purpose::Root, None, &root, 0).await?;
+                activate(ledger, Purpose::Issuing, Some(issuing_key.id()), &issuing, 0).await?;
+            }
+        }
+    }
+    let rows = certificates(ledger).await?;
+    let pem_of = |purpose: Purpose| {
+        rows.iter()
+            .find(|row| row.purpose == purpose)
+            .map(|row| pem::encode(&pem::Pem::new("CERTIFICATE", row.certificate.as_slice())))
+            .ok_or_else(|| Refusal::internal("an authority is missing"))
+    };
+    let bundle = pem_of(Purpose::Root)?;
+    let vkey = verifier_key(domain, ledger_key.public().clone())?.to_string();
+    files::replace(&state.join("bundle.pem"), bundle.as_bytes(), 0o644).map_err(Refusal::internal)?;
+    files::replace(&state.join("issuing.pem"), pem_of(Purpose::Issuing)?.as_bytes(), 0o644).map_err(Refusal::internal)?;
+    // Last: a start and a repeated init both go by it.
+    files::replace(&state.join("ledger.vkey"), format!("{vkey}\n").as_bytes(), 0o644).map_err(Refusal::internal)?;
+    Ok(Initialised::Complete { vkey, bundle })
+}
+
+fn short(id: KeyId) -> String {
+    hex(&id.0[..4])
+}
+
+fn params(domain: &TrustDomain, name: &str, path_length: u8, now: UnixTime, seconds: u64) -> Result<CertificateParams, Refusal> {
+    certificate::authority(domain, name, path_length, &Serial::random(), now.minus_seconds(30), now.plus_seconds(seconds))
+}
+
+async fn activate(ledger: &Ledger, purpose: Purpose, key_id: Option<KeyId>, der: &[u8], intent: u64) -> Result<(), Refusal> {
+    let body = proto::AuthorityActivated {
+        purpose: purpose.into(),
+        key_id: key_id.map(|id| id.0.to_vec()).unwrap_or_default(),
+        certificate: der.to_vec(),
+        intent,
+    };
+    ledger.record(Body::AuthorityActivated(body)).await.map(drop)
+}
+
+/// An outside root has to be dedicated to this trust domain: the issuing certificate is for our key, a CA of path length 0 that may sign
+/// certificates and CRLs, names the trust domain if anything, is in force, and is the root's.
+fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &PublicKey, now: UnixTime) -> Result<(), Refusal> {
+    let bad =
+        |why: &str| Refusal::new(crate::model::Reason::MalformedRequest, format!("the outside certificates do not fit: {why}"));
+    let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
+    let (root, issuing) = (parse(root)?, parse(issuing)?);
+    let root_key = PublicKey::from_spki(root.public_key().raw).map_err(|_| bad("the root's key is not P-256"))?;
+    if !root_key.verifies(issuing.tbs_certificate.as_ref(), &issuing.signature_value.data) || issuing.issuer() != root.subject() {
+        return Err(bad("the issuing certificate is not signed by the root"));
+    }
+    if issuing.public_key().raw != key.spki() {
+        return Err(bad("the issuing certificate is not for the key of the CSR"));
+    }
+    let at = i64::try_from(now.seconds()).unwrap_or(i64::MAX);
+    for certificate in [&root, &issuing] {
+        let valid = certificate.validity().not_before.timestamp() <= at && at < certificate.validity().not_after.timestamp();
+        if !valid || !certificate.is_ca() {
+            return Err(bad("one is not a CA, or not in force"));
+        }
+    }
+    let usage = issuing.key_usage().map_err(|_| bad("its KeyUsage"))?.ok_or_else(|| bad("it has no KeyUsage"))?;
+    if !usage.value.key_cert_sign() || !usage.value.crl_sign() {
+        return Err(bad("the issuing certificate may not sign certificates and CRLs"));
+    }
+    let constraints =
+        issuing.basic_constraints().map_err(|_| bad("its BasicConstraints"))?.ok_or_else(|| bad("no BasicConstraints"))?;
+    if constraints.value.path_len_constraint != Some(0) {
+        return Err(bad("the issuing certificate's path length is not 0"));
+    }
+    if let Some(names) = issuing.subject_alternative_name().map_err(|_| bad("its SubjectAltName"))? {
+        let expected = domain.id();
+        let fits = names.value.general_names.iter().all(|name| match name {
+            x509_parser::extensions::GeneralName::URI(uri) => *uri == expected.as_str(),
+            _ => false,
+        });
+        if !fits {
+            return Err(bad("the issuing certificate names another trust domain"));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! The story.
+
+use std::sync::Arc;
+
+use crate::attest::{self, Appraisal, Ask, Challenge, Contact, Rejected};
+use crate::authn::Connection;
+use crate::ledger::Decided;
+use crate::model::{Csr, Refusal, UnixTime};
+use crate::policy::{self, Wish};
+use crate::proto::IntentKind;
+
+use super::certificate::{Issued, Prepared, assemble};
+use super::Acts;
+
+impl Acts {
+    /// First contact or rejoin: over a stream whose challenge the proof answers.
+    ///
+    /// # Errors
+    /// The reason codes of every check below.
+    pub async fn attest(&self, source: &Connection, challenge: &Challenge, ask: Ask) -> Result<Issued, Refusal> {
+        let contact = Contact::Stream(challenge);
+        match self.issue(IntentKind::Attest, &contact, &ask).await {
+            Ok(issued) => Ok(issued),
+            Err(rejected) => Err(self.record_refusal("Attest", source, rejected).await),
+        }
+    }
+
+    /// The next certificate, over a connection that an agent's certificate opened.
+    ///
+    /// # Errors
+    /// The reason codes of every check below; `UNAUTHENTICATED`, `AGENT_QUARANTINED`, `EPOCH_STALE` of the caller itself.
+    pub async fn renew(&self, source: &Arc<Connection>, ask: Ask) -> Result<Issued, Refusal> {
+        let renewed = async {
+            let caller = source.agent(&self.ledger).map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
+            let issued = self.issue(IntentKind::Renew, &Contact::Connection(caller), &ask).await?;
+            if let Ok(csr) = Csr::key_of(ask.csr()) {
+                caller.now_proves(csr.digest());
+            }
+            Ok::<_, Rejected>(issued)
+        };
+        match renewed.await {
+            Ok(issued) => Ok(issued),
+            Err(rejected) => Err(self.record_refusal("Renew", source, rejected).await),
+        }
+    }
+
+    /// A signing request and its evidence become a certificate, or a refusal.
+    async fn issue(&self, kind: IntentKind, contact: &Contact<'_>, ask: &Ask) -> Result<Issued, Rejected> {
+        let now = self.trusted_now()?;
+        // Proof of possession inside; only the public key is taken.
+        let csr = Csr::parse(ask.csr(), self.ledger.meter())?;
+        // Names the identity; the evidence is bound to this key.
+        let appraisal = attest::appraise(&self.ledger, &self.domain, contact, &csr, ask, now)?;
+        self.issue_to(kind, &appraisal, &csr, ask, now)
+            .await
+            .map_err(|refusal| Rejected { agent: Some(appraisal.agent().clone()), refusal })
+    }
+
+    async fn issue_to(
+        &self,
+        kind: IntentKind,
+        appraisal: &Appraisal,
+        csr: &Csr,
+        ask: &Ask,
+        now: UnixTime,
+    ) -> Result<Issued, Refusal> {
+        // Memory; refuses unknown, quarantined, stale epoch.
+        let standing = self.ledger.standing(appraisal.agent(), appraisal.epoch())?;
+        // An answer that was lost is given again, whatever the limits say now.
+        if let Some((intent, next_sequence)) = self.ledger.answered(appraisal.agent(), ask.hash()) {
+            return self.repeat(appraisal, intent, next_sequence).await;
+        }
+        let wish = Wish { ttl_seconds: ask.ttl_seconds() };
+        let grant = policy::decide(&standing, appraisal.fresh_until(), wish, self.limits.live_certificates_per_agent, now)?;
+        let authority = self.authorities()?.issuing();
+        let size = self.ledger.progress().borrow().size;
+        // Everything but the signature.
+        let prepared = self
+            .ledger
+            .meter()
+            .certificate
+            .measure(|| Prepared::new(&grant, csr, appraisal, ask, kind, size, &self.domain, authority))?;
+        // Decided in order and durable: token spent, sequence claimed. From here on the act runs to its end.
+        match self.ledger.intend(prepared.intention()).await? {
+            // Once, verified against the pinned key, then the gate: denied meanwhile → withheld.
+            Decided::Intent(intent) => prepared.sign(intent).await?.release(),
+            Decided::Repeat { intent, next_sequence } => self.repeat(appraisal, intent, next_sequence).await,
+        }
+    }
+
+    /// The stored answer, rebuilt from what was recorded. The gate was passed then; the standing has just been looked at.
+    async fn repeat(&self, appraisal: &Appraisal, intent: u64, next_sequence: u64) -> Result<Issued, Refusal> {
+        let ledger = self.ledger.clone();
+        let (tbs, signature) = tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)??;
+        let leaf = assemble(&tbs, &signature);
+        let not_after = {
+            let (_, parsed) = x509_parser::parse_x509_certificate(&leaf).map_err(|error| Refusal::internal(error.to_string()))?;
+            UnixTime::from_seconds(u64::try_from(parsed.validity().not_after.timestamp()).map_err(Refusal::internal)?)
+        };
+        // The denial may have come while the entries were read.
+        self.ledger.admits(appraisal.agent(), appraisal.epoch())?;
+        Ok(Issued {
+            chain: vec![leaf, self.authorities()?.issuing().certificate().to_vec()],
+            spiffe_id: appraisal.agent().spiffe_id(&self.domain),
+            epoch: appraisal.epoch(),
+            next_sequence,
+            ledger_index: intent,
+            not_after,
+        })
+    }
+
+    /// A refusal of a known identity is an entry, one of a stranger a count.
+    async fn record_refusal(&self, method: &str, source: &Connection, rejected: Rejected) -> Refusal {
+        tracing::info!(method, agent = ?rejected.agent, source = %source.source(), refusal = ?rejected.refusal, "refused");
+        match &rejected.agent {
+            Some(agent) => self.ledger.refused(agent, method, rejected.refusal).await,
+            None => {
+                self.ledger.refused_stranger(rejected.refusal.reason, Some(source.source()));
+                rejected.refusal
+            }
+        }
+    }
+}

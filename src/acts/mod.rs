@@ -1,0 +1,124 @@
+//! The verbs.
+//!
+//! Owns: what keyward does for its callers, each act in a file of its name. Promises: an act reads as a story; from its intent on it
+//! runs to its end whether the caller waits or not; refusals of a known identity become entries, of strangers counts. Never:
+//! speaks a wire format, decides who a caller is, signs what the ledger has not recorded.
+
+mod authorities;
+mod certificate;
+mod checkpoint;
+mod clock;
+mod crl;
+mod enrol;
+mod files;
+mod init;
+mod issue;
+mod keys;
+mod quarantine;
+mod release;
+mod server_certificate;
+
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+
+use crate::config::{Config, Limits};
+use crate::hsm;
+use crate::ledger::Ledger;
+use crate::model::{Clock, Reason, Refusal, TrustDomain};
+use crate::proto;
+
+pub use authorities::Authorities;
+pub use certificate::{Authority, Issued, assemble};
+pub use checkpoint::verifier_key;
+pub use crl::Crl;
+pub use enrol::JoinTerms;
+pub use init::{Initialised, Root, initialise};
+pub use keys::{Keys, Tokens, reconcile};
+pub use server_certificate::ServerCertificate;
+
+/// Everything an act needs. Built once by the daemon.
+pub struct Acts {
+    pub(crate) ledger: Ledger,
+    domain: TrustDomain,
+    limits: Limits,
+    /// Addresses for join files, `host:port`; known once TCP is bound.
+    addresses: ArcSwap<Vec<String>>,
+    /// Absent while the token is.
+    authorities: ArcSwapOption<Authorities>,
+    crl: Crl,
+}
+
+impl Acts {
+    /// Without authorities: those come when the token is there.
+    #[must_use]
+    pub fn new(config: &Config, ledger: Ledger, crl: Crl) -> Self {
+        Self {
+            ledger,
+            domain: config.trust_domain.clone(),
+            limits: config.limits.clone(),
+            addresses: ArcSwap::default(),
+            authorities: ArcSwapOption::empty(),
+            crl,
+        }
+    }
+
+    /// The book.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// The trust domain served.
+    #[must_use]
+    pub fn domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// Where join files send agents.
+    pub fn set_addresses(&self, addresses: Vec<String>) {
+        self.addresses.store(Arc::new(addresses));
+    }
+
+    /// The token is there: its keys are bound.
+    pub fn set_authorities(&self, authorities: Authorities) {
+        self.authorities.store(Some(Arc::new(authorities)));
+    }
+
+    /// The authorities, if the token is there.
+    ///
+    /// # Errors
+    /// `HSM_UNAVAILABLE`.
+    pub fn authorities(&self) -> Result<Arc<Authorities>, Refusal> {
+        self.authorities.load_full().ok_or_else(|| {
+            Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
+                .retry_after(std::time::Duration::from_secs(1))
+        })
+    }
+
+    fn clock(&self) -> &Arc<Clock> {
+        self.ledger.clock()
+    }
+
+    fn trusted_now(&self) -> Result<crate::model::UnixTime, Refusal> {
+        self.clock().now().map_err(|error| {
+            Refusal::new(
+                Reason::ClockUntrusted,
+                "the daemon's clock jumped; issuing waits until it returns or an operator accepts it",
+            )
+            .because(error)
+        })
+    }
+
+    fn bundle(&self) -> Result<proto::Bundle, Refusal> {
+        Ok(self.authorities()?.bundle())
+    }
+}
+
+/// What a caller is told when the token could not be asked.
+fn hsm_refusal(error: hsm::Error) -> Refusal {
+    let reason = if error.is_overload() { Reason::Overloaded } else { Reason::HsmUnavailable };
+    Refusal::new(reason, "the token is not available now; ask again in a moment")
+        .because(error)
+        .retry_after(std::time::Duration::from_millis(500))
+}

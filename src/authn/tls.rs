@@ -1,0 +1,80 @@
+//! TLS as keyward serves it: 1.3 only, no tickets, client certificates verified against the issuing authorities themselves.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::version::TLS13;
+use rustls::{RootCertStore, ServerConfig};
+
+/// The TLS settings cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// rustls said no.
+    #[error("TLS: {0}")]
+    Rustls(#[from] rustls::Error),
+    /// The client verifier could not be built.
+    #[error("TLS: {0}")]
+    Verifier(#[from] rustls::server::VerifierBuilderError),
+}
+
+/// The server's side of TLS. The certificate is swapped while connections go on.
+#[derive(Debug)]
+pub struct Tls {
+    provider: Arc<CryptoProvider>,
+    certificate: Arc<Current>,
+}
+
+#[derive(Debug, Default)]
+struct Current(ArcSwapOption<CertifiedKey>);
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.load_full()
+    }
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self { provider: Arc::new(aws_lc_rs::default_provider()), certificate: Arc::default() }
+    }
+}
+
+impl Tls {
+    /// Puts a certificate into service. The key is in memory: rustls signs synchronously in the handshake.
+    ///
+    /// # Errors
+    /// When key and certificate do not fit.
+    pub fn serve(&self, chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<(), TlsError> {
+        let certified = CertifiedKey::from_der(chain, key, &self.provider)?;
+        self.certificate.0.store(Some(Arc::new(certified)));
+        Ok(())
+    }
+
+    /// The settings. `anchors` are the issuing certificates: a chain through any other authority under the same root is refused.
+    /// Session tickets are off: a resumed session would skip the check of the chain.
+    ///
+    /// # Errors
+    /// When an anchor is no certificate.
+    pub fn settings(&self, anchors: &[CertificateDer<'static>]) -> Result<Arc<ServerConfig>, TlsError> {
+        let mut roots = RootCertStore::empty();
+        for anchor in anchors {
+            roots.add(anchor.clone())?;
+        }
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
+            .allow_unauthenticated()
+            .build()?;
+        let mut settings = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::clone(&self.certificate) as _);
+        settings.send_tls13_tickets = 0;
+        settings.session_storage = Arc::new(NoServerSessionStorage {});
+        settings.alpn_protocols = vec![b"h2".to_vec()];
+        settings.max_early_data_size = 0;
+        Ok(Arc::new(settings))
+    }
+}

@@ -1,0 +1,244 @@
+//! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Instant;
+
+use cryptoki::object::ObjectHandle;
+use cryptoki::session::Session;
+use tokio::sync::oneshot;
+
+use super::faults::{Error, Health, Outcome, SignError};
+use super::keyring::{Bound, Place};
+use super::objects;
+use super::queue::{Mark, Refused};
+use super::token::Token;
+
+/// Nobody has begun.
+const WAITING: u8 = 0;
+/// A lane is about to call C_SignInit, or has.
+const STARTED: u8 = 1;
+/// The asker has gone; no lane will begin.
+const WITHDRAWN: u8 = 2;
+
+/// One signature to be made.
+pub(super) struct Job {
+    key: Arc<Bound>,
+    handle: ObjectHandle,
+    message: Arc<[u8]>,
+    deadline: Instant,
+    claim: Arc<AtomicU8>,
+    reply: oneshot::Sender<Result<Vec<u8>, Failed>>,
+}
+
+/// What became of an attempt, and what may follow.
+pub(super) struct Failed {
+    error: Error,
+    outcome: Outcome,
+}
+
+impl Failed {
+    fn not_signed(error: Error) -> Self {
+        Self { error, outcome: Outcome::NotSigned }
+    }
+}
+
+impl Job {
+    /// Whether this lane may begin: not withdrawn, not too late, somebody still listening.
+    fn claim(self) -> Option<Self> {
+        if Instant::now() >= self.deadline {
+            self.answer(Err(Failed::not_signed(Error::Deadline)));
+            return None;
+        }
+        let free = self.claim.compare_exchange(WAITING, STARTED, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        (free && !self.reply.is_closed()).then_some(self)
+    }
+
+    /// An asker that has gone meanwhile has counted this as unknown.
+    fn answer(self, result: Result<Vec<u8>, Failed>) {
+        let _ = self.reply.send(result);
+    }
+
+    /// The token went away before a lane began.
+    pub(super) fn turn_away(self, reason: &str) {
+        self.answer(Err(Failed::not_signed(Error::Unusable(reason.into()))));
+    }
+}
+
+/// A lane's working life: one term of the queue.
+pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
+    let mut session: Option<Session> = None;
+    while let Some(job) = token.jobs.next(term) {
+        let Some(job) = job.claim() else { continue };
+        if session.is_none() {
+            match mark.inside(|| token.open_session(false)) {
+                Ok(opened) => session = Some(opened),
+                Err(error) => {
+                    token.report(&error);
+                    let outcome = error.verdict().outcome;
+                    job.answer(Err(Failed { error, outcome }));
+                    continue;
+                }
+            }
+        }
+        let Some(open) = session.as_ref() else { continue };
+        let result = mark.inside(|| attempt(token, open, &job));
+        if let Err(failed) = &result
+            && !failed.error.verdict().keep_session
+            && let Some(spoilt) = session.take()
+        {
+            // An operation may still be active in it: the next C_SignInit would meet CKR_OPERATION_ACTIVE.
+            mark.inside(|| Token::discard(spoilt));
+        }
+        job.answer(result);
+        if mark.is_given_up() {
+            if let Some(left) = session.take() {
+                Token::discard(left);
+            }
+            return; // another lane has taken its place
+        }
+    }
+    // The session is forgotten, not closed: its module is being finalized.
+}
+
+fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Failed> {
+    let (key, meter) = (&job.key, &token.meter);
+    let signed = meter.sign.measure(|| objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id));
+    let checked = signed.and_then(|signature| {
+        let good = meter.verify_own.measure(|| key.verifies(&job.message, &signature));
+        if good { Ok(signature) } else { Err(Error::Corrupt(key.id)) }
+    });
+    match checked {
+        Ok(signature) => {
+            token.report_signature();
+            Ok(signature)
+        }
+        Err(error) => {
+            token.report(&error);
+            if matches!(error, Error::Corrupt(_)) {
+                tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
+                token.epoch_ends_if_handle(key, job.handle);
+            }
+            let outcome = error.verdict().outcome;
+            Err(Failed { error, outcome })
+        }
+    }
+}
+
+/// Withdraws the job when its asker stops waiting, so that no lane begins what nobody will record.
+struct Withdraw(Arc<AtomicU8>);
+
+impl Withdraw {
+    /// Whether it is now certain that no lane will begin.
+    fn now(&self) -> bool {
+        self.0.compare_exchange(WAITING, WITHDRAWN, Ordering::AcqRel, Ordering::Acquire) != Err(STARTED)
+    }
+}
+
+impl Drop for Withdraw {
+    fn drop(&mut self) {
+        self.now();
+    }
+}
+
+/// One attempt, until `deadline`.
+async fn ask(
+    token: &Token,
+    key: &Arc<Bound>,
+    handle: ObjectHandle,
+    message: &Arc<[u8]>,
+    deadline: Instant,
+) -> Result<Vec<u8>, Failed> {
+    let (reply, answer) = oneshot::channel();
+    let claim = Arc::new(AtomicU8::new(WAITING));
+    let withdraw = Withdraw(Arc::clone(&claim));
+    let job = Job { key: Arc::clone(key), handle, message: Arc::clone(message), deadline, claim, reply };
+    token.jobs.push(job).map_err(|refused| {
+        Failed::not_signed(match refused {
+            Refused::Full => Error::QueueFull,
+            Refused::Shut => token.unusable(),
+        })
+    })?;
+    match tokio::time::timeout_at(deadline.into(), answer).await {
+        Ok(Ok(result)) => result,
+        // The lane died, or its term ended, without a word; or it has not come back in time.
+        ended => {
+            let error = if ended.is_err() { Error::Deadline } else { token.unusable() };
+            let outcome = if withdraw.now() { Outcome::NotSigned } else { Outcome::Unknown };
+            Err(Failed { error, outcome })
+        }
+    }
+}
+
+/// A verified signature: at most two attempts, the second only where the first certainly did not reach C_Sign.
+pub(super) async fn sign(
+    token: &Arc<Token>,
+    key: &Arc<Bound>,
+    message: &Arc<[u8]>,
+    deadline: Instant,
+) -> Result<Vec<u8>, SignError> {
+    let mut last = false;
+    loop {
+        let (epoch, handle) = token.handle_of(key, deadline).await.map_err(SignError::NotSigned)?;
+        match ask(token, key, handle, message, deadline).await {
+            Ok(signature) => return Ok(signature),
+            Err(Failed { error, outcome: Outcome::Unknown }) => return Err(SignError::Unknown(error)),
+            Err(Failed { outcome: Outcome::Again, .. }) if !last => {}
+            Err(Failed { outcome: Outcome::Resolve, .. }) if !last => token.epoch_ends(epoch),
+            Err(Failed { error, .. }) => return Err(SignError::NotSigned(error)),
+        }
+        last = true;
+    }
+}
+
+impl Token {
+    /// The key's handle of the current epoch; looked up on the admin lane if there is none.
+    pub(super) async fn handle_of(self: &Arc<Self>, key: &Arc<Bound>, deadline: Instant) -> Result<(u64, ObjectHandle), Error> {
+        let known = |epoch| match key.place() {
+            Place::At { epoch: at, handle } if at == epoch => Some(Ok((epoch, handle))),
+            Place::Lost { epoch: at } if at == epoch => Some(Err(Error::KeyLost(key.id))),
+            _ => None,
+        };
+        if let Some(answer) = known(self.epoch()) {
+            return answer;
+        }
+        let _only = tokio::time::timeout_at(deadline.into(), key.lookup.lock()).await.map_err(|_| Error::Deadline)?;
+        let epoch = self.epoch();
+        if let Some(answer) = known(epoch) {
+            return answer;
+        }
+        let wanted = Arc::clone(key);
+        match self.errand(deadline, move |session| objects::resolve(session, &wanted)).await {
+            Ok(handle) => {
+                key.set_place(Place::At { epoch, handle });
+                Ok((epoch, handle))
+            }
+            Err(error) => {
+                if matches!(error, Error::KeyLost(_)) {
+                    key.set_place(Place::Lost { epoch });
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn epoch_ends_if_handle(&self, key: &Bound, handle: ObjectHandle) {
+        if let Place::At { epoch, handle: current } = key.place()
+            && current == handle
+        {
+            self.epoch_ends(epoch);
+        }
+    }
+
+    /// Counts an error for the token's health, as the table says.
+    pub(super) fn report(&self, error: &Error) {
+        let lost = match error.verdict().token {
+            Health::Fine => false,
+            Health::Suspect => self.suspect_again(),
+            Health::Lost => true,
+        };
+        if lost {
+            self.suspend(&error.to_string());
+        }
+    }
+}

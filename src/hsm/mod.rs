@@ -1,0 +1,309 @@
+//! The PKCS#11 token.
+//!
+//! Owns: loaded modules, sessions, threads that call into a module, handles, the login, what to do about a CKR code. Promises:
+//! keys are generated in the token, SENSITIVE, LOCAL, NEVER_EXTRACTABLE, read back; no signature leaves unverified; a caller
+//! knows for certain whether C_Sign may have been reached; a full queue answers at once; a token that comes back is in service
+//! again by itself; one wrong PIN costs one try. Never: searches or opens a session on the hot path, repeats a C_Sign, calls
+//! C_Logout, destroys an object unasked, shows a PIN.
+
+mod admin;
+mod der;
+mod faults;
+mod health;
+mod keyring;
+mod lanes;
+mod modules;
+mod objects;
+mod pin;
+mod queue;
+mod token;
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+pub use faults::{Error, Place, SignError};
+pub use modules::{Modules, harden};
+pub use pin::{pin_pending, unlock};
+pub use token::Health;
+
+use crate::config;
+use crate::model::{Algorithm, KeyId, Meter, PublicKey};
+use crate::proto::TokenRole;
+use keyring::Bound;
+use objects::Wanted;
+use token::Token;
+
+/// How long generating or destroying a key may take: some devices need seconds.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What a token is opened with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Module, label, serial, PIN source, lanes.
+    pub token: config::Token,
+    /// Names the `pin-pending` marker.
+    pub role: TokenRole,
+    /// Directory of the `pin-pending` marker.
+    pub state: PathBuf,
+    /// Signatures that may wait at once.
+    pub queue: usize,
+    /// From queueing to the verified signature.
+    pub sign_deadline: Duration,
+}
+
+/// What a token can do, found out when it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Ed25519 key pairs: tried with a session key pair; where those are refused, as the mechanism list says.
+    pub ed25519: bool,
+    /// Key pairs that die with their session.
+    pub session_keys: bool,
+    /// Read-only sessions (CloudHSM has none).
+    pub read_only_sessions: bool,
+    /// Sessions at once, where the token names a limit (CK_TOKEN_INFO ulMaxSessionCount).
+    pub sessions_max: Option<usize>,
+    /// Names of the mechanisms, CKM_…
+    pub mechanisms: Vec<String>,
+    /// The form of CKA_EC_PARAMS that this token takes for Ed25519.
+    ed25519_params: Option<&'static [u8]>,
+}
+
+/// One object of a CKA_ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// CKO_PRIVATE_KEY.
+    pub private: bool,
+    /// The key of a CKO_PUBLIC_KEY, if it is of a kind that is accepted.
+    pub public: Option<PublicKey>,
+}
+
+/// A token's state, for `keyward status`.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// As opened.
+    pub role: TokenRole,
+    /// As configured.
+    pub module: PathBuf,
+    /// CK_TOKEN_INFO label.
+    pub label: String,
+    /// CK_TOKEN_INFO serialNumber.
+    pub serial: String,
+    /// Signatures can be had.
+    pub usable: bool,
+    /// The newest fault; stays after it has passed.
+    pub fault: Option<String>,
+    /// Sign lanes that serve.
+    pub lanes: usize,
+    /// Signatures waiting for a lane.
+    pub queued: usize,
+    /// Names of the mechanisms, CKM_…
+    pub mechanisms: Vec<String>,
+    /// Signatures made and verified since start, canaries among them.
+    pub signatures: u64,
+    /// How often the token was lost and came back.
+    pub reconnects: u64,
+    /// A login is held back until `keyward hsm unlock`.
+    pub pin_pending: bool,
+    /// Features switched off because of this token.
+    pub off: Vec<String>,
+}
+
+/// One token, logged in to. Clones share it; it serves until [`Hsm::shut_down`], whatever is dropped.
+#[derive(Clone)]
+pub struct Hsm(Arc<Token>);
+
+impl Hsm {
+    /// Loads the module, finds the token by its label, logs in once, probes it, starts its threads. Blocks.
+    ///
+    /// # Errors
+    /// Quickly, and with nothing left behind but the `pin-pending` marker if the login failed. No login is tried while that marker is
+    /// there ([`unlock`]) or the token warns of a locked PIN.
+    pub fn open(modules: &Modules, settings: Settings, meter: Arc<Meter>) -> Result<Self, Error> {
+        let module = modules.load(&settings.token.module)?;
+        let mut lifecycle = module.lifecycle();
+        let found = module.find_afresh(&mut lifecycle, &settings.token)?;
+        let token = Token::new(Arc::clone(&module), settings, meter);
+        let hsm = Self(Arc::clone(&token));
+        let opened = token.connect(found).and_then(|()| {
+            module.join(&token);
+            token.resume(&lifecycle)?;
+            health::start(&token)
+        });
+        if let Err(error) = opened {
+            token.stop();
+            return Err(error);
+        }
+        Ok(hsm)
+    }
+
+    /// Makes a key pair in the token, reads back what promise 1 says (SENSITIVE, not EXTRACTABLE, NEVER_EXTRACTABLE, LOCAL, SIGN),
+    /// and has it sign a tagged test message. `label` is CKA_LABEL, cut to 32 characters.
+    ///
+    /// # Errors
+    /// After any error, also [`Error::Deadline`], objects with this id may exist: find or destroy them by `id`. Never repeat it with the
+    /// same id.
+    pub async fn generate(&self, id: KeyId, algorithm: Algorithm, label: &str) -> Result<PublicKey, Error> {
+        let params = match algorithm {
+            Algorithm::P256 => &der::P256_PARAMS[..],
+            Algorithm::Ed25519 => self
+                .capabilities()
+                .ed25519_params
+                .ok_or_else(|| Error::Incapable { label: self.0.settings.token.label.clone(), what: "Ed25519" })?,
+        };
+        let label: String = label.chars().take(32).collect();
+        self.errand(ADMIN_DEADLINE, move |session| {
+            let wanted = Wanted { algorithm, params, id: &id.0, label: &label, durable: true };
+            let (public, private) = wanted.generate(session)?;
+            let key = Bound::new(id, objects::read_public(session, public)?)?;
+            objects::check_private(session, private, id)?;
+            objects::test_sign(session, private, &key)?;
+            Ok(key.public)
+        })
+        .await
+    }
+
+    /// All token objects with this CKA_ID, for reconciliation.
+    ///
+    /// # Errors
+    /// When the token cannot be asked.
+    pub async fn find(&self, id: KeyId) -> Result<Vec<Found>, Error> {
+        self.errand(ADMIN_DEADLINE, move |session| objects::find(session, id)).await
+    }
+
+    /// Destroys all token objects with this CKA_ID and returns how many there were.
+    ///
+    /// # Errors
+    /// When the token cannot be asked or refuses; some objects may be gone then.
+    pub async fn destroy(&self, id: KeyId) -> Result<u32, Error> {
+        self.errand(ADMIN_DEADLINE, move |session| objects::destroy(session, id)).await
+    }
+
+    /// Looks a key up once and makes sure that it is the pinned one: the token's public key, the private key's attributes, a verified
+    /// test signature.
+    ///
+    /// # Errors
+    /// `KeyLost`, `KeyAmbiguous`, `KeyMismatch`, `Attribute`, or the token cannot be asked.
+    pub async fn key(&self, id: KeyId, pinned: PublicKey) -> Result<SigningKey, Error> {
+        self.check_usable()?;
+        let key = self.0.keyring.bind(id, pinned)?;
+        // An explicit question is worth a new look, also at a key that was missing before.
+        key.set_place(keyring::Place::Unknown);
+        self.0.handle_of(&key, Instant::now() + self.0.settings.sign_deadline).await?;
+        Ok(SigningKey { token: Arc::clone(&self.0), key })
+    }
+
+    /// From now on the token's health is this key's: it signs a tagged message every 500 ms while nothing else is signed.
+    pub fn set_canary(&self, key: SigningKey) {
+        *self.0.canary.lock().unwrap_or_else(PoisonError::into_inner) = Some(key.key);
+    }
+
+    /// Follows the token's health.
+    #[must_use]
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.0.health()
+    }
+
+    /// The token's state now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let (token, health) = (&self.0, self.0.health().borrow().clone());
+        let capabilities = self.capabilities();
+        let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
+        Status {
+            role: token.settings.role,
+            module: token.settings.token.module.clone(),
+            label: token.settings.token.label.clone(),
+            serial: token.serial().into(),
+            usable: health.usable,
+            fault: health.fault,
+            lanes: token.crew.count().serving,
+            queued: token.jobs.waiting(),
+            mechanisms: capabilities.mechanisms.clone(),
+            signatures: token.signatures(),
+            reconnects: token.reconnects.load(std::sync::atomic::Ordering::Relaxed),
+            pin_pending: token.pin_pending(),
+            off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
+        }
+    }
+
+    /// What this token can do.
+    #[must_use]
+    pub fn capabilities(&self) -> &Capabilities {
+        static NONE: Capabilities = Capabilities {
+            ed25519: false,
+            session_keys: false,
+            read_only_sessions: false,
+            sessions_max: None,
+            mechanisms: Vec::new(),
+            ed25519_params: None,
+        };
+        // An opened token has been probed.
+        self.0.capabilities().unwrap_or(&NONE)
+    }
+
+    /// Answers what waits, sends the threads home and waits for them until `deadline` has passed; finalizes the module when this was
+    /// its last token and nobody hangs in it. Blocks. Nothing can be asked of the token afterwards.
+    pub fn shut_down(&self, deadline: Duration) {
+        let until = Instant::now() + deadline;
+        self.0.stop();
+        let watch_gone = self.0.watchman.wait_until_gone(deadline);
+        // Recovery may have opened another term before it saw the stop.
+        self.0.stop();
+        let lanes_gone = self.0.wait_until_out(until.saturating_duration_since(Instant::now()));
+        if watch_gone && lanes_gone {
+            self.0.module.leave(&self.0);
+        } else {
+            tracing::error!(token = %self.0.settings.token.label, "a thread hangs inside the PKCS#11 module; it is not finalized");
+        }
+    }
+
+    fn check_usable(&self) -> Result<(), Error> {
+        if self.0.is_usable() { Ok(()) } else { Err(self.0.unusable()) }
+    }
+
+    async fn errand<R: Send + 'static>(
+        &self,
+        time: Duration,
+        work: impl FnOnce(&cryptoki::session::Session) -> Result<R, Error> + Send + 'static,
+    ) -> Result<R, Error> {
+        self.check_usable()?;
+        self.0.errand(Instant::now() + time, work).await
+    }
+}
+
+/// A key in the token, bound to its pinned public key.
+#[derive(Clone)]
+pub struct SigningKey {
+    token: Arc<Token>,
+    key: Arc<Bound>,
+}
+
+impl SigningKey {
+    /// CKA_ID.
+    #[must_use]
+    pub fn id(&self) -> KeyId {
+        self.key.id
+    }
+
+    /// The pinned public key.
+    #[must_use]
+    pub fn public(&self) -> &PublicKey {
+        &self.key.public
+    }
+
+    /// A signature over `message`, verified against the pinned key. P-256: ECDSA-Sig-Value in DER over SHA-256 (RFC 5758 §3.2);
+    /// Ed25519: 64 bytes (RFC 8032). Needs a tokio runtime with time.
+    ///
+    /// # Errors
+    /// `NotSigned` when it is certain that C_Sign was not reached; `Unknown` otherwise, also when the deadline passed after a lane had begun.
+    /// A future that is dropped before a lane begins asks for nothing.
+    pub async fn sign(&self, message: Arc<[u8]>) -> Result<Vec<u8>, SignError> {
+        if !self.token.is_usable() {
+            return Err(SignError::NotSigned(self.token.unusable()));
+        }
+        lanes::sign(&self.token, &self.key, &message, Instant::now() + self.token.settings.sign_deadline).await
+    }
+}

@@ -1,0 +1,235 @@
+//! Loaded modules: one C_Initialize each, and recovery, which is a matter of the whole module.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::{Error as Cryptoki, RvError};
+use cryptoki::slot::{Slot, TokenInfo};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+
+use super::faults::{Error, Place};
+use super::token::Token;
+use crate::config;
+
+/// How long recovery waits for lanes to come out of the module before it calls them stuck.
+const COME_OUT: Duration = Duration::from_secs(2);
+
+/// Keeps PINs and keys out of core dumps and away from debuggers of the same user: PR_SET_DUMPABLE = 0, RLIMIT_CORE = 0.
+/// Loading a module does it; the daemon does it earlier still.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn harden() -> Result<(), Error> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|error| Error::Harden(error.into()))?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).map_err(|error| Error::Harden(error.into()))
+}
+
+/// The modules loaded in this process, one C_Initialize each: built once by the daemon and passed to `Hsm::open`. Two tokens may
+/// share a module. A module is never unloaded: libraries with threads and exit handlers of their own do not survive that.
+#[derive(Default)]
+pub struct Modules {
+    loaded: Mutex<HashMap<PathBuf, Arc<Module>>>,
+}
+
+impl Modules {
+    /// None yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub(super) fn load(&self, path: &Path) -> Result<Arc<Module>, Error> {
+        let failed = |cause: String| Error::Module { path: path.into(), cause };
+        let real = path.canonicalize().map_err(|error| failed(error.to_string()))?;
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = loaded.get(&real) {
+            return Ok(Arc::clone(module));
+        }
+        check_owner(&real).map_err(failed)?;
+        harden()?;
+        let context = Pkcs11::new(&real).map_err(|error| failed(error.to_string()))?;
+        initialize(&context).map_err(|error| failed(format!("{error:?}")))?;
+        if let Ok(info) = context.get_library_info() {
+            tracing::info!(module = %real.display(), library = %info.library_description(), manufacturer = %info.manufacturer_id(),
+                "PKCS#11 module loaded");
+        }
+        let module = Arc::new(Module {
+            context,
+            generation: AtomicU64::new(1),
+            lifecycle: Mutex::new(Lifecycle { initialized: true }),
+            objects: Mutex::new(()),
+            tokens: Mutex::new(Vec::new()),
+        });
+        loaded.insert(real, Arc::clone(&module));
+        Ok(module)
+    }
+}
+
+/// A module's constructors run in our address space as soon as it is loaded: whoever may write it is us.
+fn check_owner(path: &Path) -> Result<(), String> {
+    let metadata = path.metadata().map_err(|error| error.to_string())?;
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(format!("it belongs to uid {owner}, neither root nor this daemon"));
+    }
+    if metadata.mode() & 0o002 != 0 {
+        return Err("everybody may write it".into());
+    }
+    Ok(())
+}
+
+fn initialize(context: &Pkcs11) -> Result<(), Cryptoki> {
+    match context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
+        Err(Cryptoki::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(()),
+        other => other,
+    }
+}
+
+/// One loaded module.
+pub(super) struct Module {
+    context: Pkcs11,
+    generation: AtomicU64,
+    /// Held while connecting a token and while recovering: the two must never overlap.
+    lifecycle: Mutex<Lifecycle>,
+    /// Held around creating, destroying and searching token objects: SoftHSM 2.6 and 2.7 corrupt themselves otherwise.
+    objects: Mutex<()>,
+    tokens: Mutex<Vec<Weak<Token>>>,
+}
+
+/// Proof that nobody else connects or recovers.
+pub(super) struct Lifecycle {
+    initialized: bool,
+}
+
+impl Module {
+    pub(super) fn context(&self) -> &Pkcs11 {
+        &self.context
+    }
+
+    /// How often the module has been initialised. Sessions and handles of another generation are dead.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn objects(&self) -> MutexGuard<'_, ()> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lifecycle(&self) -> MutexGuard<'_, Lifecycle> {
+        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tokens(&self) -> Vec<Arc<Token>> {
+        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        tokens.retain(|token| token.strong_count() > 0);
+        tokens.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(super) fn join(&self, token: &Arc<Token>) {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(token));
+    }
+
+    /// Whether another token of this module is in service.
+    pub(super) fn serves_besides(&self, token: *const Token) -> bool {
+        self.tokens().iter().any(|other| Arc::as_ptr(other) != token && other.is_usable())
+    }
+
+    /// Starts the module afresh, unless that happened since `seen`: C_Finalize with a call in flight is undefined, so every token's
+    /// threads come out first. Afterwards every token has to be connected again by its own watch, which is told to.
+    pub(super) fn restart(&self, lifecycle: &mut Lifecycle, seen: u64) -> Result<(), Error> {
+        if self.generation() != seen && lifecycle.initialized {
+            return Ok(());
+        }
+        let tokens = self.tokens();
+        for token in &tokens {
+            token.suspend("the PKCS#11 module is being restarted");
+        }
+        let deadline = Instant::now() + COME_OUT;
+        for token in &tokens {
+            if !token.wait_until_out(deadline.saturating_duration_since(Instant::now())) {
+                return Err(Error::Stuck);
+            }
+        }
+        for token in &tokens {
+            token.forget_sessions();
+        }
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.reinitialize(lifecycle)
+    }
+
+    /// C_Finalize, C_Initialize. A failure of the first is no news (the library may have lost itself); the second decides.
+    fn reinitialize(&self, lifecycle: &mut Lifecycle) -> Result<(), Error> {
+        if let Err(error) = self.context.clone().finalize() {
+            tracing::debug!(?error, "C_Finalize");
+        }
+        lifecycle.initialized = false;
+        initialize(&self.context).map_err(|error| Error::at(Place::Module, error))?;
+        lifecycle.initialized = true;
+        Ok(())
+    }
+
+    /// C_Finalize for good, when `leaving` was the last token. Nobody of it may be inside.
+    pub(super) fn leave(&self, leaving: &Arc<Token>) {
+        let mut lifecycle = self.lifecycle();
+        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        tokens.retain(|token| token.strong_count() > 0 && token.as_ptr() != Arc::as_ptr(leaving));
+        if tokens.is_empty() && lifecycle.initialized {
+            // The context stays good for another C_Initialize, should a token be opened again.
+            if let Err(error) = self.context.clone().finalize() {
+                tracing::debug!(?error, "C_Finalize at the end");
+            }
+            lifecycle.initialized = false;
+            self.generation.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The one slot whose token has this label (and serial). Slot ids are no names: SoftHSM derives them anew.
+    pub(super) fn find(&self, wanted: &config::Token) -> Result<(Slot, TokenInfo), Error> {
+        let slots = self.context.get_slots_with_token().map_err(|error| Error::at(Place::Module, error))?;
+        let mut found = String::new();
+        let mut fitting = Vec::new();
+        for slot in slots {
+            // One token that cannot be described must not hide the others.
+            let Ok(info) = self.context.get_token_info(slot) else { continue };
+            if !info.token_initialized() {
+                continue;
+            }
+            let separator = if found.is_empty() { "" } else { ", " };
+            let _ = write!(found, "{separator}{:?} (serial {:?})", info.label(), info.serial_number());
+            if info.label() == wanted.label && wanted.serial.as_ref().is_none_or(|serial| info.serial_number() == serial) {
+                fitting.push((slot, info));
+            }
+        }
+        match (fitting.pop(), fitting.len()) {
+            (Some(only), 0) => Ok(only),
+            (last, more) => Err(Error::TokenNotFound {
+                label: wanted.label.clone(),
+                serial: wanted.serial.as_ref().map(|serial| format!(" with serial {serial:?}")).unwrap_or_default(),
+                matches: more + usize::from(last.is_some()),
+                found: if found.is_empty() { "no token".into() } else { found },
+            }),
+        }
+    }
+
+    /// [`Module::find`], after a fresh start if the token is not there and nobody else is using the module: SoftHSM and others look
+    /// for tokens only at C_Initialize.
+    pub(super) fn find_afresh(&self, lifecycle: &mut Lifecycle, wanted: &config::Token) -> Result<(Slot, TokenInfo), Error> {
+        if !lifecycle.initialized {
+            self.reinitialize(lifecycle)?;
+        }
+        match self.find(wanted) {
+            Err(Error::TokenNotFound { .. } | Error::Token { .. }) if self.tokens().is_empty() => {
+                self.generation.fetch_add(1, Ordering::AcqRel);
+                self.reinitialize(lifecycle)?;
+                self.find(wanted)
+            }
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! A bounded queue that can be shut, and the threads that serve it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Why something was not queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    Full,
+    Shut,
+}
+
+/// First in, first out; full and shut queues answer at once. A thread serves one *term*: it is sent home when the queue is
+/// shut, and one that comes back late from the module finds another term and goes home too.
+pub(super) struct Queue<T> {
+    state: Mutex<State<T>>,
+    ready: Condvar,
+    bound: usize,
+}
+
+struct State<T> {
+    waiting: VecDeque<T>,
+    term: Option<u64>,
+}
+
+impl<T> Queue<T> {
+    /// A shut queue of at most `bound` waiting.
+    pub(super) fn new(bound: usize) -> Self {
+        Self { state: Mutex::new(State { waiting: VecDeque::new(), term: None }), ready: Condvar::new(), bound }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens it for the threads of `term`.
+    pub(super) fn open(&self, term: u64) {
+        self.lock().term = Some(term);
+    }
+
+    /// Sends the threads home and hands back what was waiting.
+    pub(super) fn shut(&self) -> Vec<T> {
+        let mut state = self.lock();
+        state.term = None;
+        let waiting = state.waiting.drain(..).collect();
+        self.ready.notify_all();
+        waiting
+    }
+
+    pub(super) fn push(&self, work: T) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.term.is_none() {
+            return Err(Refused::Shut);
+        }
+        if state.waiting.len() >= self.bound {
+            return Err(Refused::Full);
+        }
+        state.waiting.push_back(work);
+        drop(state);
+        self.ready.notify_one();
+        Ok(())
+    }
+
+    /// Waits for work of `term`; `None`: go home.
+    pub(super) fn next(&self, term: u64) -> Option<T> {
+        let mut state = self.lock();
+        loop {
+            if state.term != Some(term) {
+                return None;
+            }
+            if let Some(work) = state.waiting.pop_front() {
+                return Some(work);
+            }
+            state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().waiting.len()
+    }
+}
+
+/// One thread's mark: since when it has been inside the module.
+pub(super) struct Mark {
+    started: Instant,
+    /// Milliseconds since `started`, plus one; 0: not inside.
+    inside_since: AtomicU64,
+    given_up: AtomicBool,
+    sign_lane: bool,
+}
+
+impl Mark {
+    /// Runs `call`, during which the thread counts as inside the module.
+    pub(super) fn inside<R>(&self, call: impl FnOnce() -> R) -> R {
+        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.inside_since.store(now + 1, Ordering::Relaxed);
+        let result = call();
+        self.inside_since.store(0, Ordering::Relaxed);
+        result
+    }
+
+    /// Whether patience has ended: a lane given up goes home when it comes back.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    fn inside_for(&self) -> Option<Duration> {
+        let since = self.inside_since.load(Ordering::Relaxed).checked_sub(1)?;
+        Some(self.started.elapsed().saturating_sub(Duration::from_millis(since)))
+    }
+}
+
+/// The threads of one token. Each takes its mark off when it ends, also by a panic.
+pub(super) struct Crew {
+    marks: Mutex<Vec<Arc<Mark>>>,
+    gone: Condvar,
+}
+
+/// How the threads are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Count {
+    /// Serving.
+    pub(super) serving: usize,
+    /// Given up: hanging inside the module.
+    pub(super) hanging: usize,
+    /// Threads that are no sign lanes.
+    pub(super) admins: usize,
+}
+
+impl Crew {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self { marks: Mutex::new(Vec::new()), gone: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Mark>>> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a thread.
+    pub(super) fn hire(
+        self: &Arc<Self>,
+        name: &str,
+        sign_lane: bool,
+        work: impl FnOnce(&Mark) + Send + 'static,
+    ) -> std::io::Result<()> {
+        struct Leave(Arc<Crew>, Arc<Mark>);
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                self.0.lock().retain(|mark| !Arc::ptr_eq(mark, &self.1));
+                self.0.gone.notify_all();
+            }
+        }
+        let mark = Arc::new(Mark {
+            started: Instant::now(),
+            inside_since: AtomicU64::new(0),
+            given_up: AtomicBool::new(false),
+            sign_lane,
+        });
+        let leave = Leave(Arc::clone(self), Arc::clone(&mark));
+        self.lock().push(Arc::clone(&mark));
+        // A thread that is refused drops `leave`, and with it the mark.
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            let leave = leave;
+            work(&leave.1);
+        })?;
+        Ok(())
+    }
+
+    /// Gives up lanes that have been inside the module for longer than `patience`.
+    pub(super) fn give_up(&self, patience: Duration) -> Count {
+        let marks = self.lock();
+        for mark in marks.iter().filter(|mark| mark.sign_lane && mark.inside_for().is_some_and(|time| time > patience)) {
+            if !mark.given_up.swap(true, Ordering::Relaxed) {
+                tracing::error!("a sign lane hangs inside the PKCS#11 module; it is given up");
+            }
+        }
+        Self::count_of(&marks)
+    }
+
+    /// How long the admin lane has been inside the module.
+    pub(super) fn admin_inside_for(&self) -> Option<Duration> {
+        self.lock().iter().filter(|mark| !mark.sign_lane).find_map(|mark| mark.inside_for())
+    }
+
+    pub(super) fn count(&self) -> Count {
+        Self::count_of(&self.lock())
+    }
+
+    fn count_of(marks: &[Arc<Mark>]) -> Count {
+        let hanging = marks.iter().filter(|mark| mark.sign_lane && mark.is_given_up()).count();
+        let lanes = marks.iter().filter(|mark| mark.sign_lane).count();
+        Count { serving: lanes - hanging, hanging, admins: marks.len() - lanes }
+    }
+
+    /// Waits until nobody is left.
+    pub(super) fn wait_until_gone(&self, patience: Duration) -> bool {
+        let marks = self.lock();
+        let (marks, _) =
+            self.gone.wait_timeout_while(marks, patience, |marks| !marks.is_empty()).unwrap_or_else(PoisonError::into_inner);
+        marks.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_and_a_shut_queue_answer_at_once() {
+        let queue = Queue::new(2);
+        assert_eq!(queue.push(0), Err(Refused::Shut));
+        queue.open(1);
+        assert_eq!((queue.push(1), queue.push(2), queue.push(3)), (Ok(()), Ok(()), Err(Refused::Full)));
+        assert_eq!(queue.next(1), Some(1));
+        assert_eq!(queue.shut(), [2]);
+        assert_eq!(queue.next(1), None);
+    }
+
+    #[test]
+    fn a_thread_of_an_earlier_term_is_sent_home() {
+        let queue = Queue::new(1);
+        queue.open(2);
+        queue.push(()).unwrap();
+        assert_eq!(queue.next(1), None);
+        assert_eq!(queue.next(2), Some(()));
+    }
+
+    #[test]
+    fn a_lane_inside_for_too_long_is_given_up_and_waiting_for_it_ends() {
+        let crew = Crew::new();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let (entered, inside) = std::sync::mpsc::channel();
+        crew.hire("lane", true, move |mark| {
+            mark.inside(|| {
+                entered.send(()).unwrap();
+                held.recv().unwrap();
+            });
+        })
+        .unwrap();
+        inside.recv().unwrap();
+        assert!(!crew.wait_until_gone(Duration::from_millis(20)));
+        assert_eq!(crew.give_up(Duration::from_millis(1)), Count { serving: 0, hanging: 1, admins: 0 });
+        release.send(()).unwrap();
+        assert!(crew.wait_until_gone(Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn a_panicking_thread_leaves_no_mark() {
+        let crew = Crew::new();
+        crew.hire("lane", true, |_| panic!("as a misbehaving module makes the wrapper do")).unwrap();
+        assert!(crew.wait_until_gone(Duration::from_secs(5)));
+    }
+}

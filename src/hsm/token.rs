@@ -1,0 +1,412 @@
+//! One token: found, logged in to once, probed, served by its threads.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use cryptoki::error::{Error as Cryptoki, RvError};
+use cryptoki::mechanism::MechanismType;
+use cryptoki::session::{Session, SessionState, UserType};
+use cryptoki::slot::{Limit, Slot, TokenInfo};
+use tokio::sync::{Notify, watch};
+
+use super::admin::{self, Errand};
+use super::faults::{Class, Error, Place, class};
+use super::keyring::{Bound, Keyring};
+use super::lanes::{self, Job};
+use super::modules::{Lifecycle, Module};
+use super::objects::{self, Wanted};
+use super::pin::{Marker, Pin};
+use super::queue::{Crew, Queue};
+use super::{Capabilities, Settings, der};
+use crate::model::{Algorithm, KeyId, Meter};
+
+/// Errands that may wait at once.
+const ERRANDS_MAX: usize = 1024;
+/// As many vague errors in a row, without a signature between them, are a lost token.
+const SUSPICIONS_MAX: u32 = 3;
+
+/// A session is held open for ever: when the last one closes, the login and all handles go.
+struct Connection {
+    slot: Slot,
+    read_only_sessions: bool,
+    _anchor: Session,
+}
+
+/// Whether signatures can be had, and why not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Signatures can be had.
+    pub usable: bool,
+    /// The newest fault; stays after it has passed.
+    pub fault: Option<String>,
+    /// A call hangs inside the module: recovery in process is not possible, the daemon has to be restarted.
+    pub stuck: bool,
+}
+
+/// What the threads of one token share.
+pub(super) struct Token {
+    pub(super) settings: Settings,
+    pub(super) module: Arc<Module>,
+    pub(super) meter: Arc<Meter>,
+    pub(super) jobs: Queue<Job>,
+    pub(super) errands: Queue<Errand>,
+    pub(super) keyring: Keyring,
+    pub(super) canary: Mutex<Option<Arc<Bound>>>,
+    pub(super) alarm: Notify,
+    pub(super) watchman: Arc<Crew>,
+    pub(super) crew: Arc<Crew>,
+    pub(super) reconnects: AtomicU64,
+    capabilities: OnceLock<Capabilities>,
+    serial: OnceLock<String>,
+    pin: Pin,
+    marker: Marker,
+    connection: Mutex<Option<Connection>>,
+    generation: AtomicU64,
+    term: AtomicU64,
+    epoch: AtomicU64,
+    suspicions: AtomicU32,
+    signatures: AtomicU64,
+    started: Instant,
+    signed_at_ms: AtomicU64,
+    health: watch::Sender<Health>,
+    stopping: AtomicBool,
+}
+
+impl Token {
+    pub(super) fn new(module: Arc<Module>, settings: Settings, meter: Arc<Meter>) -> Arc<Self> {
+        Arc::new(Self {
+            jobs: Queue::new(settings.queue),
+            errands: Queue::new(ERRANDS_MAX),
+            pin: Pin::new(settings.token.pin.clone()),
+            marker: Marker::new(&settings.state, settings.role),
+            settings,
+            module,
+            meter,
+            keyring: Keyring::default(),
+            canary: Mutex::new(None),
+            alarm: Notify::new(),
+            watchman: Crew::new(),
+            crew: Crew::new(),
+            reconnects: AtomicU64::new(0),
+            capabilities: OnceLock::new(),
+            serial: OnceLock::new(),
+            connection: Mutex::new(None),
+            generation: AtomicU64::new(0),
+            term: AtomicU64::new(0),
+            epoch: AtomicU64::new(1),
+            suspicions: AtomicU32::new(0),
+            signatures: AtomicU64::new(0),
+            started: Instant::now(),
+            signed_at_ms: AtomicU64::new(0),
+            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false }),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<Connection>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // --- connecting ---------------------------------------------------------------------------------------------------
+
+    /// Finds the token, logs in once, probes it the first time, and starts its threads. The caller holds the module's lifecycle.
+    pub(super) fn connect(self: &Arc<Self>, found: (Slot, TokenInfo)) -> Result<(), Error> {
+        let (slot, info) = found;
+        self.generation.store(self.module.generation(), Ordering::Release);
+        let context = self.module.context();
+        let anchor = context.open_rw_session_no_drop(slot).map_err(|error| Error::at(Place::OpenSession, error))?;
+        let read_only_sessions = match self.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
+            Ok(capabilities) => capabilities.read_only_sessions,
+            Err(error) => {
+                Self::discard(anchor);
+                return Err(error);
+            }
+        };
+        let _ = self.serial.set(info.serial_number().into());
+        *self.connection() = Some(Connection { slot, read_only_sessions, _anchor: anchor });
+        self.start_threads()
+    }
+
+    /// One C_Login, and none at all while an earlier one has not succeeded or the token warns.
+    fn log_in(&self, anchor: &Session, info: &TokenInfo) -> Result<(), Error> {
+        let label = || self.settings.token.label.clone();
+        let logged_in = anchor.get_session_info().map_err(|error| Error::at(Place::OpenSession, error))?;
+        if matches!(logged_in.session_state(), SessionState::RoUser | SessionState::RwUser) {
+            return Ok(());
+        }
+        let pending = || Error::PinPending { label: label(), path: self.marker.path().into() };
+        if self.marker.is_set() {
+            return Err(pending());
+        }
+        let flags = [
+            (!info.user_pin_initialized(), "the user PIN is not initialised"),
+            (info.user_pin_locked(), "the user PIN is locked"),
+            (info.user_pin_final_try(), "one more wrong PIN would lock it"),
+            (info.user_pin_to_be_changed(), "the user PIN has to be changed first"),
+        ];
+        if let Some((_, state)) = flags.iter().find(|(set, _)| *set) {
+            return Err(Error::PinState { label: label(), state });
+        }
+        let pin = self.pin.read()?;
+        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::AlreadyExists => pending(),
+            _ => Error::PinMarker { path: self.marker.path().into(), cause },
+        })?;
+        // A crash from here on leaves the marker: the try may have been counted.
+        let answer = anchor.login_with_raw(UserType::User, &pin);
+        drop(pin);
+        let judged = match answer {
+            Ok(()) | Err(Cryptoki::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+            Err(Cryptoki::Pkcs11(RvError::PinIncorrect, _)) => return Err(Error::PinIncorrect { label: label() }),
+            Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
+                return Err(Error::Token { place: Place::Login, code });
+            }
+            // The PIN was not what was wrong: no try was counted.
+            Err(other) => Err(Error::at(Place::Login, other)),
+        };
+        self.marker.clear().map_err(|cause| Error::PinMarker { path: self.marker.path().into(), cause })?;
+        judged
+    }
+
+    /// What this token can do, found out at the first connection by doing it with keys that die with their session.
+    fn probe_once(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<&Capabilities, Error> {
+        if let Some(known) = self.capabilities.get() {
+            return Ok(known);
+        }
+        let probed = self.probe(anchor, slot, info)?;
+        Ok(self.capabilities.get_or_init(|| probed))
+    }
+
+    fn probe(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<Capabilities, Error> {
+        // CloudHSM has no read-only sessions.
+        let read_only_sessions = self.module.context().open_ro_session_no_drop(slot).map(Self::discard).is_ok();
+        let list = self.module.context().get_mechanism_list(slot).map_err(|error| Error::at(Place::Module, error))?;
+        let has = |kind: MechanismType| list.contains(&kind);
+        if !has(MechanismType::ECDSA) || !has(MechanismType::ECC_KEY_PAIR_GEN) {
+            return Err(Error::Incapable { label: self.settings.token.label.clone(), what: "ECDSA on P-256" });
+        }
+        let session_keys = self.try_algorithm(anchor, Algorithm::P256, &der::P256_PARAMS);
+        let listed = has(MechanismType::EDDSA) && has(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN);
+        let forms = [&der::ED25519_PARAMS[..], &der::ED25519_PARAMS_NAME[..]];
+        let form = match (listed, session_keys) {
+            (false, _) => None,
+            (true, true) => forms.into_iter().find(|form| self.try_algorithm(anchor, Algorithm::Ed25519, form)),
+            (true, false) => Some(forms[0]), // cannot be tried without leaving something behind: believed
+        };
+        let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
+        mechanisms.sort_unstable();
+        mechanisms.dedup();
+        let sessions_max = match info.max_session_count() {
+            Limit::Max(most) => usize::try_from(most).ok(),
+            Limit::Unavailable | Limit::Infinite => None,
+        };
+        let capabilities = Capabilities {
+            ed25519: form.is_some(),
+            session_keys,
+            read_only_sessions,
+            sessions_max,
+            mechanisms,
+            ed25519_params: form,
+        };
+        tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519, session_keys, read_only_sessions,
+            mechanisms = capabilities.mechanisms.len(), "token probed");
+        Ok(capabilities)
+    }
+
+    /// Generate, sign, verify, destroy: with a session key pair.
+    fn try_algorithm(&self, session: &Session, algorithm: Algorithm, params: &[u8]) -> bool {
+        let id = KeyId::random();
+        let wanted = Wanted { algorithm, params, id: &id.0, label: "keyward/probe", durable: false };
+        let _objects = self.module.objects();
+        let Ok((public, private)) = wanted.generate(session) else { return false };
+        let works = objects::read_public(session, public)
+            .and_then(|public| Ok(Bound::new(id, public)?))
+            .and_then(|key| objects::test_sign(session, private, &key));
+        for object in [private, public] {
+            if let Err(error) = session.destroy_object(object) {
+                tracing::debug!(?error, "a probe key stays until its session ends");
+            }
+        }
+        works.is_ok()
+    }
+
+    // --- threads and sessions -----------------------------------------------------------------------------------------
+
+    fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
+        let term = self.term.fetch_add(1, Ordering::AcqRel) + 1;
+        self.suspicions.store(0, Ordering::Relaxed);
+        self.errands.open(term);
+        self.jobs.open(term);
+        self.top_up()
+    }
+
+    /// As many as configured, and as the token's sessions allow beside the anchor, the admin lane and one in reserve.
+    fn lanes(&self) -> usize {
+        let most = self.capabilities().and_then(|able| able.sessions_max).map_or(usize::MAX, |most| most.saturating_sub(3));
+        self.settings.token.lanes.min(most).max(1)
+    }
+
+    /// Replaces threads that have died or were given up. As many lanes may hang as are configured; then no more are started.
+    pub(super) fn top_up(self: &Arc<Self>) -> Result<(), Error> {
+        let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.lanes());
+        for _ in count.serving..lanes.min((2 * lanes).saturating_sub(count.hanging)) {
+            let token = Arc::clone(self);
+            self.crew.hire("hsm-sign", true, move |mark| lanes::serve(&token, term, mark)).map_err(Error::Thread)?;
+        }
+        if count.admins == 0 {
+            let token = Arc::clone(self);
+            self.crew.hire("hsm-admin", false, move |mark| admin::serve(&token, term, mark)).map_err(Error::Thread)?;
+        }
+        Ok(())
+    }
+
+    /// A session of the current connection; not closed when dropped.
+    pub(super) fn open_session(&self, read_write: bool) -> Result<Session, Error> {
+        let Some((slot, read_only)) = self.connection().as_ref().map(|at| (at.slot, at.read_only_sessions && !read_write)) else {
+            return Err(self.unusable());
+        };
+        let context = self.module.context();
+        let opened = if read_only { context.open_ro_session_no_drop(slot) } else { context.open_rw_session_no_drop(slot) };
+        opened.map_err(|error| Error::at(Place::OpenSession, error))
+    }
+
+    /// Closes a session that is of no more use. If that fails there is nothing else to do with it.
+    pub(super) fn discard(session: Session) {
+        if let Err(error) = session.close() {
+            tracing::debug!(?error, "C_CloseSession");
+        }
+    }
+
+    /// Of the newest attempt to connect: what has to be restarted if that connection is lost.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn wait_until_out(&self, patience: Duration) -> bool {
+        self.crew.wait_until_gone(patience)
+    }
+
+    pub(super) fn forget_sessions(&self) {
+        *self.connection() = None;
+    }
+
+    // --- health -------------------------------------------------------------------------------------------------------
+
+    pub(super) fn is_usable(&self) -> bool {
+        self.health.borrow().usable
+    }
+
+    pub(super) fn health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    /// In service (again), unless another token has had the module restarted meanwhile. The caller holds the lifecycle.
+    pub(super) fn resume(&self, _held: &Lifecycle) -> Result<(), Error> {
+        if self.generation() != self.module.generation() || self.is_stopping() {
+            return Err(self.unusable());
+        }
+        self.health.send_modify(|health| {
+            health.usable = true;
+            health.stuck = false;
+        });
+        Ok(())
+    }
+
+    /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
+    pub(super) fn suspend(&self, fault: &str) {
+        let was_usable = self.health.borrow().usable;
+        self.note_fault(fault, false);
+        for job in self.jobs.shut() {
+            job.turn_away(fault);
+        }
+        drop(self.errands.shut());
+        if was_usable {
+            tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
+        }
+        self.alarm.notify_one();
+    }
+
+    pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
+        self.health.send_modify(|health| *health = Health { usable: false, fault: Some(fault.into()), stuck });
+    }
+
+    pub(super) fn unusable(&self) -> Error {
+        if self.is_stopping() {
+            return Error::ShutDown;
+        }
+        let health = self.health.borrow();
+        if health.stuck {
+            return Error::Stuck;
+        }
+        Error::Unusable(health.fault.clone().unwrap_or_else(|| "it is being connected".into()))
+    }
+
+    /// Whether this vague error is one too many.
+    pub(super) fn suspect_again(&self) -> bool {
+        self.suspicions.fetch_add(1, Ordering::AcqRel) + 1 >= SUSPICIONS_MAX
+    }
+
+    pub(super) fn report_signature(&self) {
+        self.suspicions.store(0, Ordering::Relaxed);
+        self.signatures.fetch_add(1, Ordering::Relaxed);
+        self.signed_at_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn idle_for(&self) -> Duration {
+        Duration::from_millis(self.now_ms().saturating_sub(self.signed_at_ms.load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn signatures(&self) -> u64 {
+        self.signatures.load(Ordering::Relaxed)
+    }
+
+    // --- epochs, facts ------------------------------------------------------------------------------------------------
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// All handles of `epoch` are dropped; once, however many lanes met the same dead handle.
+    pub(super) fn epoch_ends(&self, epoch: u64) {
+        let _ = self.epoch.compare_exchange(epoch, epoch + 1, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    pub(super) fn capabilities(&self) -> Option<&Capabilities> {
+        self.capabilities.get()
+    }
+
+    pub(super) fn serial(&self) -> &str {
+        self.serial.get().map_or("", String::as_str)
+    }
+
+    pub(super) fn pin_pending(&self) -> bool {
+        self.marker.is_set()
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.suspend("shut down");
+    }
+}
+
+/// What recovery does under the module's lifecycle lock.
+pub(super) fn reconnect(token: &Arc<Token>, seen: u64) -> Result<(), Error> {
+    if token.pin_pending() {
+        return Err(Error::PinPending { label: token.settings.token.label.clone(), path: token.marker.path().into() });
+    }
+    let mut lifecycle = token.module.lifecycle();
+    let lifecycle: &mut Lifecycle = &mut lifecycle;
+    token.module.restart(lifecycle, seen)?;
+    // Noted before the token is looked for: what is not there now may be there after another restart, and only then.
+    token.generation.store(token.module.generation(), Ordering::Release);
+    token.connect(token.module.find(&token.settings.token)?)
+}

@@ -1,0 +1,370 @@
+//! The SQLite file. One writer connection; readers page over immutable entries.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use prost::Message as _;
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+
+use crate::model::{Digest, KeyId, PublicKey};
+use crate::proto;
+
+use super::agent::Agent;
+use super::merkle::{Tile, Tree, leaf_hash};
+use super::row::AgentRow;
+
+/// The schema this binary writes.
+const SCHEMA: i64 = 1;
+const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001.sql")];
+/// Entries read in one go, at most.
+pub(super) const PAGE_ENTRIES_MAX: u32 = 1000;
+
+/// What the file cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite said no.
+    #[error("the ledger file: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The file system said no.
+    #[error("the ledger file: {0}")]
+    Io(#[from] std::io::Error),
+    /// Written by a newer keyward.
+    #[error(
+        "the ledger file has schema {found}; this keyward knows {SCHEMA}: start the newer one, or restore a backup made before"
+    )]
+    Newer {
+        /// Its schema.
+        found: i64,
+    },
+    /// There is none yet.
+    #[error("there is no ledger at {0}: run `keyward init`")]
+    Missing(PathBuf),
+    /// It exists already.
+    #[error("there is a ledger at {0} already")]
+    Exists(PathBuf),
+    /// The tree does not hang together.
+    #[error("the ledger file is damaged: {0}")]
+    Tree(#[from] super::merkle::MerkleError),
+    /// What is stored breaks a rule.
+    #[error("the ledger file is damaged: {0}")]
+    Damaged(String),
+}
+
+/// An HSM key as the ledger knows it.
+#[derive(Debug, Clone)]
+pub struct KeyRow {
+    /// CKA_ID.
+    pub id: KeyId,
+    /// What it is for.
+    pub purpose: proto::Purpose,
+    /// What it signs with.
+    pub algorithm: proto::KeyAlgorithm,
+    /// Where it lives.
+    pub token: proto::TokenRole,
+    /// Pinned public key once active.
+    pub public: Option<PublicKey>,
+}
+
+/// An authority's certificate.
+#[derive(Debug, Clone)]
+pub struct AuthorityRow {
+    /// Root or issuing.
+    pub purpose: proto::Purpose,
+    /// Its key; `None` for an outside root.
+    pub key_id: Option<KeyId>,
+    /// DER.
+    pub certificate: Vec<u8>,
+}
+
+/// A row that goes with an entry, in the same transaction.
+#[derive(Debug, Clone)]
+pub(super) enum Row {
+    Agent(AgentRow, String),
+    KeyIntended(proto::KeyIntended),
+    KeyActivated(proto::KeyActivated),
+    KeyAbandoned(Vec<u8>),
+    Authority(proto::AuthorityActivated),
+    Fact(&'static str, Vec<u8>),
+}
+
+/// The writer's connection.
+pub(super) struct Store {
+    connection: Connection,
+}
+
+impl Store {
+    /// A new file with the schema, and nothing in it.
+    pub(super) fn create(path: &Path) -> Result<Self, StoreError> {
+        if path.exists() {
+            return Err(StoreError::Exists(path.to_owned()));
+        }
+        let mut store = Self { connection: connect(path, OpenFlags::SQLITE_OPEN_CREATE)? };
+        store.migrate(path)?;
+        Ok(store)
+    }
+
+    /// Opens and, where needed, migrates. A copy (`VACUUM INTO`) is made before a migration of a file that has entries.
+    pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
+        if !path.exists() {
+            return Err(StoreError::Missing(path.to_owned()));
+        }
+        let mut store = Self { connection: connect(path, OpenFlags::empty())? };
+        store.migrate(path)?;
+        Ok(store)
+    }
+
+    fn migrate(&mut self, path: &Path) -> Result<(), StoreError> {
+        let found: i64 = self.connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if found > SCHEMA {
+            return Err(StoreError::Newer { found });
+        }
+        if found > 0 && found < SCHEMA {
+            let copy = path.with_extension(format!("schema{found}.db"));
+            if !copy.exists() {
+                self.connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()])?;
+            }
+        }
+        for version in found..SCHEMA {
+            let transaction = self.connection.transaction()?;
+            let at = usize::try_from(version).unwrap_or(usize::MAX);
+            transaction.execute_batch(MIGRATIONS.get(at).ok_or(StoreError::Newer { found })?)?;
+            transaction.pragma_update(None, "user_version", version + 1)?;
+            transaction.commit()?;
+        }
+        Ok(())
+    }
+
+    /// One transaction: all entries, the tiles they complete, the rows that go with them. When this returns, they are durable.
+    pub(super) fn commit(&mut self, first: u64, entries: &[Vec<u8>], tiles: &[Tile], rows: &[Row]) -> Result<(), StoreError> {
+        let transaction = self.connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        {
+            let mut insert = transaction.prepare_cached("INSERT INTO entry (idx, bytes) VALUES (?1, ?2)")?;
+            for (at, bytes) in (first..).zip(entries) {
+                insert.execute(params![at.cast_signed(), bytes])?;
+            }
+        }
+        if !tiles.is_empty() {
+            let mut insert = transaction.prepare_cached("INSERT INTO tile (level, idx, hashes) VALUES (?1, ?2, ?3)")?;
+            for tile in tiles {
+                insert.execute(params![tile.level, tile.index.cast_signed(), tile.hashes])?;
+            }
+        }
+        for row in rows {
+            write_row(&transaction, row)?;
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+
+    /// All agents' rows.
+    pub(super) fn agents(&self, mut each: impl FnMut(Agent)) -> Result<(), StoreError> {
+        let mut select = self.connection.prepare("SELECT id, row FROM agent")?;
+        let mut rows = select.query([])?;
+        while let Some(row) = rows.next()? {
+            let id: String = row.get(0)?;
+            let damaged = || StoreError::Damaged(format!("the row of agent {id}"));
+            let decoded = AgentRow::decode(row.get_ref(1)?.as_blob().map_err(|_| damaged())?).map_err(|_| damaged())?;
+            each(decoded.restore().ok_or_else(damaged)?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.connection.query_row("SELECT value FROM fact WHERE name = ?1", [name], |row| row.get(0)).optional()?)
+    }
+
+    pub(super) fn size(&self) -> Result<u64, StoreError> {
+        let last: Option<i64> = self.connection.query_row("SELECT max(idx) FROM entry", [], |row| row.get(0))?;
+        Ok(last.map_or(0, |last| last.cast_unsigned() + 1))
+    }
+
+    /// Entries from `from` on, in order.
+    pub(super) fn replay(&self, from: u64, mut each: impl FnMut(u64, &[u8]) -> Result<(), StoreError>) -> Result<(), StoreError> {
+        let mut select = self.connection.prepare("SELECT idx, bytes FROM entry WHERE idx >= ?1 ORDER BY idx")?;
+        let mut rows = select.query([from.cast_signed()])?;
+        while let Some(row) = rows.next()? {
+            let index: i64 = row.get(0)?;
+            let bytes = row.get_ref(1)?.as_blob().map_err(|_| StoreError::Damaged(format!("entry {index}")))?;
+            each(index.cast_unsigned(), bytes)?;
+        }
+        Ok(())
+    }
+
+    /// The first entry's bytes.
+    pub(super) fn first(&self) -> Result<Vec<u8>, StoreError> {
+        Ok(self.connection.query_row("SELECT bytes FROM entry WHERE idx = 0", [], |row| row.get(0))?)
+    }
+
+    /// The tree's right edge, from complete tiles and the newest entries.
+    pub(super) fn tree(&self) -> Result<Tree, StoreError> {
+        let tile = |level: u8, index: u64| -> Result<Vec<u8>, StoreError> {
+            Ok(self.connection.query_row(
+                "SELECT hashes FROM tile WHERE level = ?1 AND idx = ?2",
+                params![level, index.cast_signed()],
+                |row| row.get(0),
+            )?)
+        };
+        let leaf = |index: u64| -> Result<Digest, StoreError> {
+            let bytes: Vec<u8> =
+                self.connection.query_row("SELECT bytes FROM entry WHERE idx = ?1", [index.cast_signed()], |row| row.get(0))?;
+            Ok(leaf_hash(&bytes))
+        };
+        Tree::load(self.size()?, tile, leaf)
+    }
+}
+
+fn connect(path: &Path, also: OpenFlags) -> Result<Connection, StoreError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | also;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(std::time::Duration::from_secs(2))?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", "ON")?;
+    connection.pragma_update(None, "trusted_schema", "OFF")?;
+    connection.pragma_update(None, "temp_store", "MEMORY")?;
+    // 8 MiB of pages: the ledger only appends, and 100,000 agents' rows are read once.
+    connection.pragma_update(None, "cache_size", -8192)?;
+    Ok(connection)
+}
+
+fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
+    match row {
+        Row::Agent(row, id) => {
+            transaction
+                .prepare_cached("INSERT INTO agent (id, row) VALUES (?1, ?2) ON CONFLICT (id) DO UPDATE SET row = excluded.row")?
+                .execute(params![id, row.encode_to_vec()])?;
+        }
+        Row::KeyIntended(key) => {
+            transaction
+                .prepare_cached("INSERT INTO hsm_key (id, purpose, algorithm, token, state) VALUES (?1, ?2, ?3, ?4, 'intended')")?
+                .execute(params![key.key_id, key.purpose, key.algorithm, key.token])?;
+        }
+        Row::KeyActivated(key) => {
+            transaction
+                .prepare_cached("UPDATE hsm_key SET state = 'active', spki = ?2 WHERE id = ?1")?
+                .execute(params![key.key_id, key.spki])?;
+        }
+        Row::KeyAbandoned(id) => {
+            transaction.prepare_cached("UPDATE hsm_key SET state = 'abandoned' WHERE id = ?1")?.execute([id])?;
+        }
+        Row::Authority(authority) => {
+            transaction
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO authority (purpose, key_id, certificate, intent) VALUES (?1, ?2, ?3, ?4)",
+                )?
+                .execute(params![authority.purpose, authority.key_id, authority.certificate, authority.intent.cast_signed()])?;
+        }
+        Row::Fact(name, value) => {
+            transaction
+                .prepare_cached("INSERT OR REPLACE INTO fact (name, value) VALUES (?1, ?2)")?
+                .execute(params![name, value])?;
+        }
+    }
+    Ok(())
+}
+
+/// A read-only look at a ledger file, of a running daemon or of a copy.
+pub struct Reader {
+    connection: Mutex<Connection>,
+}
+
+impl Reader {
+    /// Opens `path` for reading alone.
+    ///
+    /// # Errors
+    /// When it is no ledger, or one of a newer keyward.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        if !path.exists() {
+            return Err(StoreError::Missing(path.to_owned()));
+        }
+        let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        connection.busy_timeout(std::time::Duration::from_secs(2))?;
+        let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if found > SCHEMA {
+            return Err(StoreError::Newer { found });
+        }
+        Ok(Self { connection: Mutex::new(connection) })
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, Connection> {
+        self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// One entry's bytes.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn entry(&self, index: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached("SELECT bytes FROM entry WHERE idx = ?1")?;
+        Ok(select.query_row([index.cast_signed()], |row| row.get(0)).optional()?)
+    }
+
+    /// At most `limit` (and 1,000) entries' bytes from `from` on.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn entries(&self, from: u64, limit: u32) -> Result<Vec<Vec<u8>>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached("SELECT bytes FROM entry WHERE idx >= ?1 ORDER BY idx LIMIT ?2")?;
+        let rows = select.query_map(params![from.cast_signed(), limit.min(PAGE_ENTRIES_MAX)], |row| row.get(0))?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
+    /// A fact by name (`checkpoint`: the newest signed note).
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let connection = self.locked();
+        Ok(connection.query_row("SELECT value FROM fact WHERE name = ?1", [name], |row| row.get(0)).optional()?)
+    }
+
+    /// HSM keys that are intended or active.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn keys(&self) -> Result<Vec<KeyRow>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection
+            .prepare_cached("SELECT id, purpose, algorithm, token, spki FROM hsm_key WHERE state <> 'abandoned' ORDER BY id")?;
+        let mut rows = select.query([])?;
+        let mut keys = Vec::new();
+        while let Some(row) = rows.next()? {
+            let id: Vec<u8> = row.get(0)?;
+            let spki: Option<Vec<u8>> = row.get(4)?;
+            let damaged = || StoreError::Damaged("a row of hsm_key".to_owned());
+            keys.push(KeyRow {
+                id: KeyId::from_slice(&id).ok_or_else(damaged)?,
+                purpose: row.get::<_, i32>(1)?.try_into().map_err(|_| damaged())?,
+                algorithm: row.get::<_, i32>(2)?.try_into().map_err(|_| damaged())?,
+                token: row.get::<_, i32>(3)?.try_into().map_err(|_| damaged())?,
+                public: match spki {
+                    Some(spki) => Some(PublicKey::from_spki(&spki).map_err(|_| damaged())?),
+                    None => None,
+                },
+            });
+        }
+        Ok(keys)
+    }
+
+    /// Authorities in force.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn authorities(&self) -> Result<Vec<AuthorityRow>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached("SELECT purpose, key_id, certificate FROM authority ORDER BY purpose")?;
+        let mut rows = select.query([])?;
+        let mut authorities = Vec::new();
+        while let Some(row) = rows.next()? {
+            let key_id: Vec<u8> = row.get(1)?;
+            authorities.push(AuthorityRow {
+                purpose: row.get::<_, i32>(0)?.try_into().map_err(|_| StoreError::Damaged("a row of authority".to_owned()))?,
+                key_id: KeyId::from_slice(&key_id),
+                certificate: row.get(2)?,
+            });
+        }
+        Ok(authorities)
+    }
+}

@@ -1,0 +1,301 @@
+//! Offline verification: what the ledger says, held against what keyward promises.
+//!
+//! Owns: [`Verifier`], which is fed the stored entries in order, and its [`Report`]. Promises: every entry is hashed and
+//! decoded once; memory grows with live agents and certificates, not with entries; a finding has a rule with a stable name.
+//! It shares no code with what writes the ledger but the wire types and the tree, and believes nothing but the pinned key.
+//! Never: a database, a clock.
+//!
+//! | rule | what was found |
+//! |---|---|
+//! | `entry-malformed` | bytes that are no entry, or an entry of a kind this version does not know |
+//! | `index`, `time` | an index that is not the position; a time before the previous one |
+//! | `genesis` | no genesis first, another one later, or one of another ledger than the checkpoint's |
+//! | `root`, `truncated` | another root than the checkpoint's; fewer entries than the checkpoint says |
+//! | `key-intent`, `key-settled`, `key-spki` | a key intended twice; settled without an intent or twice; not a key of its algorithm |
+//! | `authority` | a certificate in force that is not the one a released intent signed, or of a key that is not active |
+//! | `intent-key` | an intent for a key that is not active or has another purpose |
+//! | `intent-agent`, `intent-epoch` | an intent for an agent that is not enrolled, or of an epoch that has not begun |
+//! | `intent-tbs`, `intent-identity`, `intent-freshness` | bytes that are no certificate or CRL; another identity; a life beyond the appraisal |
+//! | `serial` | a serial of a certificate that has not expired, again |
+//! | `crl-number`, `crl-incomplete` | a CRL number that does not grow; a denied certificate that a CRL does not list |
+//! | `outcome-intent`, `outcome-twice` | an outcome of no intent; a second one |
+//! | `outcome-restart` | a release of an intent from before a restart |
+//! | `intents-open` | more open intents than a daemon can have |
+//! | `released-quarantined`, `released-denied` | a release to an agent in quarantine; of an epoch that is denied (promise 5) |
+//! | `sequence` | a release that does not follow the one before it |
+//! | `signature` | a signature that is not the named key's over the intent's bytes |
+//! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
+
+mod agents;
+#[cfg(test)]
+mod book;
+mod intents;
+mod keys;
+mod tbs;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+
+use prost::Message as _;
+
+use super::merkle::{Tree, empty_root, leaf_hash};
+use super::note::{Checkpoint, ledger_name};
+use crate::model::{Digest, TrustDomain, UnixTime};
+use crate::proto::entry::Body;
+use crate::proto::{Entry, Genesis};
+
+/// Findings that are kept; the rest are counted.
+pub const VIOLATIONS_KEPT: usize = 1000;
+/// Intents a daemon can have open at once: the longest ledger queue that can be configured.
+pub const OPEN_INTENTS_MAX: usize = 65_536;
+
+/// Something that must not be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Position of the entry that shows it.
+    pub index: u64,
+    /// What was broken: a stable name, see the module's table.
+    pub rule: &'static str,
+    /// For people.
+    pub detail: String,
+}
+
+/// What was read, and what was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// From the genesis.
+    pub trust_domain: Option<TrustDomain>,
+    /// Entries read.
+    pub entries: u64,
+    /// Entries below the newest checkpoint; the others are not yet sealed.
+    pub size_sealed: u64,
+    /// Computed over all entries read.
+    pub root: Digest,
+    /// Of the first entry and the last.
+    pub time: Option<(UnixTime, UnixTime)>,
+    /// Agents enrolled.
+    pub agents: u64,
+    /// Intents.
+    pub intents: u64,
+    /// Certificates released, authorities' and the server's included.
+    pub certificates: u64,
+    /// Intents that ended released: certificates and CRLs.
+    pub released: u64,
+    /// Intents that ended withheld.
+    pub withheld: u64,
+    /// Intents that ended failed.
+    pub failed: u64,
+    /// Intents that ended unknown.
+    pub unknown: u64,
+    /// Intents without an outcome, by index.
+    pub open_intents: Vec<u64>,
+    /// Quarantines.
+    pub quarantines: u64,
+    /// Quarantines lifted.
+    pub reinstatements: u64,
+    /// The first [`VIOLATIONS_KEPT`].
+    pub violations: Vec<Violation>,
+    /// All of them.
+    pub violations_total: u64,
+}
+
+impl Report {
+    /// Whether nothing was found that must not be. Open intents and entries that are not yet sealed are no violations.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.violations_total == 0
+    }
+
+    /// Entries that no checkpoint covers yet.
+    #[must_use]
+    pub fn not_yet_sealed(&self) -> u64 {
+        self.entries.saturating_sub(self.size_sealed)
+    }
+}
+
+/// The entry being looked at, and where what is found goes.
+struct At<'v> {
+    index: u64,
+    time: UnixTime,
+    kept: &'v mut Vec<Violation>,
+    total: &'v mut u64,
+}
+
+impl At<'_> {
+    fn violates(&mut self, rule: &'static str, detail: fmt::Arguments<'_>) {
+        *self.total += 1;
+        if self.kept.len() < VIOLATIONS_KEPT {
+            self.kept.push(Violation { index: self.index, rule, detail: detail.to_string() });
+        }
+    }
+}
+
+/// Reads a ledger, entry by entry.
+pub struct Verifier {
+    /// To come, the smallest last.
+    checkpoints: Vec<Checkpoint>,
+    size_sealed: u64,
+    tree: Tree,
+    trust_domain: Option<TrustDomain>,
+    time: Option<(UnixTime, UnixTime)>,
+    started: u64,
+    keys: keys::Keys,
+    agents: agents::Agents,
+    intents: intents::Intents,
+    violations: Vec<Violation>,
+    violations_total: u64,
+}
+
+impl Verifier {
+    /// For a ledger that `checkpoints` were made of; each comes out of [`verify`](super::note::verify) with the pinned key.
+    /// With `signatures` every released signature is verified, some 50 µs each.
+    #[must_use]
+    pub fn new(checkpoints: impl IntoIterator<Item = Checkpoint>, signatures: bool) -> Self {
+        let mut checkpoints: Vec<_> = checkpoints.into_iter().collect();
+        checkpoints.sort_by_key(|checkpoint| std::cmp::Reverse(checkpoint.size));
+        let mut verifier = Self {
+            size_sealed: checkpoints.first().map_or(0, |newest| newest.size),
+            checkpoints,
+            tree: Tree::new(),
+            trust_domain: None,
+            time: None,
+            started: 0,
+            keys: keys::Keys::default(),
+            agents: agents::Agents::default(),
+            intents: intents::Intents::new(signatures),
+            violations: Vec::new(),
+            violations_total: 0,
+        };
+        verifier.compare_roots();
+        verifier
+    }
+
+    /// Takes the next entry, as stored.
+    pub fn entry(&mut self, stored: &[u8]) {
+        let index = self.tree.size();
+        self.tree.push(leaf_hash(stored), &mut Vec::new());
+        match Entry::decode(stored) {
+            Ok(Entry { index: own, time_unix_micros, body: Some(body) }) => {
+                let time = UnixTime(time_unix_micros);
+                let (first, last) = self.time.unwrap_or((time, time));
+                self.time = Some((first, last.max(time)));
+                let mut at = At { index, time, kept: &mut self.violations, total: &mut self.violations_total };
+                if own != index {
+                    at.violates("index", format_args!("the entry at {index} says it is {own}"));
+                }
+                if time < last {
+                    at.violates("time", format_args!("{time} comes after {last}"));
+                }
+                self.body(index, time, &body);
+            }
+            Ok(_) => self.at(index).violates("entry-malformed", format_args!("an entry of an unknown kind")),
+            Err(error) => self.at(index).violates("entry-malformed", format_args!("{error}")),
+        }
+        self.compare_roots();
+    }
+
+    fn at(&mut self, index: u64) -> At<'_> {
+        let time = self.time.map_or(UnixTime(0), |(_, last)| last);
+        At { index, time, kept: &mut self.violations, total: &mut self.violations_total }
+    }
+
+    fn body(&mut self, index: u64, time: UnixTime, body: &Body) {
+        let at = &mut At { index, time, kept: &mut self.violations, total: &mut self.violations_total };
+        if (index == 0) != matches!(body, Body::Genesis(_)) {
+            at.violates("genesis", format_args!("the genesis is the first entry and the only one"));
+        }
+        match body {
+            Body::Genesis(genesis) => {
+                self.trust_domain = self.trust_domain.take().or_else(|| domain(genesis, &self.checkpoints, at))
+            }
+            Body::Started(_) => self.started = index,
+            Body::KeyIntended(key) => self.keys.intended(key, at),
+            Body::KeyActivated(key) => self.keys.activated(key, at),
+            Body::KeyAbandoned(key) => self.keys.abandoned(key, at),
+            Body::AuthorityActivated(authority) => self.intents.authority(authority, &self.keys, at),
+            Body::Intended(intent) => {
+                self.intents.intended(intent, self.trust_domain.as_ref(), &self.keys, &mut self.agents, at);
+            }
+            Body::Released(released) => self.intents.released(released, self.started, &self.keys, &mut self.agents, at),
+            Body::Withheld(withheld) => self.intents.withheld(withheld.intent, at),
+            Body::Failed(failed) => self.intents.failed(failed.intent, at),
+            Body::Unknown(unknown) => self.intents.unknown(unknown.intent, &mut self.agents, at),
+            Body::Enrolled(enrolled) => self.agents.enrolled(enrolled, at),
+            Body::Quarantined(quarantined) => self.agents.quarantined(quarantined, at),
+            Body::Reinstated(reinstated) => self.agents.reinstated(reinstated, at),
+            Body::Stopped(_) | Body::ClockAccepted(_) | Body::HsmUnlocked(_) | Body::Refused(_) | Body::RefusalsCounted(_) => {}
+        }
+    }
+
+    fn compare_roots(&mut self) {
+        let size = self.tree.size();
+        while let Some(checkpoint) = self.checkpoints.pop_if(|next| next.size == size) {
+            let root = self.tree.root();
+            if root != checkpoint.root {
+                let detail = format_args!("the first {size} entries have root {root}, the checkpoint says {}", checkpoint.root);
+                self.at(size.saturating_sub(1)).violates("root", detail);
+            }
+        }
+    }
+
+    /// What follows from all entries taken.
+    #[must_use]
+    pub fn finish(mut self) -> Report {
+        let entries = self.tree.size();
+        for beyond in std::mem::take(&mut self.checkpoints) {
+            let detail = format_args!("the checkpoint is of {} entries, there are {entries}", beyond.size);
+            self.at(entries.saturating_sub(1)).violates("truncated", detail);
+        }
+        let counts = self.intents.counts();
+        Report {
+            trust_domain: self.trust_domain,
+            entries,
+            size_sealed: self.size_sealed.min(entries),
+            root: if entries == 0 { empty_root() } else { self.tree.root() },
+            time: self.time,
+            agents: self.agents.count(),
+            intents: counts.intents,
+            certificates: counts.certificates,
+            released: counts.released,
+            withheld: counts.withheld,
+            failed: counts.failed,
+            unknown: counts.unknown,
+            open_intents: self.intents.open(),
+            quarantines: self.agents.quarantines(),
+            reinstatements: self.agents.reinstatements(),
+            violations: self.violations,
+            violations_total: self.violations_total,
+        }
+    }
+}
+
+fn domain(genesis: &Genesis, checkpoints: &[Checkpoint], at: &mut At<'_>) -> Option<TrustDomain> {
+    let domain = match TrustDomain::parse(&genesis.trust_domain) {
+        Ok(domain) => domain,
+        Err(error) => {
+            at.violates("genesis", format_args!("{error}"));
+            return None;
+        }
+    };
+    if let Some(other) = checkpoints.iter().find(|checkpoint| checkpoint.origin != ledger_name(&domain)) {
+        at.violates("genesis", format_args!("this is the ledger of {domain}, the checkpoint is of {}", other.origin));
+    }
+    Some(domain)
+}
+
+/// Reads all `entries`, in order, and reports. See [`Verifier::new`].
+///
+/// # Errors
+/// Those of `entries`. What is wrong with the ledger itself is in the report.
+pub fn verify<B: AsRef<[u8]>, E>(
+    entries: impl IntoIterator<Item = Result<B, E>>,
+    checkpoints: impl IntoIterator<Item = Checkpoint>,
+    signatures: bool,
+) -> Result<Report, E> {
+    let mut verifier = Verifier::new(checkpoints, signatures);
+    for entry in entries {
+        verifier.entry(entry?.as_ref());
+    }
+    Ok(verifier.finish())
+}

@@ -1,0 +1,309 @@
+//! A house of its own for each test: two SoftHSM tokens, a configuration, a daemon, agents.
+//!
+//! Owns: everything below one temporary directory, and the processes it started. Promises: houses do not meet (own tokens,
+//! own loopback address), so tests run in parallel; whatever it waits for is an event with a deadline. Never: sleeps, reads
+//! the daemon's insides.
+
+mod agent;
+mod daemon;
+pub mod instrument;
+mod output;
+mod token;
+pub mod wire;
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+pub use agent::Agent;
+pub use daemon::Daemon;
+pub use instrument::{Control, Signatures};
+pub use output::{Output, run};
+
+/// Longest wait for anything that should take a second, on a busy machine.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+/// The trust domain of every house.
+pub const DOMAIN: &str = "house.example";
+/// The port of every house; its address differs.
+const PORT: u16 = 8443;
+
+/// A private keyward.
+pub struct House {
+    dir: tempfile::TempDir,
+    address: SocketAddr,
+    /// TOML lines by section, beyond what every house has.
+    settings: Vec<(&'static str, String)>,
+    shim: bool,
+    preload: bool,
+    daemon: Option<Daemon>,
+}
+
+impl House {
+    /// Tokens and a configuration; nothing initialised, nothing running.
+    pub fn new() -> Self {
+        let dir = tempfile::Builder::new().prefix("kw-").tempdir().unwrap();
+        let house = Self { dir, address: own_address(), settings: Vec::new(), shim: false, preload: false, daemon: None };
+        token::furnish(&house.path("tokens"), &house.path("softhsm2.conf"));
+        write_private(&house.path("authority.pin"), token::PIN);
+        write_private(&house.path("agents.pin"), token::PIN);
+        fs::create_dir(house.path("agents")).unwrap();
+        house.write_config();
+        house
+    }
+
+    /// A house whose daemon serves.
+    pub fn serving() -> Self {
+        Self::new().initialised().served()
+    }
+
+    /// With a line in a section of the configuration, e.g. `("limits", "ttl_seconds_default = 20")`.
+    pub fn configured(mut self, section: &'static str, line: &str) -> Self {
+        self.settings.push((section, line.to_owned()));
+        self.write_config();
+        self
+    }
+
+    /// With the counting PKCS#11 module before the token.
+    pub fn with_shim(mut self) -> Self {
+        self.shim = true;
+        self.write_config();
+        self
+    }
+
+    /// With the preload library under the daemon. What is in the state directory by now counts as durable.
+    pub fn with_preload(mut self) -> Self {
+        self.preload = true;
+        self
+    }
+
+    /// After `keyward init`.
+    pub fn initialised(self) -> Self {
+        self.keyward(&["init"]).ok();
+        self
+    }
+
+    /// With a daemon that is ready.
+    pub fn served(mut self) -> Self {
+        self.serve();
+        self
+    }
+
+    /// Starts a daemon and waits until it is ready.
+    pub fn serve(&mut self) {
+        self.start();
+        let house = self.dir.path().display().to_string();
+        assert!(self.daemon().is_ready(), "the daemon in {house} did not become ready");
+    }
+
+    /// Starts a daemon and waits until it says anything (ready, or why not) or ends.
+    pub fn start(&mut self) {
+        assert!(self.daemon.is_none(), "a daemon runs already");
+        if self.preload {
+            instrument::seed(&self.state(), &self.path("shadow"));
+        }
+        self.daemon = Some(Daemon::start(self));
+    }
+
+    pub fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().expect("no daemon runs")
+    }
+
+    /// SIGTERM; its exit code.
+    pub fn stop(&mut self) -> i32 {
+        self.daemon.take().expect("no daemon runs").stop()
+    }
+
+    /// SIGKILL, as a crash would end it.
+    pub fn kill9(&mut self) {
+        self.daemon.take().expect("no daemon runs").kill9();
+    }
+
+    /// Waits for the daemon to end by itself; its exit code, `None` after a signal.
+    pub fn ended(&mut self) -> Option<i32> {
+        self.daemon.take().expect("no daemon runs").ended()
+    }
+
+    /// Stops and serves again.
+    pub fn restart(&mut self) {
+        assert_eq!(self.stop(), 0, "a stop asked for ends with 0");
+        self.serve();
+    }
+
+    /// Cuts the power under the daemon: it dies, and of the state directory remains what was synced.
+    pub fn power_cut(&mut self) {
+        if self.daemon.is_some() {
+            self.kill9();
+        }
+        self.after_power_cut();
+    }
+
+    /// The same where the daemon has killed itself at a sync (see [`Control`]).
+    pub fn after_power_cut(&mut self) {
+        instrument::power_cut(&self.state(), &self.path("shadow"));
+        // The runtime directory is a tmpfs in the field.
+        let _ = fs::remove_dir_all(self.runtime());
+    }
+
+    /// What the preload library is told.
+    pub fn control(&self) -> Control {
+        Control::of(&self.path("control"))
+    }
+
+    /// What was signed, by the shim's count.
+    pub fn signatures(&self) -> Signatures {
+        Signatures::read(&self.path("shim.log"))
+    }
+
+    /// Runs the command with this house's configuration.
+    pub fn keyward(&self, arguments: &[&str]) -> Output {
+        run(self.command().args(arguments))
+    }
+
+    /// The same with something on standard input.
+    pub fn keyward_given(&self, arguments: &[&str], input: &[u8]) -> Output {
+        output::run_given(self.command().args(arguments), input)
+    }
+
+    /// The command, with this house's configuration, tokens, and instruments.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
+        command
+            .env("KEYWARD_CONFIG", self.config())
+            .env("SOFTHSM2_CONF", self.path("softhsm2.conf"))
+            .env("KEYWARD_SHIM_MODULE", token::module())
+            .env("KEYWARD_SHIM_LOG", self.path("shim.log"))
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .current_dir(self.dir.path());
+        command
+    }
+
+    /// The command with the preload library under it.
+    pub fn command_preloaded(&self) -> Command {
+        let mut command = self.command();
+        if self.preload {
+            instrument::preload(&mut command, &self.state(), &self.path("shadow"), &self.path("control"));
+        }
+        command
+    }
+
+    /// An agent's name and its directory; nothing is enrolled yet.
+    pub fn agent<'a>(&'a self, name: &str) -> Agent<'a> {
+        Agent::of(self, name)
+    }
+
+    /// An agent that is enrolled and has attested.
+    pub fn attested<'a>(&'a self, name: &str) -> Agent<'a> {
+        let agent = self.agent(name);
+        agent.enrol(&[]).ok();
+        agent.attest(&[]).ok();
+        agent
+    }
+
+    /// The ledger's entries, decoded as the command decodes them.
+    pub fn entries(&self) -> Vec<serde_json::Value> {
+        let listed = self.keyward(&["ledger", "list", "--format", "json"]).ok().json();
+        match listed {
+            serde_json::Value::Array(entries) => entries,
+            other => other["entries"].as_array().unwrap_or_else(|| panic!("no entries in {other}")).clone(),
+        }
+    }
+
+    /// Quarantines and waits for the acknowledgement.
+    pub fn quarantine(&self, agent: &str) -> Output {
+        self.keyward(&["quarantine", "apply", agent, "--reason", "the test says so", "--yes", "--format", "json"])
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    pub fn runtime(&self) -> PathBuf {
+        self.path("run")
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.path("keyward.toml")
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The daemon's log so far, of all its lives.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.path("daemon.log")).unwrap_or_default()
+    }
+
+    /// Replaces the PIN of both tokens in the files, not in the tokens.
+    pub fn misplace_pins(&self) {
+        write_private(&self.path("authority.pin"), "not the PIN");
+        write_private(&self.path("agents.pin"), "not the PIN");
+    }
+
+    /// The real PKCS#11 module.
+    pub fn module(&self) -> PathBuf {
+        token::module()
+    }
+
+    /// Puts the right PINs back.
+    pub fn return_pins(&self) {
+        write_private(&self.path("authority.pin"), token::PIN);
+        write_private(&self.path("agents.pin"), token::PIN);
+    }
+
+    fn write_config(&self) {
+        let module = if self.shim { instrument::shim() } else { token::module() };
+        let mut text = String::new();
+        for (section, lines) in [
+            ("trust", format!("domain = {DOMAIN:?}\n")),
+            ("listen", format!("tcp = \"{}\"\n", self.address)),
+            ("paths", format!("state = {:?}\nruntime = {:?}\n", self.state(), self.runtime())),
+            ("hsm.authority", token::section(&module, "authority", &self.path("authority.pin"))),
+            ("hsm.agents", token::section(&module, "agents", &self.path("agents.pin"))),
+            ("operator", String::new()),
+            ("limits", String::new()),
+            ("log", String::new()),
+        ] {
+            text += &format!("[{section}]\n{lines}");
+            for (_, line) in self.settings.iter().filter(|(of, _)| *of == section) {
+                text += &format!("{line}\n");
+            }
+        }
+        fs::write(self.config(), text).unwrap();
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        drop(self.daemon.take());
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log ---\n{}", self.log());
+        }
+    }
+}
+
+/// An address of the loopback network that no other house has: port 8443 is free there, before and after a restart.
+fn own_address() -> SocketAddr {
+    static HOUSES: AtomicU32 = AtomicU32::new(0);
+    let number = std::process::id().wrapping_mul(256) + HOUSES.fetch_add(1, Ordering::Relaxed);
+    let [_, a, b, c] = number.to_be_bytes();
+    SocketAddr::from((Ipv4Addr::new(127, a | 1, b, c.clamp(1, 254)), PORT))
+}
+
+/// Writes a file for its owner alone.
+pub fn write_private(path: &Path, text: &str) {
+    use std::io::Write as _;
+    let _ = fs::remove_file(path);
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+}

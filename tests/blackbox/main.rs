@@ -1,0 +1,9 @@
+//! keyward from outside: the real daemon, real tokens, the real command. A file per capability; a test is a sentence that a
+//! security officer would sign.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(clippy::print_stderr, reason = "a failed test shows the daemon's log")]
+#![allow(missing_docs, unreachable_pub, reason = "a binary of tests")]
+
+mod house;
+
+mod instruments;

@@ -168,6 +168,7 @@ fn intent_name(kind: IntentKind) -> &'static str {
         IntentKind::Crl => "crl",
         IntentKind::Root => "root",
         IntentKind::Issuing => "issuing",
+        IntentKind::Csr => "csr",
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::agents::Daemon;
 use super::describe::Described;
 use super::render::table;
-use super::{EXIT_NOT_FOUND, Failure, Global, Output};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output, ledger_verify};
 use crate::proto::{Entry, GetCheckpointRequest, ListEntriesRequest, ListEntriesResponse};
 
 /// The verbs.
@@ -36,6 +36,11 @@ pub(super) enum Verb {
         #[arg(long)]
         vkey: bool,
     },
+    /// Verify a copy of the ledger offline: tree, checkpoints, and every promise that can be read off it. Exits 6 if it fails.
+    #[command(
+        after_help = "Example:\n  keyward ledger verify keyward.db --key ledger.vkey --checkpoint /mnt/elsewhere/newest --signatures"
+    )]
+    Verify(ledger_verify::Against),
 }
 
 #[derive(Serialize)]
@@ -51,8 +56,12 @@ struct Checkpoint {
 }
 
 pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    if let Verb::Verify(against) = &verb {
+        return ledger_verify::run(against, output);
+    }
     let mut daemon = Daemon::connect(global).await?;
     match verb {
+        Verb::Verify(_) => Ok(()),
         Verb::List { from, limit } => {
             let from = match from {
                 Some(from) => from,

@@ -16,6 +16,7 @@ mod duration;
 mod failure;
 mod hsm;
 mod ledger;
+mod ledger_verify;
 mod quarantine;
 mod render;
 mod shell;

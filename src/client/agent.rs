@@ -299,4 +299,4 @@ fn validity_of(certificate: &[u8]) -> Option<(u64, u64)> {
 
 #[cfg(test)]
 #[path = "agent_tests.rs"]
-mod tests;
+pub(crate) mod tests;

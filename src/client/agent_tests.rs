@@ -8,15 +8,20 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PublicKe
 use rustls::pki_types::CertificateDer;
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
+use tonic_types::StatusExt as _;
 
 use super::*;
 use crate::model::{Algorithm, Csr, Meter, PublicKey, SecretBytes, join_public_key};
 use crate::proto::agent_service_server::{AgentService, AgentServiceServer};
 use crate::proto::{self, Ask, AttestResponse, Challenge, RenewResponse};
 
-struct Seen {
+pub(crate) struct Seen {
     /// Asks in the order of their arrival.
-    asks: Vec<Vec<u8>>,
+    pub(crate) asks: Vec<Vec<u8>>,
+    /// How long certificates live.
+    pub(crate) lifetime_seconds: u64,
+    /// From which ask on all are refused.
+    pub(crate) quarantined_after: Option<usize>,
     /// The newest certified key.
     bound: Option<PublicKey>,
     sequence: u64,
@@ -44,8 +49,11 @@ impl PublicKeyData for Subject {
     }
 }
 
-fn certificate(issuer: &Issuer<'static, KeyPair>, key: &PublicKey, uri: &str) -> Vec<u8> {
+fn certificate(issuer: &Issuer<'static, KeyPair>, key: &PublicKey, uri: &str, lifetime_seconds: u64) -> Vec<u8> {
     let mut parameters = CertificateParams::default();
+    let now = time::OffsetDateTime::now_utc();
+    parameters.not_before = now;
+    parameters.not_after = now + Duration::from_secs(lifetime_seconds);
     parameters.subject_alt_names = vec![SanType::URI(Ia5String::try_from(uri).expect("ASCII"))];
     parameters.signed_by(&Subject(key.clone()), issuer).expect("a certificate").der().to_vec()
 }
@@ -55,6 +63,11 @@ impl Server {
         let mut seen = self.seen.lock().expect("not poisoned");
         let ask = Ask::decode(bytes).expect("an ask");
         let key = Csr::parse(&ask.csr, &Meter::default()).expect("a CSR").key().clone();
+        if seen.quarantined_after.is_some_and(|after| seen.asks.len() >= after) {
+            let details =
+                tonic_types::ErrorDetails::with_error_info("AGENT_QUARANTINED", "keyward", std::collections::HashMap::new());
+            return Err(Status::with_error_details(tonic::Code::PermissionDenied, "ask the operator", details));
+        }
         let repeated = seen.asks.contains(&bytes.to_vec());
         seen.asks.push(bytes.to_vec());
         let prover = match ask.claim.expect("a claim") {
@@ -76,7 +89,7 @@ impl Server {
             seen.lose -= 1;
             return Err(Status::unavailable("the answer was lost"));
         }
-        let chain = vec![certificate(&self.issuer, &key, "spiffe://example.org/agent/coder/7")];
+        let chain = vec![certificate(&self.issuer, &key, "spiffe://example.org/agent/coder/7", seen.lifetime_seconds)];
         let bundle = Some(Bundle { authorities: vec![self.authority.clone()], sequence: 5, refresh_hint_seconds: 60 });
         Ok(Credential { chain, bundle, epoch: 1, next_sequence: seen.sequence, ..Default::default() })
     }
@@ -128,7 +141,7 @@ impl AgentService for Server {
 }
 
 /// A server on a free port; its join file and what it saw.
-async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
+pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let domain = TrustDomain::parse("example.org").expect("a name");
     let key = KeyPair::generate().expect("a key");
     let mut parameters = CertificateParams::default();
@@ -139,7 +152,7 @@ async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let token = PublicKey::from_raw(Algorithm::Ed25519, &join_public_key(&seed)).expect("a key");
 
     let server_key = Key::generate().expect("a key");
-    let leaf = certificate(&issuer, server_key.public(), domain.server().as_str());
+    let leaf = certificate(&issuer, server_key.public(), domain.server().as_str(), 600);
     let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("TLS 1.3")
@@ -151,7 +164,14 @@ async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
 
-    let seen = Arc::new(Mutex::new(Seen { asks: Vec::new(), bound: None, sequence: 0, lose: 0 }));
+    let seen = Arc::new(Mutex::new(Seen {
+        asks: Vec::new(),
+        lifetime_seconds: 600,
+        quarantined_after: None,
+        bound: None,
+        sequence: 0,
+        lose: 0,
+    }));
     let bundle = Bundle { authorities: vec![authority.clone()], sequence: 5, refresh_hint_seconds: 60 };
     let service = Server { issuer, authority, domain, token, seen: Arc::clone(&seen) };
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener).then(move |tcp| {

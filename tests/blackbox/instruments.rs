@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::Attribute;
+use cryptoki::object::{Attribute, AttributeType, ObjectClass};
 use cryptoki::session::UserType;
 use cryptoki::types::AuthPin;
 
@@ -74,6 +74,7 @@ fn subject() {
         "full disk" => fill(&state),
         "clock" => say(&SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().to_string()),
         "sign" => sign(),
+        "private keys" => tell_private_keys(),
         _ => panic!("what is {what}?"),
     }
 }
@@ -285,4 +286,57 @@ fn the_shim_counts_each_signature_once_with_its_key_and_each_login() {
     assert_eq!(signatures.made[&("01".repeat(16), "aa".repeat(32))], 2);
     assert_eq!(signatures.made[&("02".repeat(16), "bb".repeat(32))], 1);
     assert_eq!(signatures.of_digest(&[0xbb; 32]), 1);
+}
+
+/// Whether the tests that take minutes are asked for (`scripts/test --slow`).
+pub fn slow() -> bool {
+    std::env::var_os("KEYWARD_SLOW").is_some()
+}
+
+/// A private key as the token describes it.
+#[derive(Debug)]
+pub struct PrivateKey {
+    pub id: String,
+    pub sensitive: bool,
+    pub extractable: bool,
+    pub never_extractable: bool,
+    pub local: bool,
+}
+
+/// The private keys in a token of a house, read by another process than the daemon.
+pub fn private_keys(house: &House, token: &str) -> Vec<PrivateKey> {
+    let mut command = again("private keys");
+    command.env("SUBJECT_MODULE", house.module()).env("SUBJECT_TOKEN", token).env("SOFTHSM2_CONF", house.path("softhsm2.conf"));
+    let output = run(&mut command).ok();
+    let keys = said(&output).into_iter().map(|line| {
+        let [id, flags] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
+        let is = |at: usize| flags.as_bytes()[at] == b'1';
+        PrivateKey { id: id.to_owned(), sensitive: is(0), extractable: is(1), never_extractable: is(2), local: is(3) }
+    });
+    keys.collect()
+}
+
+fn tell_private_keys() {
+    let module = Pkcs11::new(std::env::var_os("SUBJECT_MODULE").unwrap()).unwrap();
+    module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
+    let label = std::env::var("SUBJECT_TOKEN").unwrap();
+    let labelled = |slot: &cryptoki::slot::Slot| module.get_token_info(*slot).is_ok_and(|token| token.label() == label);
+    let slot = module.get_slots_with_token().unwrap().into_iter().find(labelled).unwrap();
+    let session = module.open_ro_session(slot).unwrap();
+    session.login(UserType::User, Some(&AuthPin::new("house-pin-1234".into()))).unwrap();
+    let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Token(true)];
+    for key in session.find_objects(&wanted).unwrap() {
+        let flag = |kind: AttributeType| match session.get_attributes(key, &[kind]).unwrap()[..] {
+            [Attribute::Sensitive(is) | Attribute::Extractable(is) | Attribute::NeverExtractable(is) | Attribute::Local(is)] => {
+                u8::from(is)
+            }
+            ref other => panic!("{kind:?} is {other:?}"),
+        };
+        let id = match &session.get_attributes(key, &[AttributeType::Id]).unwrap()[..] {
+            [Attribute::Id(id)] => id.iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+            other => panic!("CKA_ID is {other:?}"),
+        };
+        let flags = [AttributeType::Sensitive, AttributeType::Extractable, AttributeType::NeverExtractable, AttributeType::Local];
+        say(&format!("{id} {}", flags.map(|kind| flag(kind).to_string()).concat()));
+    }
 }

@@ -6,4 +6,14 @@
 
 mod house;
 
+mod attest;
+mod bad_input;
+mod certificate;
+mod crash;
+mod enrol;
+mod hsm;
 mod instruments;
+mod ledger;
+mod quarantine;
+mod release;
+mod renew;

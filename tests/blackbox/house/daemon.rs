@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::ExitStatus;
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::Instant;
@@ -21,7 +22,8 @@ pub struct Daemon {
     pid: u32,
     // A pidfd, not a number: it never names another process.
     process: OwnedFd,
-    end: Receiver<ExitStatus>,
+    // A mutex, so that a house can be shared by the threads of a test.
+    end: Mutex<Receiver<ExitStatus>>,
     notices: UnixDatagram,
     ready: bool,
     ended: bool,
@@ -50,7 +52,7 @@ impl Daemon {
             let _ = tell.send(status);
             announce(&path);
         });
-        let mut daemon = Self { pid, process, end, notices, ready: false, ended: false };
+        let mut daemon = Self { pid, process, end: Mutex::new(end), notices, ready: false, ended: false };
         daemon.listen(|text| text.contains("READY=1") || text.contains("STATUS="));
         daemon
     }
@@ -118,7 +120,7 @@ impl Daemon {
     }
 
     fn wait(&mut self) -> ExitStatus {
-        let status = self.end.recv_timeout(DEADLINE).expect("the daemon did not end in time");
+        let status = self.end.get_mut().unwrap().recv_timeout(DEADLINE).expect("the daemon did not end in time");
         self.ended = true;
         status
     }
@@ -127,7 +129,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
-        let _ = self.end.recv_timeout(DEADLINE);
+        let _ = self.end.get_mut().map(|end| end.recv_timeout(DEADLINE));
     }
 }
 

@@ -19,9 +19,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-pub use agent::Agent;
+pub use agent::{Agent, certificates};
 pub use daemon::Daemon;
 pub use instrument::{Control, Signatures};
+pub use keyward::proto::entry::Body;
 pub use output::{Output, run};
 
 /// Longest wait for anything that should take a second, on a busy machine.
@@ -37,6 +38,7 @@ pub struct House {
     address: SocketAddr,
     /// TOML lines by section, beyond what every house has.
     settings: Vec<(&'static str, String)>,
+    one_token: bool,
     shim: bool,
     preload: bool,
     daemon: Option<Daemon>,
@@ -46,7 +48,15 @@ impl House {
     /// Tokens and a configuration; nothing initialised, nothing running.
     pub fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("kw-").tempdir().unwrap();
-        let house = Self { dir, address: own_address(), settings: Vec::new(), shim: false, preload: false, daemon: None };
+        let house = Self {
+            dir,
+            address: own_address(),
+            settings: Vec::new(),
+            one_token: false,
+            shim: false,
+            preload: false,
+            daemon: None,
+        };
         token::furnish(&house.path("tokens"), &house.path("softhsm2.conf"));
         write_private(&house.path("authority.pin"), token::PIN);
         write_private(&house.path("agents.pin"), token::PIN);
@@ -63,6 +73,13 @@ impl House {
     /// With a line in a section of the configuration, e.g. `("limits", "ttl_seconds_default = 20")`.
     pub fn configured(mut self, section: &'static str, line: &str) -> Self {
         self.settings.push((section, line.to_owned()));
+        self.write_config();
+        self
+    }
+
+    /// With one token for the authorities' keys and the agents'.
+    pub fn with_one_token(mut self) -> Self {
+        self.one_token = true;
         self.write_config();
         self
     }
@@ -148,6 +165,28 @@ impl House {
         let _ = fs::remove_dir_all(self.runtime());
     }
 
+    /// Power is cut, but what is on the tmpfs survives: for a daemon that ended by itself on a disk that lost bytes.
+    pub fn power_cut_keeping_runtime(&mut self) {
+        instrument::power_cut(&self.state(), &self.path("shadow"));
+    }
+
+    /// `keyward init` with the preload library under it.
+    pub fn init_preloaded(&self) -> Output {
+        fs::create_dir_all(self.state()).unwrap();
+        instrument::seed(&self.state(), &self.path("shadow"));
+        run(self.command_preloaded().arg("init"))
+    }
+
+    /// The daemon's process id.
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().expect("no daemon runs").pid()
+    }
+
+    /// Sends the daemon a signal.
+    pub fn daemon_signal(&self, signal: rustix::process::Signal) {
+        self.daemon.as_ref().expect("no daemon runs").signal(signal);
+    }
+
     /// What the preload library is told.
     pub fn control(&self) -> Control {
         Control::of(&self.path("control"))
@@ -166,6 +205,11 @@ impl House {
     /// The same with something on standard input.
     pub fn keyward_given(&self, arguments: &[&str], input: &[u8]) -> Output {
         output::run_given(self.command().args(arguments), input)
+    }
+
+    /// Starts the command and does not wait; killed when the result is dropped.
+    pub fn keyward_async(&self, arguments: &[&str]) -> Running {
+        Running(self.command().args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
 
     /// The command, with this house's configuration, tokens, and instruments.
@@ -205,13 +249,21 @@ impl House {
         agent
     }
 
-    /// The ledger's entries, decoded as the command decodes them.
-    pub fn entries(&self) -> Vec<serde_json::Value> {
-        let listed = self.keyward(&["ledger", "list", "--format", "json"]).ok().json();
-        match listed {
-            serde_json::Value::Array(entries) => entries,
-            other => other["entries"].as_array().unwrap_or_else(|| panic!("no entries in {other}")).clone(),
-        }
+    /// What each entry of the ledger tells, in order, read over the operator socket.
+    pub fn entries(&self) -> Vec<Body> {
+        self.wire().entries().into_iter().map(|entry| entry.body.expect("an entry tells something")).collect()
+    }
+
+    /// Stops the daemon and holds the whole ledger against every promise, offline.
+    pub fn stop_and_verify(&mut self) {
+        assert_eq!(self.stop(), 0);
+        self.verify().ok();
+    }
+
+    /// `keyward ledger verify`, with every signature.
+    pub fn verify(&self) -> Output {
+        let (file, key) = (self.state().join("keyward.db"), self.state().join("ledger.vkey"));
+        self.keyward(&["ledger", "verify", file.to_str().unwrap(), "--key", key.to_str().unwrap(), "--signatures"])
     }
 
     /// Quarantines and waits for the acknowledgement.
@@ -274,6 +326,9 @@ impl House {
             ("limits", String::new()),
             ("log", String::new()),
         ] {
+            if self.one_token && section == "hsm.agents" {
+                continue;
+            }
             text += &format!("[{section}]\n{lines}");
             for (_, line) in self.settings.iter().filter(|(of, _)| *of == section) {
                 text += &format!("{line}\n");
@@ -289,6 +344,16 @@ impl Drop for House {
         if std::thread::panicking() {
             eprintln!("--- the daemon's log ---\n{}", self.log());
         }
+    }
+}
+
+/// A command in the background.
+pub struct Running(std::process::Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -1,0 +1,224 @@
+//! Crashes and power cuts at every moment: nothing acknowledged is lost, nothing is signed twice, the book stays whole.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::house::wire::{Draft, Identity};
+use crate::house::{Body, House};
+use crate::instruments;
+use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
+
+/// An agent on the wire that remembers the newest certificate it was given.
+struct Holder {
+    name: String,
+    identity: Identity,
+    sequence: u64,
+    /// Sent without an answer: repeated with the same bytes.
+    pending: Option<Draft>,
+}
+
+impl Holder {
+    fn attest(house: &House, name: &str) -> Self {
+        let wire = house.wire();
+        let join = wire.enrol(name);
+        let draft = Draft::join(&join);
+        let answer = wire.attest(None, |challenge| draft.joined(challenge, &join.token_seed)).unwrap();
+        Self { name: name.to_owned(), identity: draft.identity(&answer), sequence: answer.next_sequence, pending: None }
+    }
+
+    /// One renewal; whether it was answered.
+    fn renew(&mut self, house: &House) -> bool {
+        let draft = self.pending.take().unwrap_or_else(|| Draft::bound(&self.name, self.sequence));
+        match house.wire().renew(Some(&self.identity), draft.renewal(&self.identity)) {
+            Ok(answer) => {
+                self.identity = draft.identity(&answer);
+                self.sequence = answer.next_sequence;
+                true
+            }
+            Err(refusal) => {
+                assert_ne!(refusal.reason, "CLONE_SUSPECTED", "an honest agent: {refusal:?}");
+                self.pending = Some(draft);
+                false
+            }
+        }
+    }
+
+    fn serial(&self) -> Vec<u8> {
+        x509_parser::parse_x509_certificate(&self.identity.chain[0]).unwrap().1.raw_serial().to_vec()
+    }
+}
+
+/// The certificate an agent was given last is in the book, released.
+fn is_in_the_book(entries: &[Body], holder: &Holder) {
+    let (_, certificate) = x509_parser::parse_x509_certificate(&holder.identity.chain[0]).unwrap();
+    let intent = entries
+        .iter()
+        .position(|body| matches!(body, Body::Intended(intent) if intent.tbs == certificate.tbs_certificate.as_ref()))
+        .unwrap_or_else(|| panic!("{} holds {:02x?}, of which the book knows nothing", holder.name, holder.serial()));
+    // A crash after the answer may leave the outcome unknown; never failed or withheld.
+    let wrong = entries.iter().any(|body| match body {
+        Body::Withheld(outcome) => outcome.intent == intent as u64,
+        Body::Failed(outcome) => outcome.intent == intent as u64,
+        _ => false,
+    });
+    assert!(!wrong, "{} was given what the book says it was not", holder.name);
+}
+
+#[test]
+fn after_a_kill_at_any_moment_agents_go_on_and_the_book_is_whole() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_shim().initialised().served();
+    let mut holders: Vec<Holder> = (0..2).map(|n| Holder::attest(&house, &format!("builder/{n}"))).collect();
+    for round in 0..6_u64 {
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for holder in &mut holders {
+                let (house, done) = (&house, &done);
+                scope.spawn(move || {
+                    for _ in 0..9 {
+                        if done.load(Ordering::Relaxed) || !holder.renew(house) {
+                            return;
+                        }
+                    }
+                });
+            }
+            // The moment is what varies: time must pass.
+            thread::sleep(Duration::from_millis(3 + 17 * round));
+            house.daemon_signal(rustix::process::Signal::KILL);
+            done.store(true, Ordering::Relaxed);
+        });
+        house.kill9();
+        house.serve();
+        for holder in &holders {
+            is_in_the_book(&house.entries(), holder);
+        }
+    }
+    for holder in &mut holders {
+        assert!(holder.renew(&house) || holder.renew(&house), "{} cannot go on", holder.name);
+    }
+    let entries = house.entries();
+    one_outcome_each(&entries);
+    house.stop_and_verify();
+    signed_only_what_was_intended(&house, &entries);
+}
+
+#[test]
+fn a_power_cut_at_any_sync_loses_nothing_that_was_acknowledged() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_preload().initialised();
+    house.serve();
+    let mut holder = Holder::attest(&house, "builder/1");
+    for sync in 1..=8 {
+        if sync % 2 == 0 {
+            house.control().kill_before_sync(sync);
+        } else {
+            house.control().kill_after_sync(sync);
+        }
+        let mut renewals = 0;
+        while renewals < 6 && holder.renew(&house) {
+            renewals += 1;
+        }
+        house.control().clear();
+        house.power_cut();
+        house.serve();
+        is_in_the_book(&house.entries(), &holder);
+        one_outcome_each(&house.entries());
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn an_acknowledged_quarantine_survives_a_power_cut_in_the_next_instant() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    house.attested("builder/1");
+    for sync in 1..=4 {
+        let name = format!("builder/{}", sync + 1);
+        house.attested(&name);
+        house.control().kill_after_sync(sync);
+        let acknowledged = house.quarantine(&name).code == 0;
+        house.control().clear();
+        house.power_cut();
+        house.serve();
+        if acknowledged {
+            house.agent(&name).renew().refused("AGENT_QUARANTINED");
+        }
+    }
+    house.agent("builder/1").renew().ok();
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_quarantine_that_was_in_force_is_in_force_after_a_kill() {
+    let mut house = House::serving();
+    for n in 0..4 {
+        let name = format!("builder/{n}");
+        house.attested(&name);
+        let acknowledged = house.quarantine(&name).code == 0;
+        house.kill9();
+        house.serve();
+        assert!(acknowledged);
+        house.agent(&name).renew().refused("AGENT_QUARANTINED");
+    }
+}
+
+/// `keyward init` is killed and loses its power at each of its syncs in turn; called again it completes, and the token holds
+/// exactly the keys the book tells of.
+#[test]
+fn an_interrupted_init_is_resumed_by_calling_it_again() {
+    for sync in (1..).step_by(if instruments::slow() { 1 } else { 5 }) {
+        let mut house = House::new().with_preload();
+        house.control().kill_after_sync(sync);
+        let first = house.init_preloaded();
+        house.control().clear();
+        if first.code == 0 {
+            assert!(sync > 5, "init syncs more often than that");
+            return;
+        }
+        assert_eq!(first.code, -1, "{first:?}");
+        house.after_power_cut();
+        house.keyward(&["init"]).ok();
+        house.serve();
+        house.attested("builder/1");
+        let told = house.entries().iter().filter(|body| matches!(body, Body::KeyActivated(_))).count();
+        let held = instruments::private_keys(&house, "authority").len() + instruments::private_keys(&house, "agents").len();
+        assert_eq!(told, held, "killed after sync {sync}");
+        house.stop_and_verify();
+    }
+}
+
+#[test]
+fn a_complete_house_is_not_initialised_twice() {
+    let house = House::new().initialised();
+    let output = house.keyward(&["init"]);
+    assert_ne!(output.code, 0, "{output:?}");
+}
+
+#[test]
+fn a_client_that_disconnects_anywhere_changes_nothing_but_its_own_luck() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_shim().initialised().served();
+    {
+        let wire = house.wire();
+        let mut holder = Holder::attest(&house, "builder/1");
+        for micros in [0, 500, 1000, 2000, 3000, 5000, 8000, 13_000, 21_000, 34_000] {
+            let draft = Draft::bound("builder/1", holder.sequence);
+            wire.renew_and_vanish(&holder.identity, draft.renewal(&holder.identity), Duration::from_micros(micros));
+            // It comes back with the same bytes and gets the one answer there is.
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            loop {
+                match wire.renew(Some(&holder.identity), draft.renewal(&holder.identity)) {
+                    Ok(answer) => {
+                        holder.identity = draft.identity(&answer);
+                        holder.sequence = answer.next_sequence;
+                        break;
+                    }
+                    Err(refusal) => assert_eq!(refusal.reason, "REQUEST_IN_PROGRESS", "{refusal:?}"),
+                }
+                assert!(std::time::Instant::now() < until);
+            }
+        }
+    }
+    let entries = house.entries();
+    one_outcome_each(&entries);
+    house.stop_and_verify();
+    signed_only_what_was_intended(&house, &entries);
+}

@@ -1,0 +1,97 @@
+//! Renewal: a new appraisal, a new key, one sequence.
+
+use keyward::proto::RenewRequest;
+use prost::Message as _;
+
+use crate::house::House;
+use crate::house::wire::{Draft, Identity, Wire, refused};
+
+/// An attested agent as its own client sees it: what it holds, and what to claim next.
+fn attested(wire: &Wire, name: &str) -> (Identity, u64) {
+    let join = wire.enrol(name);
+    let draft = Draft::join(&join);
+    let answer = wire.attest(None, |challenge| draft.joined(challenge, &join.token_seed)).unwrap();
+    (draft.identity(&answer), answer.next_sequence)
+}
+
+#[test]
+fn a_renewal_brings_a_new_key_a_new_serial_and_the_next_sequence() {
+    let house = House::serving();
+    let agent = house.attested("builder/1");
+    let (serial, key) = (agent.serial(), std::fs::read(agent.key()).unwrap());
+    let sequence = agent.shown()["next_sequence"].as_u64().unwrap();
+    agent.renew().ok();
+    assert_ne!(agent.serial(), serial);
+    assert_ne!(std::fs::read(agent.key()).unwrap(), key);
+    assert_eq!(agent.shown()["next_sequence"].as_u64().unwrap(), sequence + 1);
+}
+
+#[test]
+fn a_connection_that_proved_the_newest_key_needs_no_other_proof() {
+    let house = House::serving();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let draft = Draft::bound("builder/1", sequence);
+    let request = RenewRequest { ask: draft.ask.encode_to_vec(), proof: Vec::new() };
+    wire.renew(Some(&holder), request).unwrap();
+}
+
+#[test]
+fn the_key_that_is_certified_already_is_not_certified_again() {
+    let house = House::serving();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let mut draft = Draft::bound("builder/1", sequence);
+    draft.key = holder.pair();
+    draft.ask.csr = crate::house::wire::csr(&draft.key);
+    refused(wire.renew(Some(&holder), draft.renewal(&holder)), "KEY_IN_USE");
+}
+
+#[test]
+fn a_key_that_is_live_for_another_agent_is_refused() {
+    let house = House::serving();
+    let wire = house.wire();
+    let (other, _) = attested(&wire, "builder/1");
+    let (holder, sequence) = attested(&wire, "builder/2");
+    let mut draft = Draft::bound("builder/2", sequence);
+    draft.key = other.pair();
+    draft.ask.csr = crate::house::wire::csr(&draft.key);
+    refused(wire.renew(Some(&holder), draft.renewal(&holder)), "KEY_IN_USE");
+}
+
+#[test]
+fn a_lost_answer_is_given_again_byte_for_byte_and_signed_once() {
+    let house = House::new().with_shim().initialised().served();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let draft = Draft::bound("builder/1", sequence);
+    let first = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
+    let again = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
+    assert_eq!(first, again);
+    assert!(house.signatures().made.values().all(|count| *count == 1), "{:?}", house.signatures());
+}
+
+#[test]
+fn an_answer_outlives_a_restart() {
+    let mut house = House::serving();
+    let (draft, holder, first) = {
+        let wire = house.wire();
+        let (holder, sequence) = attested(&wire, "builder/1");
+        let draft = Draft::bound("builder/1", sequence);
+        let first = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
+        (draft, holder, first)
+    };
+    house.restart();
+    assert_eq!(house.wire().renew(Some(&holder), draft.renewal(&holder)).unwrap(), first);
+}
+
+#[test]
+fn the_claim_to_a_sequence_that_was_never_reached_is_refused_and_changes_nothing() {
+    let house = House::serving();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let ahead = Draft::bound("builder/1", sequence + 5);
+    refused(wire.renew(Some(&holder), ahead.renewal(&holder)), "SEQUENCE_AHEAD");
+    let due = Draft::bound("builder/1", sequence);
+    wire.renew(Some(&holder), due.renewal(&holder)).unwrap();
+}

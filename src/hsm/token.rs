@@ -44,6 +44,9 @@ pub struct Health {
     pub stuck: bool,
 }
 
+/// The fault of a token that is closed on purpose.
+const SHUT_DOWN: &str = "shut down";
+
 /// What the threads of one token share.
 pub(super) struct Token {
     pub(super) settings: Settings,
@@ -398,7 +401,7 @@ impl Token {
 
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.suspend("shut down");
+        self.suspend(SHUT_DOWN);
     }
 }
 

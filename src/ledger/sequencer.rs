@@ -501,7 +501,7 @@ fn enrol(
 
 fn agent_row(book: &Book, slot: u32) -> Row {
     let agent = book.agent(slot);
-    Row::Agent(AgentRow::from(agent), agent.id.to_string())
+    Row::Agent(Box::new(AgentRow::from(agent)), agent.id.to_string())
 }
 
 fn appraised(evidence: &Evidence, fresh_until: UnixTime) -> proto::Appraised {

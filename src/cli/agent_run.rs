@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::agent::refresh;
+use super::render::time;
 use super::{EXIT_REFUSED, Failure, Output};
 use crate::client::store::Card;
 use crate::client::{self, AgentDir, Client, JoinFile};
@@ -58,11 +59,39 @@ pub(super) struct Supervisor {
     arguments: Vec<OsString>,
 }
 
-/// What woke the supervisor.
-enum Event {
+/// What ended a wait.
+enum Event<T> {
     Exited(ExitStatus),
     Told(Signal),
-    Due,
+    Done(T),
+}
+
+/// The signals that are passed on.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for `work`, the end of `child` or a signal, whichever comes first; `work` is dropped in the latter cases.
+    async fn or<T>(&mut self, child: &mut Child, work: impl Future<Output = T>) -> std::io::Result<Event<T>> {
+        Ok(tokio::select! {
+            status = child.wait() => Event::Exited(status?),
+            _ = self.terminate.recv() => Event::Told(Signal::TERM),
+            _ = self.interrupt.recv() => Event::Told(Signal::INT),
+            _ = self.hang_up.recv() => Event::Told(Signal::HUP),
+            done = work => Event::Done(done),
+        })
+    }
 }
 
 impl Supervisor {
@@ -81,20 +110,17 @@ impl Supervisor {
     }
 
     pub(super) async fn run(self, output: &mut Output) -> Result<ExitCode, Failure> {
-        let mut card = self.first_credentials(output).await?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hang_up = signal(SignalKind::hangup())?;
+        let card = self.first_credentials(output).await?;
+        let mut signals = Signals::listen()?;
         let mut child = self.start()?;
-        let mut back_off = BackOff::default();
         let mut due = due(&card);
+        let mut back_off = BackOff::default();
         loop {
-            let event = tokio::select! {
-                status = child.wait() => Event::Exited(status?),
-                _ = terminate.recv() => Event::Told(Signal::TERM),
-                _ = interrupt.recv() => Event::Told(Signal::INT),
-                _ = hang_up.recv() => Event::Told(Signal::HUP),
-                () = sleep_until(next_look(due)) => Event::Due,
+            let event = if UnixTime::wall() < due {
+                signals.or(&mut child, wait_for(due)).await?
+            } else {
+                // Dropped by a signal, it is repeated with the same bytes.
+                signals.or(&mut child, async { Some(refresh(&self.out, self.ttl_seconds).await) }).await?
             };
             match event {
                 Event::Exited(status) => return Ok(exit_code(status)),
@@ -103,26 +129,19 @@ impl Supervisor {
                     send(&child, told);
                     return Ok(exit_code(end(&mut child).await?));
                 }
-                Event::Due if UnixTime::wall() < due => {}
-                Event::Due => match refresh(&self.out, self.ttl_seconds).await {
-                    Ok(renewed) => {
-                        card = renewed;
-                        due = self::due(&card);
-                        back_off = BackOff::default();
-                        output.say(&format!(
-                            "keyward: renewed {}, not after {}",
-                            card.agent,
-                            UnixTime::from_seconds(card.not_after_unix_seconds)
-                        ));
-                        self.after_renewal(&mut child).await?;
-                    }
-                    Err(error) if error.is_passing() => {
-                        let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
-                        output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
-                        due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
-                    }
-                    Err(error) => return self.give_up(child, error).await,
-                },
+                Event::Done(None) => {}
+                Event::Done(Some(Ok(card))) => {
+                    output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
+                    due = self::due(&card);
+                    back_off = BackOff::default();
+                    self.after_renewal(&mut child).await?;
+                }
+                Event::Done(Some(Err(error))) if error.is_passing() => {
+                    let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
+                    output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
+                    due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
+                }
+                Event::Done(Some(Err(error))) => return self.give_up(child, error).await,
             }
         }
     }
@@ -258,9 +277,11 @@ fn random_byte() -> u8 {
     byte[0]
 }
 
-fn next_look(due: UnixTime) -> Instant {
+/// Until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a machine is suspended.
+async fn wait_for<T>(due: UnixTime) -> Option<T> {
     let left = Duration::from_micros(due.0.saturating_sub(UnixTime::wall().0));
-    Instant::now() + left.min(LOOK_AGAIN)
+    sleep_until(Instant::now() + left.min(LOOK_AGAIN)).await;
+    None
 }
 
 /// Doubling waits, spread by up to a half.
@@ -279,46 +300,5 @@ impl BackOff {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn card(not_before: u64, not_after: u64) -> Card {
-        Card {
-            version: 1,
-            agent: "coder/7".into(),
-            spiffe_id: String::new(),
-            trust_domain: String::new(),
-            epoch: 1,
-            next_sequence: 1,
-            ledger_index: 1,
-            not_before_unix_seconds: not_before,
-            not_after_unix_seconds: not_after,
-            bundle_sequence: 1,
-            addresses: Vec::new(),
-            token_id: String::new(),
-        }
-    }
-
-    #[test]
-    fn a_renewal_is_due_around_half_life() {
-        for _ in 0..100 {
-            let due = due(&card(1_000, 2_000)).seconds();
-            assert!((1_400..=1_600).contains(&due), "{due}");
-        }
-    }
-
-    #[test]
-    fn waits_grow_and_stay_below_a_minute_and_heed_what_the_daemon_asks() {
-        let mut back_off = BackOff::default();
-        let waits: Vec<_> = (0..40).map(|_| back_off.next(None)).collect();
-        assert!(waits[0] <= BACK_OFF_FIRST && waits[39] >= BACK_OFF_MAX / 2 && waits.iter().all(|wait| *wait <= BACK_OFF_MAX));
-        assert_eq!(BackOff::default().next(Some(Duration::from_secs(20))), Duration::from_secs(20));
-    }
-
-    #[test]
-    fn actions_are_understood_or_refused() {
-        assert_eq!(OnRenew::parse("signal:HUP"), Ok(OnRenew::Signal(Signal::HUP)));
-        assert_eq!((OnRenew::parse("restart"), OnRenew::parse("none")), (Ok(OnRenew::Restart), Ok(OnRenew::Nothing)));
-        assert!(OnRenew::parse("signal:KILL").is_err() && OnRenew::parse("").is_err());
-    }
-}
+#[path = "agent_run_tests.rs"]
+mod tests;

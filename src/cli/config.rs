@@ -1,6 +1,5 @@
 //! `keyward config`: check the configuration before the daemon does.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -23,7 +22,7 @@ pub(super) enum Verb {
 #[derive(Serialize)]
 struct Effective {
     hash: String,
-    values: BTreeMap<String, String>,
+    values: toml::Table,
 }
 
 pub(super) fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
@@ -31,9 +30,8 @@ pub(super) fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<()
     let path = file.unwrap_or_else(|| global.config.clone());
     let config = Config::load(&path).map_err(|errors| Failure::error(format!("{}:\n{errors}", path.display())))?;
     let text = config.effective();
-    let values = text.lines().filter_map(|line| line.split_once(" = ")).map(|(key, value)| (key.to_owned(), value.to_owned()));
-    let effective = Effective { hash: config.hash.to_string(), values: values.collect() };
-    output.show(&effective, |_| text.clone())?;
+    let values = toml::from_str(&text).map_err(|error| Failure::error(error.to_string()))?;
+    output.show(&Effective { hash: config.hash.to_string(), values }, |_| text)?;
     output.say(&format!("{} is valid, SHA-256 {}", path.display(), config.hash));
     Ok(())
 }

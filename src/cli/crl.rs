@@ -8,7 +8,7 @@ use serde::Serialize;
 use x509_parser::prelude::{CertificateRevocationList, FromDer};
 
 use super::agents::Daemon;
-use super::render::{pairs, table, time};
+use super::render::{self, pairs, table};
 use super::{EXIT_NOT_FOUND, Failure, Global, Output};
 use crate::model::hex;
 use crate::proto::GetCrlRequest;
@@ -82,7 +82,7 @@ fn save(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 
 fn parse(der: &[u8]) -> Option<Crl> {
     let (_, crl) = CertificateRevocationList::from_der(der).ok()?;
-    let seconds = |at: x509_parser::time::ASN1Time| time(u64::try_from(at.timestamp()).unwrap_or(0));
+    let seconds = |at: x509_parser::time::ASN1Time| render::time(u64::try_from(at.timestamp()).unwrap_or(0));
     Some(Crl {
         issuer: crl.issuer().to_string(),
         number: crl.crl_number().map(ToString::to_string),
@@ -111,5 +111,47 @@ impl Crl {
             text.push_str(&table(&["SERIAL", "REVOKED AT"], &rows));
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair, RevokedCertParams};
+
+    #[test]
+    fn a_crl_is_told_in_words() {
+        let mut authority = CertificateParams::default();
+        authority.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let issuer = Issuer::new(authority, KeyPair::generate().expect("a key"));
+        let at = |seconds| time::OffsetDateTime::from_unix_timestamp(seconds).expect("a time");
+        let revoked = RevokedCertParams {
+            serial_number: 0x1234.into(),
+            revocation_time: at(1_800_000_000),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let parameters = CertificateRevocationListParams {
+            this_update: at(1_800_000_000),
+            next_update: at(1_800_003_600),
+            crl_number: 42.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let crl = parse(parameters.signed_by(&issuer).expect("a CRL").der()).expect("parsed");
+        assert_eq!((crl.number.as_deref(), crl.next_update.as_deref()), (Some("42"), Some("2027-01-15T09:00:00Z")));
+        assert!(crl.text().ends_with("SERIAL  REVOKED AT\n1234    2027-01-15T08:00:00Z\n"), "{}", crl.text());
+        assert!(parse(b"no CRL").is_none());
+    }
+
+    #[test]
+    fn a_saved_crl_replaces_the_old_one_whole() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("keyward.crl");
+        save(&path, b"old and longer").expect("saved");
+        save(&path, b"new").expect("saved");
+        assert_eq!(std::fs::read(&path).expect("read"), b"new");
+        assert_eq!(std::fs::read_dir(directory.path()).expect("listed").count(), 1);
     }
 }

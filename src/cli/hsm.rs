@@ -132,3 +132,30 @@ impl Token {
         pairs(&lines)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Format;
+
+    #[test]
+    fn unlock_removes_the_marker_of_the_named_token_and_needs_no_daemon() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).expect("made");
+        let markers = ["authority", "agents"].map(|name| state.join(format!("pin-pending-{name}")));
+        for marker in &markers {
+            std::fs::write(marker, "").expect("written");
+        }
+        let config = include_str!("../../scripts/keyward.toml").replace("/var/lib/keyward", &state.display().to_string());
+        let path = directory.path().join("keyward.toml");
+        std::fs::write(&path, config).expect("written");
+        let global = Global { config: path, socket: None, format: Format::Json };
+        let mut output = Output::of_process(Format::Json);
+        unlock(Which::Authority, &global, &mut output).expect("unlocked");
+        assert!(!markers[0].exists() && markers[1].exists());
+        unlock(Which::All, &global, &mut output).expect("unlocked");
+        assert!(!markers[1].exists());
+        unlock(Which::All, &global, &mut output).expect("harmless");
+    }
+}

@@ -6,22 +6,30 @@ use serde::Serialize;
 
 use super::agents::Daemon;
 use super::describe::Described;
-use super::render::table;
-use super::{EXIT_NOT_FOUND, Failure, Global, Output};
+use super::render::{Format, pad};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output, ledger_verify};
 use crate::proto::{Entry, GetCheckpointRequest, ListEntriesRequest, ListEntriesResponse};
+
+/// Entries asked for at once.
+const PAGE_ENTRIES: u32 = 1_000;
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// List entries, oldest first; by default the newest 50.
-    #[command(after_help = "Examples:\n  keyward ledger list\n  keyward ledger list --from 0 --limit 1000 --format json")]
+    /// List entries, oldest first.
+    #[command(
+        after_help = "Examples:\n  keyward ledger list --newest 20\n  keyward ledger list --from 1000 --limit 500 --format json"
+    )]
     List {
         /// First index.
-        #[arg(long, value_name = "INDEX")]
-        from: Option<u64>,
-        /// How many, at most 1000.
-        #[arg(long, default_value = "50", value_parser = clap::value_parser!(u32).range(1..=1000))]
-        limit: u32,
+        #[arg(long, value_name = "INDEX", default_value = "0", conflicts_with = "newest")]
+        from: u64,
+        /// How many at most [default: all].
+        #[arg(long, value_name = "COUNT", conflicts_with = "newest")]
+        limit: Option<u64>,
+        /// The newest ones only.
+        #[arg(long, value_name = "COUNT")]
+        newest: Option<u64>,
     },
     /// Show one entry whole.
     #[command(after_help = "Example:\n  keyward ledger show 42")]
@@ -36,12 +44,11 @@ pub(super) enum Verb {
         #[arg(long)]
         vkey: bool,
     },
-}
-
-#[derive(Serialize)]
-struct Page {
-    size: u64,
-    entries: Vec<Described>,
+    /// Verify a copy of the ledger offline: tree, checkpoints, and every promise that can be read off it. Exits 6 if it fails.
+    #[command(
+        after_help = "Example:\n  keyward ledger verify keyward.db --key ledger.vkey --checkpoint /mnt/elsewhere/newest --signatures"
+    )]
+    Verify(ledger_verify::Against),
 }
 
 #[derive(Serialize)]
@@ -51,16 +58,18 @@ struct Checkpoint {
 }
 
 pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    if let Verb::Verify(against) = &verb {
+        return ledger_verify::run(against, output);
+    }
     let mut daemon = Daemon::connect(global).await?;
     match verb {
-        Verb::List { from, limit } => {
-            let from = match from {
-                Some(from) => from,
-                None => page(&mut daemon, 0, 1).await?.size.saturating_sub(limit.into()),
+        Verb::Verify(_) => Ok(()),
+        Verb::List { from, limit, newest } => {
+            let from = match newest {
+                Some(newest) => page(&mut daemon, 0, 1).await?.size.saturating_sub(newest),
+                None => from,
             };
-            let answer = page(&mut daemon, from, limit).await?;
-            let shown = Page { size: answer.size, entries: decode(&answer)?.iter().map(Described::of).collect() };
-            Ok(output.show(&shown, Page::text)?)
+            list(&mut daemon, from, limit.unwrap_or(u64::MAX), output).await
         }
         Verb::Show { index } => {
             let entries = decode(&page(&mut daemon, index, 1).await?)?;
@@ -93,10 +102,37 @@ fn decode(page: &ListEntriesResponse) -> Result<Vec<Entry>, Failure> {
     decoded.collect::<Result<_, _>>().map_err(|error| Failure::error(format!("an entry does not parse: {error}")))
 }
 
-impl Page {
-    fn text(&self) -> String {
-        let row = |entry: &Described| vec![entry.index.to_string(), entry.time.clone(), entry.kind.to_owned(), entry.summary()];
-        let rows: Vec<_> = self.entries.iter().map(row).collect();
-        table(&["INDEX", "TIME", "KIND", "DETAIL"], &rows)
+/// Page by page: a ledger is larger than memory. JSON is one array all the same.
+async fn list(daemon: &mut Daemon, mut from: u64, limit: u64, output: &mut Output) -> Result<(), Failure> {
+    let until = from.saturating_add(limit);
+    let json = output.format() == Format::Json;
+    output.raw(if json { "[".into() } else { line(["INDEX", "TIME", "KIND", "DETAIL"]) }.as_bytes())?;
+    let mut separator = "\n";
+    while from < until {
+        let entries = decode(&page(daemon, from, u32::try_from(until - from).unwrap_or(u32::MAX).min(PAGE_ENTRIES)).await?)?;
+        let Some(last) = entries.last() else { break };
+        from = last.index.saturating_add(1);
+        let mut text = String::new();
+        for described in entries.iter().map(Described::of) {
+            if json {
+                text.push_str(separator);
+                text.push_str(&serde_json::to_string(&described).map_err(std::io::Error::from)?);
+                separator = ",\n";
+            } else {
+                text.push_str(&line([&described.index.to_string(), &described.time, described.kind, &described.summary()]));
+            }
+        }
+        output.raw(text.as_bytes())?;
     }
+    if json {
+        output.raw(b"\n]\n")?;
+    }
+    Ok(())
+}
+
+/// One line of the list. The widths are fixed, for what comes later is not known yet.
+fn line(cells: [&str; 4]) -> String {
+    let widths = [9, 27, 19, 100 - 9 - 27 - 19 - 6];
+    let cells = cells.iter().zip(widths).map(|(cell, width)| pad(cell, width));
+    format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
 }

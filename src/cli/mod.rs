@@ -16,6 +16,7 @@ mod duration;
 mod failure;
 mod hsm;
 mod ledger;
+mod ledger_verify;
 mod quarantine;
 mod render;
 mod serve;
@@ -57,6 +58,7 @@ pub struct Arguments {
 
 /// What every verb understands.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Everywhere")]
 pub struct Global {
     /// Configuration file.
     #[arg(long, global = true, env = "KEYWARD_CONFIG", value_name = "FILE", default_value = "/etc/keyward/keyward.toml")]

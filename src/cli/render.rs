@@ -136,7 +136,7 @@ fn width(text: &str) -> usize {
 }
 
 /// `text` in exactly `to` characters. What came from outside may hold control characters; a terminal must not obey them.
-fn pad(text: &str, to: usize) -> String {
+pub(super) fn pad(text: &str, to: usize) -> String {
     let mut cell: String = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
     let has = width(&cell);
     if has > to {

@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::acts::Initialised;
+use crate::config::Log;
 use crate::daemon::{self, InitAsk};
 
 use super::{Failure, Global, Output};
@@ -36,7 +37,7 @@ struct Done {
 
 pub(super) async fn init(ask: Init, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let config = global.load()?;
-    daemon::log(&config.log);
+    daemon::log(&Log { level: "error".to_owned(), ..config.log.clone() });
     let signed = ask.root_certificate.zip(ask.issuing_certificate);
     let done =
         daemon::initialise(&config, InitAsk { root_outside: ask.root_csr.is_some(), signed }).await.map_err(Failure::error)?;

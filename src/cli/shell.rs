@@ -25,3 +25,17 @@ pub(super) fn man(directory: Option<PathBuf>, output: &mut Output) -> Result<(),
     clap_mangen::Man::new(command).render(&mut page)?;
     Ok(output.raw(&page)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verb_gets_its_page() {
+        let directory = tempfile::tempdir().expect("a directory");
+        man(Some(directory.path().to_path_buf()), &mut Output::of_process(super::super::Format::Table)).expect("written");
+        for page in ["keyward.1", "keyward-quarantine-apply.1", "keyward-agent-run.1"] {
+            assert!(directory.path().join(page).exists(), "{page}");
+        }
+    }
+}

@@ -296,3 +296,7 @@ fn validity_of(certificate: &[u8]) -> Option<(u64, u64)> {
     let validity = parsed.validity();
     Some((u64::try_from(validity.not_before.timestamp()).ok()?, u64::try_from(validity.not_after.timestamp()).ok()?))
 }
+
+#[cfg(test)]
+#[path = "agent_tests.rs"]
+pub(crate) mod tests;

@@ -160,7 +160,8 @@ impl Error {
         let place = place.to_owned();
         match rustls_error(error) {
             Some(cause) => Self::Untrusted { place, cause: cause.to_string() },
-            None => Self::Unreachable { place, cause: chain(error) },
+            // tonic's own "transport error" says nothing.
+            None => Self::Unreachable { place, cause: chain(error.source().unwrap_or(error)) },
         }
     }
 

@@ -172,3 +172,7 @@ pub(super) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
     };
     Some(extension.value.general_names.iter().map(uri).collect())
 }
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;

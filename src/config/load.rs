@@ -51,7 +51,7 @@ impl Config {
     /// # Errors
     /// Every mistake at once; or the one that it cannot be read, is larger than 256 KiB, or is not UTF-8.
     pub fn load(path: &Path) -> Result<Self, Errors> {
-        let whole = |what: String| Errors(vec![Mistake::of_file(format!("{}: {what}", path.display()))]);
+        let whole = |what: String| Errors(vec![Mistake::of_file(what)]);
         let file = std::fs::File::open(path).map_err(|error| whole(error.to_string()))?;
         let mut text = String::new();
         let read = file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| whole(error.to_string()))?;
@@ -78,41 +78,67 @@ impl Config {
         }
     }
 
-    /// The effective values, defaults filled in, as canonical text: one `section.key = value` a line. `hash` is its SHA-256.
+    /// The effective values, defaults filled in, as canonical TOML: one dotted key a line, always in this order. `hash` is its
+    /// SHA-256.
     #[must_use]
     pub fn effective(&self) -> String {
-        let token = |name: &str, token: &Token| {
-            format!(
-                "hsm.{name}.module = {:?}\nhsm.{name}.token = {:?}\nhsm.{name}.serial = {:?}\nhsm.{name}.pin = {:?}\nhsm.{name}.lanes = {}\n",
-                token.module,
-                token.label,
-                token.serial.as_deref().unwrap_or_default(),
-                token.pin,
-                token.lanes
-            )
-        };
         let limits = &self.limits;
-        [
-            format!("trust.domain = {:?}\n", self.trust_domain.as_str()),
-            format!("listen.tcp = \"{}\"\nlisten.names = {:?}\n", self.listen.tcp, self.listen.names),
-            format!("paths.state = {:?}\npaths.runtime = {:?}\n", self.paths.state, self.paths.runtime),
-            token("authority", &self.authority),
-            token("agents", &self.agents),
-            format!("operator.uids = {:?}\noperator.gids = {:?}\n", self.operator.uids, self.operator.gids),
-            format!("limits.ttl_seconds_default = {}\n", limits.ttl_seconds_default),
-            format!("limits.rejoin_seconds_default = {}\n", limits.rejoin_seconds_default),
-            format!("limits.token_ttl_seconds_default = {}\n", limits.token_ttl_seconds_default),
-            format!("limits.live_certificates_per_agent = {}\n", limits.live_certificates_per_agent),
-            format!("limits.connections = {}\n", limits.connections),
-            format!("limits.unauthenticated_streams = {}\n", limits.unauthenticated_streams),
-            format!("limits.ledger_queue = {}\n", limits.ledger_queue),
-            format!("limits.hsm_queue = {}\n", limits.hsm_queue),
-            format!("limits.sign_deadline_ms = {}\n", limits.sign_deadline_ms),
-            format!("limits.crl_seconds = {}\n", limits.crl_seconds),
-            format!("log.level = {:?}\nlog.format = {:?}\n", self.log.level, self.log.format),
-        ]
-        .concat()
+        let mut lines = vec![
+            format!("trust.domain = {}", quoted(self.trust_domain.as_str())),
+            format!("listen.tcp = \"{}\"", self.listen.tcp),
+            format!("listen.names = [{}]", self.listen.names.iter().map(|name| quoted(name)).collect::<Vec<_>>().join(", ")),
+            format!("paths.state = {}", quoted_path(&self.paths.state)),
+            format!("paths.runtime = {}", quoted_path(&self.paths.runtime)),
+        ];
+        lines.extend(token_lines("authority", &self.authority));
+        lines.extend(token_lines("agents", &self.agents));
+        lines.extend([
+            format!("operator.uids = {:?}", self.operator.uids),
+            format!("operator.gids = {:?}", self.operator.gids),
+            format!("limits.ttl_seconds_default = {}", limits.ttl_seconds_default),
+            format!("limits.rejoin_seconds_default = {}", limits.rejoin_seconds_default),
+            format!("limits.token_ttl_seconds_default = {}", limits.token_ttl_seconds_default),
+            format!("limits.live_certificates_per_agent = {}", limits.live_certificates_per_agent),
+            format!("limits.connections = {}", limits.connections),
+            format!("limits.unauthenticated_streams = {}", limits.unauthenticated_streams),
+            format!("limits.ledger_queue = {}", limits.ledger_queue),
+            format!("limits.hsm_queue = {}", limits.hsm_queue),
+            format!("limits.sign_deadline_ms = {}", limits.sign_deadline_ms),
+            format!("limits.crl_seconds = {}", limits.crl_seconds),
+            format!("log.level = {}", quoted(&self.log.level)),
+            format!(
+                "log.format = {}",
+                match self.log.format {
+                    LogFormat::Text => "\"text\"",
+                    LogFormat::Json => "\"json\"",
+                }
+            ),
+        ]);
+        lines.join("\n") + "\n"
     }
+}
+
+fn token_lines(role: &str, token: &Token) -> Vec<String> {
+    let mut lines = vec![
+        format!("hsm.{role}.module = {}", quoted_path(&token.module)),
+        format!("hsm.{role}.token = {}", quoted(&token.label)),
+    ];
+    lines.extend(token.serial.iter().map(|serial| format!("hsm.{role}.serial = {}", quoted(serial))));
+    lines.push(match &token.pin {
+        PinSource::File(path) => format!("hsm.{role}.pin_file = {}", quoted_path(path)),
+        PinSource::Fd(fd) => format!("hsm.{role}.pin_fd = {fd}"),
+        PinSource::Credential(name) => format!("hsm.{role}.pin_credential = {}", quoted(name)),
+    });
+    lines.push(format!("hsm.{role}.lanes = {}", token.lanes));
+    lines
+}
+
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+fn quoted_path(path: &Path) -> String {
+    quoted(&path.to_string_lossy())
 }
 
 fn read<'d>(reader: &mut Reader<'_>, document: &'d DeTable<'d>) -> Option<Config> {

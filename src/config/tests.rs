@@ -112,3 +112,13 @@ fn two_tokens_cannot_read_one_descriptor() {
     let two = format!("{text}[hsm.agents]\nmodule = \"/m.so\"\ntoken = \"agents\"\npin_fd = 3\n");
     assert!(mistakes(&two)[0].contains("pin_fd: must differ"));
 }
+
+#[test]
+fn the_effective_values_are_a_configuration_that_means_the_same() {
+    let text =
+        format!("{MINIMAL}serial = \"a\\\"b\"\n[hsm.agents]\nmodule = \"/m.so\"\ntoken = \"t\"\npin_credential = \"pin\"\n");
+    let config = Config::parse(&text).expect("valid");
+    let again = Config::parse(&config.effective()).expect("valid");
+    assert_eq!((again.hash, again.effective()), (config.hash, config.effective()));
+    assert_eq!((again.agents, again.authority), (config.agents, config.authority));
+}

@@ -63,7 +63,9 @@ impl Cause {
 
 /// Logging as configured; `RUST_LOG` overrides the level. To stderr.
 pub fn log(log: &Log) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&log.level));
+    // cryptoki tells every mechanism it has no name for as an error.
+    let configured = || EnvFilter::new(format!("{},cryptoki::mechanism=off", log.level));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| configured());
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let _ = match log.format {
         LogFormat::Text => builder.with_ansi(false).try_init(),

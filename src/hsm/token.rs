@@ -44,6 +44,9 @@ pub struct Health {
     pub stuck: bool,
 }
 
+/// The fault of a token that is closed on purpose.
+const SHUT_DOWN: &str = "shut down";
+
 /// What the threads of one token share.
 pub(super) struct Token {
     pub(super) settings: Settings,
@@ -322,7 +325,11 @@ impl Token {
         }
         drop(self.errands.shut());
         if was_usable {
-            tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
+            if fault == SHUT_DOWN {
+                tracing::info!(token = %self.settings.token.label, "the token is closed");
+            } else {
+                tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
+            }
         }
         self.alarm.notify_one();
     }
@@ -394,7 +401,7 @@ impl Token {
 
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.suspend("shut down");
+        self.suspend(SHUT_DOWN);
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Live {
     pub epoch: u32,
     /// The intent that it was signed under.
     pub intent: u64,
+    /// Since when it is denied: the time of the quarantine's entry.
+    pub denied: Option<UnixTime>,
 }
 
 /// A join token, known by its public key.

@@ -133,7 +133,14 @@ impl Book {
             bound.newest = Some(Certified { key: asked.key, not_after: asked.not_after });
             agent.sequence = asked.sequence + 1;
         }
-        bound.live.push(Live { serial: wanted.serial, key, not_after: wanted.not_after, epoch: wanted.epoch, intent: index });
+        bound.live.push(Live {
+            serial: wanted.serial,
+            key,
+            not_after: wanted.not_after,
+            epoch: wanted.epoch,
+            intent: index,
+            denied: None,
+        });
         bound.asked = Some(Asked {
             sequence: wanted.sequence,
             key: wanted.key,
@@ -189,13 +196,16 @@ impl Book {
         }
     }
 
-    pub(super) fn quarantined(&mut self, index: u64, slot: u32, cause: QuarantineCause, detail: String) {
+    pub(super) fn quarantined(&mut self, index: u64, time: UnixTime, slot: u32, cause: QuarantineCause, detail: String) {
         if self.agent(slot).quarantine.is_none() {
             self.denied(slot, cause, detail);
         }
         let agent = self.touch(slot, index);
         if let Some(quarantine) = &mut agent.quarantine {
             quarantine.index = Some(index);
+        }
+        for live in agent.bound.iter_mut().flat_map(|bound| &mut bound.live) {
+            live.denied.get_or_insert(time);
         }
         // An unspent token of a quarantined agent is void; a spent one has done its work.
         if let Some(token) = agent.token.take() {

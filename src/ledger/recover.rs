@@ -244,7 +244,7 @@ fn apply(
         Body::Quarantined(quarantined) => {
             let slot = book.slot(&AgentId::parse(&quarantined.agent).ok()?)?;
             if book.agent(slot).as_of < index {
-                book.quarantined(index, slot, quarantined.cause(), quarantined.detail);
+                book.quarantined(index, time, slot, quarantined.cause(), quarantined.detail);
             }
         }
         Body::Reinstated(reinstated) => {

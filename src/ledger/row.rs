@@ -101,6 +101,8 @@ struct LiveRow {
     epoch: u32,
     #[prost(uint64, tag = "5")]
     intent: u64,
+    #[prost(uint64, optional, tag = "6")]
+    denied_micros: Option<u64>,
 }
 
 impl From<&Agent> for AgentRow {
@@ -163,6 +165,7 @@ impl From<&Bound> for BoundRow {
                     not_after_seconds: live.not_after.seconds(),
                     epoch: live.epoch,
                     intent: live.intent,
+                    denied_micros: live.denied.map(UnixTime::micros),
                 })
                 .collect(),
         }
@@ -250,6 +253,7 @@ impl LiveRow {
             not_after: UnixTime::from_seconds(self.not_after_seconds),
             epoch: self.epoch,
             intent: self.intent,
+            denied: self.denied_micros.map(UnixTime),
         })
     }
 }

@@ -79,7 +79,7 @@ pub struct AuthorityRow {
 /// A row that goes with an entry, in the same transaction.
 #[derive(Debug, Clone)]
 pub(super) enum Row {
-    Agent(AgentRow, String),
+    Agent(Box<AgentRow>, String),
     KeyIntended(proto::KeyIntended),
     KeyActivated(proto::KeyActivated),
     KeyAbandoned(Vec<u8>),

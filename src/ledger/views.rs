@@ -132,7 +132,7 @@ impl Ledger {
         (gate.book.agents.len(), gate.book.quarantined, gate.book.open.len())
     }
 
-    /// Denied certificates that a CRL has to list at `now`: until one period after their notAfter. With the time of expiry.
+    /// Denied certificates that a CRL has to list at `now`: until one period after their notAfter. With the time of the denial.
     #[must_use]
     pub fn denied_certificates(&self, now: UnixTime) -> Vec<(Serial, UnixTime)> {
         let forget = now.minus_seconds(self.0.forget_seconds);
@@ -141,7 +141,7 @@ impl Ledger {
         for agent in &gate.book.agents {
             for live in agent.live() {
                 if agent.denies(live) && live.not_after >= forget {
-                    denied.push((live.serial, live.not_after));
+                    denied.push((live.serial, live.denied.unwrap_or(now)));
                 }
             }
         }

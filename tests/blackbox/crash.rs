@@ -176,7 +176,12 @@ fn an_interrupted_init_is_resumed_by_calling_it_again() {
         }
         assert_eq!(first.code, -1, "{first:?}");
         house.after_power_cut();
-        let again = house.keyward(&["init"]);
+        let mut again = house.keyward(&["init"]);
+        if again.stderr.contains("keyward hsm unlock") {
+            // Killed between the note of a login and its end: whether that cost a try is for an operator to judge.
+            house.keyward(&["hsm", "unlock"]).ok();
+            again = house.keyward(&["init"]);
+        }
         // Killed after its last durable step, it was complete.
         assert!(again.code == 0 || again.stderr.contains("initialised already"), "{again:?}");
         house.serve();

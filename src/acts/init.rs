@@ -42,6 +42,8 @@ pub enum Initialised {
         /// The root, PEM.
         bundle: String,
     },
+    /// Nothing: a complete one is left alone.
+    Already,
     /// The outside root's turn.
     AwaitsRoot {
         /// PKCS#10, PEM.
@@ -52,7 +54,7 @@ pub enum Initialised {
 /// Makes what is missing: keys, then certificates, then the files beside the ledger.
 ///
 /// # Errors
-/// When it is complete already, the token or the ledger is not available, or an outside certificate does not fit.
+/// When the token or the ledger is not available, or an outside certificate does not fit.
 pub async fn initialise(
     ledger: &Ledger,
     tokens: &Tokens,
@@ -63,7 +65,7 @@ pub async fn initialise(
     let known = certificates(ledger).await?;
     let has = |purpose: Purpose| known.iter().any(|row| row.purpose == purpose);
     if has(Purpose::Issuing) && state.join("ledger.vkey").exists() {
-        return Err(Refusal::internal("keyward is initialised already"));
+        return Ok(Initialised::Already);
     }
     reconcile(ledger, tokens).await?;
     let ledger_key = ensure(ledger, tokens, Purpose::Ledger, TokenRole::Authority).await?;

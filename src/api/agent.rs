@@ -76,8 +76,15 @@ impl AgentService for Agents {
                     attested.await.and_then(|issued| credential(&acts, issued))
                 }
                 Ok(Some(Err(status))) => {
+                    // Told, where the client is still there: a message past the transport's bound, or none of ours.
                     tracing::debug!(%status, "an attestation broke off");
-                    return;
+                    let refusal = match status.code() {
+                        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => {
+                            Refusal::new(Reason::RequestTooLarge, "send an ask of at most 6,144 bytes and a proof of at most 80")
+                        }
+                        _ => Refusal::new(Reason::MalformedRequest, "send one well-formed AttestRequest"),
+                    };
+                    Err(refusal)
                 }
                 Ok(None) => return,
                 Err(_) => Err(Refusal::new(Reason::ChallengeExpired, "answer the challenge within ten seconds")),

@@ -20,6 +20,8 @@ use super::{Cause, duties, notify};
 
 /// Between two looks at a token that could not be opened.
 const TOKEN_RETRY: Duration = Duration::from_millis(500);
+/// How long intents under way have to end at the stop.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a token has to come to rest at the stop.
 const TOKEN_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -103,6 +105,10 @@ impl Rooms {
     /// The last entry, the last checkpoint, the tokens.
     pub(super) async fn close(&self, cause: &str) {
         let ledger = self.acts.ledger();
+        // What has begun ends first, so that no start has to close it as unknown.
+        if !ledger.settled(SETTLE_DEADLINE).await {
+            tracing::warn!("intents are open at the stop");
+        }
         if let Err(refusal) = ledger.stop(cause).await {
             tracing::error!(?refusal, "the stop could not be recorded");
         } else if let Err(refusal) = self.acts.checkpoint(0).await {
@@ -289,7 +295,10 @@ async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>),
     rooms.acts.set_addresses(addresses.clone());
     rooms.readiness.set_listen(addresses);
     let issuing = rooms.acts.authorities().map_err(|refusal| format!("{refusal:?}"))?.issuing();
-    let settings = rooms.tls.settings(&[issuing.certificate().to_vec().into()]).map_err(|error| error.to_string())?;
+    let settings = rooms
+        .tls
+        .settings(rooms.acts.ledger().clock(), &[issuing.certificate().to_vec().into()])
+        .map_err(|error| error.to_string())?;
     Ok((listener, settings))
 }
 

@@ -406,6 +406,13 @@ impl Ledger {
         answered(receiver, COMMIT_DEADLINE).await
     }
 
+    /// Waits until no intent is open, at most for `deadline`; answers whether that is so.
+    pub async fn settled(&self, deadline: Duration) -> bool {
+        let mut progress = self.progress();
+        let none_open = progress.wait_for(|_| self.counts().2 == 0);
+        tokio::time::timeout(deadline, none_open).await.is_ok_and(|waited| waited.is_ok())
+    }
+
     /// The last entry: everything queued before it is committed first, what comes after is refused as draining. Only a checkpoint
     /// may follow.
     ///

@@ -187,7 +187,7 @@ impl Intents {
     pub(super) fn unknown(&mut self, intent: u64, agents: &mut Agents, at: &mut At<'_>) {
         self.counts.unknown += 1;
         if let Some(candidate) = self.close(intent, at).and_then(|open| open.candidate) {
-            agents.live(&candidate, at);
+            agents.unknown(&candidate, at);
         }
     }
 

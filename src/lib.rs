@@ -2,7 +2,7 @@
 //!
 //! # The map
 //!
-//! The story is told in [`acts::issue`]: a signing request and its evidence become a certificate, or a refusal.
+//! The story is told in `acts::issue`: a signing request and its evidence become a certificate, or a refusal.
 //! `Caller → Appraisal → Grant → Prepared → Intent → Signed → Issued`: each value is made only by its room, so a
 //! check that was skipped does not compile.
 //!

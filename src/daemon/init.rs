@@ -59,13 +59,14 @@ pub async fn initialise(config: &Config, ask: InitAsk) -> Result<Initialised, St
     let agents = if shared { authority.clone() } else { open(TokenRole::Agents)? };
     let tokens = Tokens { authority, agents, shared };
     let done = acts::initialise(&ledger, &tokens, &config.trust_domain, state, root).await.map_err(told);
-    ledger.stop("init", std::time::Duration::from_secs(5)).await;
+    let stopped = ledger.stop("init").await;
+    ledger.finish(std::time::Duration::from_secs(5)).await;
     let deadline = std::time::Duration::from_secs(2);
     tokens.authority.shut_down(deadline);
     if !shared {
         tokens.agents.shut_down(deadline);
     }
-    done
+    stopped.map_err(told).and(done)
 }
 
 fn told(refusal: crate::model::Refusal) -> String {

@@ -85,6 +85,7 @@ impl Rooms {
     pub(super) fn wait_for(&self, what: Option<String>) {
         let mut waiting = self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner);
         if *waiting != what {
+            self.readiness.set_missing(what.iter().cloned().collect());
             match &what {
                 Some(what) => {
                     tracing::warn!(%what, "not ready");
@@ -99,13 +100,15 @@ impl Rooms {
         }
     }
 
-    /// The last checkpoint, the last entry, the tokens.
+    /// The last entry, the last checkpoint, the tokens.
     pub(super) async fn close(&self, cause: &str) {
         let ledger = self.acts.ledger();
-        if let Err(refusal) = self.acts.checkpoint(0).await {
+        if let Err(refusal) = ledger.stop(cause).await {
+            tracing::error!(?refusal, "the stop could not be recorded");
+        } else if let Err(refusal) = self.acts.checkpoint(0).await {
             tracing::warn!(?refusal, "no checkpoint at the stop");
         }
-        if !ledger.stop(cause, Duration::from_secs(5)).await {
+        if !ledger.finish(Duration::from_secs(5)).await {
             tracing::error!("the ledger did not come to its end in time");
         }
         let tokens = self.tokens.borrow().clone();

@@ -241,11 +241,19 @@ impl Ledger {
 
     /// Queues a command whose answer is awaited.
     fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<oneshot::Receiver<Result<T, Refusal>>, Refusal> {
-        let (answer, receiver) = oneshot::channel();
-        let mut gate = self.gate();
-        if gate.closing {
+        if self.gate().closing {
             return Err(draining());
         }
+        self.ask_at_last(command)
+    }
+
+    /// As `ask`, also after the last entry: what seals the book.
+    fn ask_at_last<T>(
+        &self,
+        command: impl FnOnce(Answer<T>) -> Command,
+    ) -> Result<oneshot::Receiver<Result<T, Refusal>>, Refusal> {
+        let (answer, receiver) = oneshot::channel();
+        let mut gate = self.gate();
         if gate.queue.len() > self.0.queue_max.saturating_mul(2) {
             return Err(Refusal::new(Reason::Overloaded, "the ledger's queue is full; ask again in a moment"));
         }
@@ -385,7 +393,7 @@ impl Ledger {
     /// # Errors
     /// `LEDGER_UNAVAILABLE`.
     pub async fn edge(&self) -> Result<(u64, Digest), Refusal> {
-        let receiver = self.ask(|answer| Command::Edge { answer })?;
+        let receiver = self.ask_at_last(|answer| Command::Edge { answer })?;
         answered(receiver, COMMIT_DEADLINE).await
     }
 
@@ -394,20 +402,36 @@ impl Ledger {
     /// # Errors
     /// `LEDGER_UNAVAILABLE`.
     pub async fn keep_checkpoint(&self, note: String) -> Result<(), Refusal> {
-        let receiver = self.ask(|answer| Command::Keep { row: Row::Fact("checkpoint", note.into_bytes()), answer })?;
+        let receiver = self.ask_at_last(|answer| Command::Keep { row: Row::Fact("checkpoint", note.into_bytes()), answer })?;
         answered(receiver, COMMIT_DEADLINE).await
     }
 
-    /// The last entry. Everything queued before it is committed first; what comes after is refused as draining. Waits at most
-    /// `deadline`.
-    pub async fn stop(&self, cause: &str, deadline: Duration) -> bool {
+    /// The last entry: everything queued before it is committed first, what comes after is refused as draining. Only a checkpoint
+    /// may follow.
+    ///
+    /// # Errors
+    /// `LEDGER_UNAVAILABLE`: the next start will find the intents open.
+    pub async fn stop(&self, cause: &str) -> Result<(), Refusal> {
+        let (answer, receiver) = oneshot::channel();
+        {
+            let mut gate = self.gate();
+            if gate.closing {
+                return Err(draining());
+            }
+            gate.closing = true;
+            gate.push(Command::Stop { cause: cause.to_owned(), answer });
+        }
+        self.wake();
+        answered(receiver, COMMIT_DEADLINE).await
+    }
+
+    /// Ends the writer. Waits at most `deadline`; answers whether it has ended.
+    pub async fn finish(&self, deadline: Duration) -> bool {
         let mut stopped = self.0.stopped.subscribe();
         {
             let mut gate = self.gate();
-            if !gate.closing {
-                gate.push(Command::Stop { cause: cause.to_owned() });
-                gate.closing = true;
-            }
+            gate.closing = true;
+            gate.push(Command::Finish);
         }
         self.wake();
         tokio::time::timeout(deadline, stopped.wait_for(|stopped| *stopped)).await.is_ok()

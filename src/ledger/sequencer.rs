@@ -74,9 +74,13 @@ pub(super) enum Command {
         row: Row,
         answer: Answer<()>,
     },
+    /// The last entry.
     Stop {
         cause: String,
+        answer: Answer<()>,
     },
+    /// The end of the writer.
+    Finish,
 }
 
 /// What a batch does once it is durable, or cannot be.
@@ -89,7 +93,9 @@ struct Batch {
     after: Vec<After>,
     edge: Vec<Answer<(u64, Digest)>>,
     denials: usize,
-    stop: bool,
+    /// Every agent's row is due now.
+    snapshot: bool,
+    finish: bool,
 }
 
 impl Batch {
@@ -129,7 +135,7 @@ impl Sequencer {
         Self { ledger, store, tree, reserve, last_time, snapshot: None, snapshot_at: (size, Instant::now()), commits: 0 }
     }
 
-    /// The writer thread's life. Ends with the entry `stopped`, or when the disk cannot be trusted any more.
+    /// The writer thread's life.
     pub(super) fn run(mut self) {
         loop {
             let mut batch = self.gather();
@@ -146,7 +152,7 @@ impl Sequencer {
                     for answer in batch.edge {
                         let _ = answer.send(Ok((self.tree.size(), self.tree.root())));
                     }
-                    if batch.stop {
+                    if batch.finish {
                         return self.ledger.stopped();
                     }
                 }
@@ -155,7 +161,7 @@ impl Sequencer {
                     for after in batch.after {
                         after(Err(super::unavailable()));
                     }
-                    return self.refuse_for_ever(batch.stop);
+                    return self.refuse_for_ever(batch.finish);
                 }
             }
         }
@@ -174,8 +180,16 @@ impl Sequencer {
             }
         }
         let first = self.tree.size();
-        let mut batch =
-            Batch { first, entries: Vec::new(), rows: Vec::new(), after: Vec::new(), edge: Vec::new(), denials: 0, stop: false };
+        let mut batch = Batch {
+            first,
+            entries: Vec::new(),
+            rows: Vec::new(),
+            after: Vec::new(),
+            edge: Vec::new(),
+            denials: 0,
+            snapshot: false,
+            finish: false,
+        };
         let now = self.ledger.0.clock.reckoned().max(self.last_time);
         self.last_time = now;
         let take = gate.queue.len().min(BATCH_MAX);
@@ -232,10 +246,12 @@ impl Sequencer {
                 batch.rows.push(row);
                 batch.then(answer, ());
             }
-            Command::Stop { cause } => {
+            Command::Stop { cause, answer } => {
                 batch.entry(now, Body::Stopped(proto::Stopped { cause }));
-                batch.stop = true;
+                batch.snapshot = true;
+                batch.then(answer, ());
             }
+            Command::Finish => batch.finish = true,
         }
     }
 
@@ -359,7 +375,7 @@ impl Sequencer {
         let size = batch.first + batch.entries.len() as u64;
         if self.snapshot.is_none() {
             let due =
-                size - self.snapshot_at.0 >= SNAPSHOT_ENTRIES || self.snapshot_at.1.elapsed() >= SNAPSHOT_EVERY || batch.stop;
+                size - self.snapshot_at.0 >= SNAPSHOT_ENTRIES || self.snapshot_at.1.elapsed() >= SNAPSHOT_EVERY || batch.snapshot;
             if !due || (book.dirty.is_empty() && size == self.snapshot_at.0) {
                 return;
             }
@@ -371,7 +387,7 @@ impl Sequencer {
             }
         }
         let Some(snapshot) = &mut self.snapshot else { return };
-        let keep = if batch.stop { 0 } else { snapshot.slots.len().saturating_sub(SNAPSHOT_ROWS_PER_BATCH) };
+        let keep = if batch.snapshot { 0 } else { snapshot.slots.len().saturating_sub(SNAPSHOT_ROWS_PER_BATCH) };
         for slot in snapshot.slots.drain(keep..) {
             batch.rows.push(agent_row(book, slot));
         }
@@ -396,7 +412,7 @@ impl Sequencer {
             gate.intents = 0;
             drop(gate);
             for command in commands {
-                if matches!(command, Command::Stop { .. }) {
+                if matches!(command, Command::Finish) {
                     return self.ledger.stopped();
                 }
                 refuse_unwritten(command);
@@ -421,11 +437,11 @@ fn refuse_unwritten(command: Command) {
         | Command::Record { answer: Some(answer), .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Reinstate { answer, .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Edge { answer } => drop(answer.send(Err(super::unavailable()))),
-        Command::Keep { answer, .. } => drop(answer.send(Err(super::unavailable()))),
+        Command::Keep { answer, .. } | Command::Stop { answer, .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Quarantine { answer: None, .. }
         | Command::Record { answer: None, .. }
         | Command::Close { .. }
-        | Command::Stop { .. } => {}
+        | Command::Finish => {}
     }
 }
 

@@ -65,7 +65,7 @@ fn quarantine_and_status_work_while_the_token_is_locked() {
     house.misplace_pins();
     house.start();
     house.quarantine("builder/1").ok();
-    let status = house.keyward(&["status", "--format", "json"]).ok().json();
+    let status = house.keyward(&["status", "--format", "json"]).exits(5).json();
     assert_eq!(status["ready"], false);
     assert_eq!(house.agent("builder/1").shown()["state"], "quarantined");
 }

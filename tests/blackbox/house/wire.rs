@@ -133,7 +133,7 @@ impl Wire {
         let mut stream = self.open(identity)?;
         let challenge = stream.challenge.clone();
         // The server's patience is what is tested: time must pass.
-        self.runtime.block_on(tokio::time::sleep(wait));
+        self.runtime.block_on(async { tokio::time::sleep(wait).await });
         stream.send(self, answer(&challenge));
         stream.credential(self)
     }

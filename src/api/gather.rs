@@ -12,8 +12,8 @@ const WAITING_BYTES_MAX: usize = 16 * 1024;
 /// A stream whose writes wait until its task is polled again. HTTP/2 flushes after a response's headers and data and once more
 /// after its trailers, all in one poll: without this that is two records and two system calls, and two wake-ups of the client.
 ///
-/// A flush asks for another poll and is done at its start, when the task reads: every task that drives an HTTP/2 connection does.
-/// What waits is written before the stream is shut down, and never more than a record's worth waits.
+/// A flush asks for another poll and is done there, when the task finds nothing more to read: every task that drives an HTTP/2
+/// connection reads until then. What waits is written before the stream is shut down, and never more than a record's worth waits.
 pub(super) struct Gathered<Io> {
     io: Io,
     waiting: Vec<u8>,
@@ -53,13 +53,16 @@ impl<Io: AsyncWrite + Unpin> Gathered<Io> {
 
 impl<Io: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gathered<Io> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        // The socket may be full: reading goes on, and this task is polled again when there is room.
-        if self.flush
+        // What has arrived is read first: its answer joins what waits.
+        let read = Pin::new(&mut self.io).poll_read(context, buffer);
+        // The socket may be full: this task is polled again when there is room.
+        if read.is_pending()
+            && self.flush
             && let Poll::Ready(Err(error)) = self.poll_flush_now(context)
         {
             return Poll::Ready(Err(error));
         }
-        Pin::new(&mut self.io).poll_read(context, buffer)
+        read
     }
 }
 

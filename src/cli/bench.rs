@@ -97,7 +97,7 @@ pub(super) fn run(verb: Verb, output: &mut Output) -> Result<ExitCode, Failure> 
     match verb {
         Verb::Issue(ask) => {
             let plan = plan(ask);
-            let issue = bench::issue(&plan, |what| output.say(what));
+            let issue = Box::pin(bench::issue(&plan, |what| output.say(what)));
             let report = block_on(async { Ok(issue.await) })?.map_err(failed)?;
             done(output.show(&report, Report::text).map_err(Failure::from))
         }

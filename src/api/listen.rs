@@ -18,6 +18,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
+use super::gather::Gathered;
 use crate::acts::Acts;
 use crate::authn::{Connection, Operator, OperatorRefused};
 use crate::config;
@@ -89,7 +90,7 @@ impl<Io: AsyncWrite + Unpin, Peer: Unpin> AsyncWrite for Held<Io, Peer> {
     }
 }
 
-pub(super) type Agent = Held<TlsStream<TcpStream>, Arc<Connection>>;
+pub(super) type Agent = Held<Gathered<TlsStream<TcpStream>>, Arc<Connection>>;
 
 /// Accepted and identified TLS connections, at most `limit` at once: one more waits in the kernel's queue. Ends when the receiver does.
 pub(super) fn tls(
@@ -165,7 +166,7 @@ async fn handshake(
         let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
         Box::pin(sleep_until(Instant::now() + Duration::from_micros(left)))
     });
-    let held = Held { io: tls, peer: Arc::new(connection), ends, _place: place };
+    let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _place: place };
     let _ = sender.send(Ok(held)).await;
 }
 

@@ -7,6 +7,7 @@
 mod agent;
 mod convert;
 mod gatekeeper;
+mod gather;
 mod health;
 mod listen;
 mod operator;

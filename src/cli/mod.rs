@@ -7,6 +7,7 @@
 mod agent;
 mod agent_run;
 mod agents;
+mod bench;
 mod ca;
 mod clock;
 mod config;
@@ -132,6 +133,9 @@ enum Command {
     /// The configuration file.
     #[command(subcommand)]
     Config(config::Verb),
+    /// Measure what issuing costs here, with throw-away tokens and daemons.
+    #[command(subcommand)]
+    Bench(bench::Verb),
     /// Print a completion script.
     #[command(after_help = "Example:\n  keyward completion bash > /etc/bash_completion.d/keyward")]
     Completion {
@@ -190,6 +194,7 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Status => block_on(status::run(&global, output)),
         Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),
         Command::Config(verb) => done(config::run(verb, &global, output)),
+        Command::Bench(verb) => bench::run(verb, output),
         Command::Completion { shell } => done(shell::completion(shell, output)),
         Command::Man { out } => done(shell::man(out, output)),
         Command::Version => {

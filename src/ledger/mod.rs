@@ -23,7 +23,7 @@ mod views;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -104,6 +104,8 @@ impl Gate {
 struct Shared {
     gate: Mutex<Gate>,
     wake: Condvar,
+    /// The writer waits for `wake`. Set under the gate; a condition variable notified for nothing is a system call.
+    asleep: AtomicBool,
     clock: Arc<Clock>,
     meter: Arc<Meter>,
     reader: Reader,
@@ -197,8 +199,20 @@ impl Ledger {
         self.0.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Wakes the writer, if it sleeps. Called after the gate was let go.
     fn wake(&self) {
-        self.0.wake.notify_one();
+        if self.0.asleep.swap(false, Ordering::AcqRel) {
+            self.0.wake.notify_one();
+        }
+    }
+
+    /// The writer sleeps until it is woken or `at_most` has passed; true: it has.
+    fn sleep<'g>(&self, gate: MutexGuard<'g, Gate>, at_most: Duration) -> (MutexGuard<'g, Gate>, bool) {
+        // Whoever queues something takes the gate after this and sees it.
+        self.0.asleep.store(true, Ordering::Release);
+        let (gate, timeout) = self.0.wake.wait_timeout(gate, at_most).unwrap_or_else(PoisonError::into_inner);
+        self.0.asleep.store(false, Ordering::Release);
+        (gate, timeout.timed_out())
     }
 
     fn has_failed(&self) -> bool {

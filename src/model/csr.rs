@@ -1,12 +1,10 @@
 //! A signing request that exists only parsed.
 
 use x509_parser::certification_request::X509CertificationRequest;
+use x509_parser::oid_registry::OID_SIG_ECDSA_WITH_SHA256;
 use x509_parser::prelude::FromDer;
 
 use super::{Algorithm, InvalidKey, Meter, PublicKey, Reason, Refusal};
-
-/// OID 1.2.840.10045.4.3.2, ecdsa-with-SHA256.
-const ECDSA_WITH_SHA256: &str = "1.2.840.10045.4.3.2";
 
 /// A PKCS#10 request (RFC 2986) whose self-signature proved possession of the key. Only the key is kept: what else the
 /// requester wrote (subject, extensions, CA:TRUE) is not even read.
@@ -28,16 +26,6 @@ impl Csr {
         meter.csr.measure(|| Self::parse_unmeasured(der, meter))
     }
 
-    /// The key of a request that has been parsed and checked before.
-    ///
-    /// # Errors
-    /// `CSR_MALFORMED`.
-    pub fn key_of(der: &[u8]) -> Result<PublicKey, Refusal> {
-        let malformed = || Refusal::new(Reason::CsrMalformed, "send a PKCS#10 request in DER");
-        let (_, request) = X509CertificationRequest::from_der(der).map_err(|_| malformed())?;
-        PublicKey::from_spki(request.certification_request_info.subject_pki.raw).map_err(|_| malformed())
-    }
-
     fn parse_unmeasured(der: &[u8], meter: &Meter) -> Result<Self, Refusal> {
         if der.len() > Self::BYTES_MAX {
             return Err(Refusal::new(Reason::RequestTooLarge, "send a CSR of at most 4,096 bytes"));
@@ -51,11 +39,13 @@ impl Csr {
         let info = &request.certification_request_info;
         let unsupported =
             |error: InvalidKey| Refusal::new(Reason::KeyUnsupported, "use a P-256 key with a named curve").because(error);
-        let key = PublicKey::from_spki(info.subject_pki.raw).map_err(unsupported)?;
-        if key.algorithm() != Algorithm::P256 || request.signature_algorithm.algorithm.to_id_string() != ECDSA_WITH_SHA256 {
+        let key = PublicKey::from_spki_unchecked(info.subject_pki.raw).map_err(unsupported)?;
+        if key.algorithm() != Algorithm::P256 || request.signature_algorithm.algorithm != OID_SIG_ECDSA_WITH_SHA256 {
             return Err(unsupported(InvalidKey::Unsupported));
         }
         if !meter.csr_verify.measure(|| key.verifies(info.raw, &request.signature_value.data)) {
+            // A point that is not on the curve verifies nothing.
+            key.check_on_curve().map_err(unsupported)?;
             return Err(Refusal::new(Reason::CsrSignatureInvalid, "sign the CSR with the key it names"));
         }
         Ok(Self { key })

@@ -61,6 +61,16 @@ impl PublicKey {
     /// # Errors
     /// For any other algorithm, curve or encoding, and for a point off the curve.
     pub fn from_spki(spki: &[u8]) -> Result<Self, InvalidKey> {
+        let key = Self::from_spki_unchecked(spki)?;
+        key.check_on_curve().map(|()| key)
+    }
+
+    /// As [`PublicKey::from_spki`], but the point is not checked to be on the curve: for a key that has to verify a signature
+    /// at once, which no point off the curve does.
+    ///
+    /// # Errors
+    /// For any other algorithm or encoding.
+    pub(crate) fn from_spki_unchecked(spki: &[u8]) -> Result<Self, InvalidKey> {
         let algorithm = if spki.len() == P256_SPKI_PREFIX.len() + 65 && spki.starts_with(&P256_SPKI_PREFIX) && spki[26] == 4 {
             Algorithm::P256
         } else if spki.len() == ED25519_SPKI_PREFIX.len() + 32 && spki.starts_with(&ED25519_SPKI_PREFIX) {
@@ -68,8 +78,13 @@ impl PublicKey {
         } else {
             return Err(InvalidKey::Unsupported);
         };
-        let key = Self { algorithm, spki: spki.into() };
-        key.verifier().map(|_| key).ok_or(InvalidKey::NotOnCurve)
+        Ok(Self { algorithm, spki: spki.into() })
+    }
+
+    /// # Errors
+    /// When it is not.
+    pub(crate) fn check_on_curve(&self) -> Result<(), InvalidKey> {
+        self.verifier().map(drop).ok_or(InvalidKey::NotOnCurve)
     }
 
     /// From the raw point (65 bytes, uncompressed) or the raw Ed25519 key (32 bytes).

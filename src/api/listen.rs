@@ -26,6 +26,8 @@ use crate::model::{Reason, thread_cpu_nanos};
 
 /// A handshake has this long.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// Who presents no certificate may stay this long: an attestation takes a fraction of a second, and places are few.
+const STRANGER_LIFETIME: Duration = Duration::from_secs(60);
 /// Operators' connections at once.
 const OPERATOR_CONNECTIONS_MAX: usize = 64;
 
@@ -34,7 +36,7 @@ pub(super) struct Held<Io, Peer> {
     io: Io,
     peer: Peer,
     ends: Option<Pin<Box<Sleep>>>,
-    _place: OwnedSemaphorePermit,
+    _places: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
 }
 
 impl<Io, Peer: Clone + Send + Sync + 'static> Connected for Held<Io, Peer> {
@@ -101,6 +103,8 @@ pub(super) fn tls(
 ) -> ReceiverStream<io::Result<Agent>> {
     let (sender, receiver) = mpsc::channel(64);
     let places = Arc::new(Semaphore::new(limit));
+    // Strangers never take the places of agents that hold a certificate.
+    let strangers = Arc::new(Semaphore::new(limit.div_ceil(2)));
     let acceptor = TlsAcceptor::from(settings);
     tokio::spawn(async move {
         loop {
@@ -122,7 +126,8 @@ pub(super) fn tls(
                     continue;
                 }
             };
-            tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, sender.clone()));
+            let (acts, strangers) = (Arc::clone(&acts), Arc::clone(&strangers));
+            tokio::spawn(handshake(acts, acceptor.clone(), stream, place, strangers, sender.clone()));
         }
     });
     ReceiverStream::new(receiver)
@@ -133,6 +138,7 @@ async fn handshake(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     place: OwnedSemaphorePermit,
+    strangers: Arc<Semaphore>,
     sender: mpsc::Sender<io::Result<Agent>>,
 ) {
     let Ok(address) = stream.peer_addr() else { return };
@@ -162,11 +168,20 @@ async fn handshake(
             return;
         }
     };
-    let ends = connection.not_after().map(|not_after| {
-        let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
-        Box::pin(sleep_until(Instant::now() + Duration::from_micros(left)))
-    });
-    let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _place: place };
+    let lifetime = match connection.not_after() {
+        Some(not_after) => Duration::from_micros(not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros())),
+        None => STRANGER_LIFETIME,
+    };
+    let stranger = match connection.is_stranger().then(|| strangers.try_acquire_owned()).transpose() {
+        Ok(stranger) => stranger,
+        Err(_) => {
+            tracing::debug!(%source, "strangers have taken all the places they may");
+            acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
+            return;
+        }
+    };
+    let ends = Some(Box::pin(sleep_until(Instant::now() + lifetime)));
+    let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _places: (place, stranger) };
     let _ = sender.send(Ok(held)).await;
 }
 
@@ -217,7 +232,7 @@ pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<R
             if let Err(refused) = &caller {
                 tracing::warn!(%refused, "operator socket");
             }
-            let held = Held { io: stream, peer: LocalPeer(caller), ends: None, _place: place };
+            let held = Held { io: stream, peer: LocalPeer(caller), ends: None, _places: (place, None) };
             let _ = sender.send(Ok(held)).await;
         }
     });

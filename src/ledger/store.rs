@@ -18,6 +18,8 @@ const SCHEMA: i64 = 1;
 const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001.sql")];
 /// Entries read in one go, at most.
 pub(super) const PAGE_ENTRIES_MAX: u32 = 1000;
+/// A page that has as many bytes is full.
+const PAGE_BYTES: usize = 8 << 20;
 
 /// What the file cannot do.
 #[derive(Debug, thiserror::Error)]
@@ -300,15 +302,22 @@ impl Reader {
         Ok(select.query_row([index.cast_signed()], |row| row.get(0)).optional()?)
     }
 
-    /// At most `limit` (and 1,000) entries' bytes from `from` on.
+    /// At most `limit` (and 1,000) entries' bytes from `from` on; fewer where they are large, none only at the end.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn entries(&self, from: u64, limit: u32) -> Result<Vec<Vec<u8>>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached("SELECT bytes FROM entry WHERE idx >= ?1 ORDER BY idx LIMIT ?2")?;
-        let rows = select.query_map(params![from.cast_signed(), limit.min(PAGE_ENTRIES_MAX)], |row| row.get(0))?;
-        Ok(rows.collect::<Result<_, _>>()?)
+        let mut rows = select.query(params![from.cast_signed(), limit.min(PAGE_ENTRIES_MAX)])?;
+        let (mut page, mut bytes) = (Vec::new(), 0);
+        // The intent of a CRL that lists a fleet has megabytes.
+        while let Some(row) = rows.next()?.filter(|_| bytes < PAGE_BYTES) {
+            let entry: Vec<u8> = row.get(0)?;
+            bytes += entry.len();
+            page.push(entry);
+        }
+        Ok(page)
     }
 
     /// A fact by name (`checkpoint`: the newest signed note).

@@ -17,3 +17,4 @@ mod ledger;
 mod quarantine;
 mod release;
 mod renew;
+mod strangers;

@@ -25,10 +25,13 @@ use crate::model::{Reason, thread_cpu_nanos};
 
 /// A handshake has this long.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// After a failed accept. Out of file descriptors, there is no event to wait for, and the queue stays readable: no spinning.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Operators' connections at once.
 const OPERATOR_CONNECTIONS_MAX: usize = 64;
 
-/// One connection with what is known of its peer. A read or write after the certificate's end fails, and the connection with it.
+/// One connection with what is known of its peer. A read after the certificate's end fails, and the connection with it; the read that
+/// always waits wakes at that moment.
 pub(super) struct Held<Io, Peer> {
     io: Io,
     peer: Peer,
@@ -115,9 +118,8 @@ pub(super) fn tls(
             let (stream, _) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // Out of file descriptors, or the peer is gone already: nothing to hand on, and no spinning.
                     tracing::warn!(%error, "accept");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
@@ -204,12 +206,23 @@ pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<R
     let places = Arc::new(Semaphore::new(OPERATOR_CONNECTIONS_MAX));
     tokio::spawn(async move {
         loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place,
+                () = sender.closed() => return,
+            };
+            let Ok(place) = place else { return };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
             };
-            let Ok((stream, _)) = accepted else { continue };
+            let (stream, _) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
             let Ok(peer) = stream.peer_cred() else { continue };
             // Who is refused is told so on its first call: a closed connection would say nothing.
             let caller = Operator::admit(peer.uid(), peer.gid(), &admitted);

@@ -168,7 +168,7 @@ fn an_interrupted_init_is_resumed_by_calling_it_again() {
     for sync in (1..).step_by(if instruments::slow() { 1 } else { 5 }) {
         let mut house = House::new().with_preload();
         house.control().kill_after_sync(sync);
-        let first = house.init_preloaded();
+        let first = house.init_preloaded(&[]);
         house.control().clear();
         if first.code == 0 {
             assert!(sync > 5, "init syncs more often than that");

@@ -15,5 +15,8 @@ mod hsm;
 mod instruments;
 mod ledger;
 mod quarantine;
+mod race;
 mod release;
+mod release_binary;
 mod renew;
+mod serve;

@@ -12,6 +12,7 @@ mod certificate;
 mod crash;
 mod enrol;
 mod hsm;
+mod init;
 mod instruments;
 mod ledger;
 mod quarantine;

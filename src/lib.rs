@@ -35,6 +35,10 @@
 //!
 //! Each has a test in `tests/blackbox` that tries to break it.
 
+// A hook that breaks a promise is for a debug build under test.
+#[cfg(all(feature = "dangerous-test-hooks", not(debug_assertions)))]
+compile_error!("dangerous-test-hooks is never part of a release binary");
+
 pub mod proto;
 
 pub mod model;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rcgen::CertificateParams;
+use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
 use crate::model::{KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
@@ -167,6 +168,10 @@ fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &Public
         if !valid || !certificate.is_ca() {
             return Err(bad("one is not a CA, or not in force"));
         }
+    }
+    // What every leaf and CRL names as its authority.
+    if issuing.get_extension_unique(&oid_registry::OID_X509_EXT_SUBJECT_KEY_IDENTIFIER).ok().flatten().is_none() {
+        return Err(bad("the issuing certificate has no SubjectKeyIdentifier"));
     }
     let usage = issuing.key_usage().map_err(|_| bad("its KeyUsage"))?.ok_or_else(|| bad("it has no KeyUsage"))?;
     if !usage.value.key_cert_sign() || !usage.value.crl_sign() {

@@ -39,7 +39,8 @@ const REFUSED_LIFETIME: Duration = Duration::from_secs(5);
 /// After an error of accept(2): out of file descriptors, or the peer is gone already. No spinning.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// One connection with what is known of its peer. A read or write after the certificate's end fails, and the connection with it.
+/// One connection with what is known of its peer. A read after the certificate's end fails, and the connection with it; the read that
+/// always waits wakes at that moment.
 pub(super) struct Held<Io, Peer> {
     io: Io,
     peer: Peer,
@@ -253,14 +254,22 @@ pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<R
     let refusals = Arc::new(Semaphore::new(REFUSED_CONNECTIONS_MAX));
     tokio::spawn(async move {
         loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place,
+                () = sender.closed() => return,
+            };
+            let Ok(place) = place else { return };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
             };
-            let Ok((stream, _)) = accepted else {
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
+            let (stream, _) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
             };
             let Ok(peer) = stream.peer_cred() else { continue };
             // Who is refused is told so on its first call: a closed connection would say nothing.

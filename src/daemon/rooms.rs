@@ -60,11 +60,14 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
     if opened.closed_unknown > 0 || opened.merged_denials > 0 {
         tracing::warn!(opened.closed_unknown, opened.merged_denials, "put in order what an earlier daemon left open");
     }
+    // Until the duty looks for the first time: by itself the service would call the whole well.
+    let health = Health::default();
+    health.report(false, true, false).await;
     Ok(Rooms {
         readiness: Readiness::new(&ledger, config.hash),
         acts: Arc::new(Acts::new(config, ledger, Crl::open(&config.paths.state))),
         config: Arc::clone(config),
-        health: Health::default(),
+        health,
         tls: Arc::default(),
         waiting_for: Arc::new(Mutex::new(Some("starting".to_owned()))),
         tokens: Arc::new(watch::Sender::new(None)),
@@ -108,6 +111,10 @@ impl Rooms {
         // What has begun ends first, so that no start has to close it as unknown.
         if !ledger.settled(SETTLE_DEADLINE).await {
             tracing::warn!("intents are open at the stop");
+        }
+        // The duty that does this each second has ended before the last calls did.
+        if let Err(refusal) = ledger.seal_refusals().await {
+            tracing::warn!(?refusal, "refusals could not be sealed");
         }
         if let Err(refusal) = ledger.stop(cause).await {
             tracing::error!(?refusal, "the stop could not be recorded");

@@ -1,5 +1,6 @@
 //! AgentService.
 
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -18,17 +19,17 @@ use crate::proto::{self, AttestRequest, AttestResponse, RenewRequest, RenewRespo
 
 use super::convert;
 use super::refusal::status_of;
-use super::shares::Shares;
+use super::shares::{Shares, network_of};
 
 pub(super) struct Agents {
     acts: Arc<Acts>,
     strangers: Arc<Semaphore>,
-    shares: Arc<Shares>,
+    shares: Arc<Shares<IpAddr>>,
 }
 
 impl Agents {
     pub(super) fn new(acts: Arc<Acts>, strangers_max: usize) -> Self {
-        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)), shares: Shares::half_of(strangers_max) }
+        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)), shares: Shares::of(strangers_max / 2) }
     }
 
     fn connection<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
@@ -51,7 +52,7 @@ impl AgentService for Agents {
     /// The challenge is the first message; it lives in this stream's task and dies with it.
     async fn attest(&self, request: Request<Streaming<AttestRequest>>) -> Result<Response<Self::AttestStream>, Status> {
         let connection = Self::connection(&request)?;
-        let share = self.shares.take(connection.source());
+        let share = self.shares.take(network_of(connection.source()));
         let place = share.and_then(|share| Some((Arc::clone(&self.strangers).try_acquire_owned().ok()?, share)));
         let Some(place) = place else {
             self.acts.ledger().refused_stranger(Reason::Overloaded, Some(connection.source()));

@@ -22,15 +22,17 @@ use tonic::transport::server::Connected;
 use crate::acts::Acts;
 use crate::authn::{Connection, Operator, OperatorRefused};
 use crate::config;
-use crate::model::{Reason, thread_cpu_nanos};
+use crate::model::{AgentId, Reason, thread_cpu_nanos};
 
 use super::gather::Gathered;
-use super::shares::{Share, Shares};
+use super::shares::{Share, Shares, network_of};
 
 /// A handshake has this long.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// A connection without a client certificate ends after this long: an attestation takes ten seconds, a look at health less.
 const STRANGER_LIFETIME: Duration = Duration::from_secs(60);
+/// Connections of one agent at once.
+const AGENT_CONNECTIONS_MAX: usize = 64;
 /// Operators' connections at once.
 const OPERATOR_CONNECTIONS_MAX: usize = 64;
 /// Connections at once of local peers that are no operators and are about to be told so, and how long they have for it.
@@ -49,7 +51,13 @@ pub(super) struct Held<Io, Peer> {
 }
 
 /// What a connection takes up.
-type Places = (OwnedSemaphorePermit, Option<(OwnedSemaphorePermit, Share)>);
+type Places = (OwnedSemaphorePermit, Option<Taken>);
+
+/// What it takes of what its kind of peer shares.
+enum Taken {
+    Agent { _share: Share<AgentId> },
+    Stranger { _place: OwnedSemaphorePermit, _share: Share<IpAddr> },
+}
 
 impl<Io, Peer: Clone + Send + Sync + 'static> Connected for Held<Io, Peer> {
     type ConnectInfo = Peer;
@@ -119,7 +127,8 @@ pub(super) fn tls(
     let (sender, receiver) = mpsc::channel(64);
     let places = Arc::new(Semaphore::new(limit));
     // Agents' connections always find half of the places: strangers have the other, and one source of them half of that many.
-    let strangers = Strangers { places: Arc::new(Semaphore::new((limit / 2).max(1))), shares: Shares::half_of(limit / 2) };
+    let strangers = Strangers { places: Arc::new(Semaphore::new((limit / 2).max(1))), shares: Shares::of(limit / 4) };
+    let agents = Shares::of(AGENT_CONNECTIONS_MAX);
     let acceptor = TlsAcceptor::from(settings);
     tokio::spawn(async move {
         loop {
@@ -142,11 +151,11 @@ pub(super) fn tls(
             };
             // A stranger until its handshake is over.
             let source = address.ip().to_canonical();
-            let Some(share) = strangers.shares.take(source) else {
+            let Some(share) = strangers.shares.take(network_of(source)) else {
                 acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
                 continue;
             };
-            let stranger = Stranger { source, share, places: Arc::clone(&strangers.places) };
+            let stranger = Stranger { source, share, places: Arc::clone(&strangers.places), agents: Arc::clone(&agents) };
             tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, stranger, sender.clone()));
         }
     });
@@ -156,14 +165,15 @@ pub(super) fn tls(
 /// What connections without a client certificate share.
 struct Strangers {
     places: Arc<Semaphore>,
-    shares: Arc<Shares>,
+    shares: Arc<Shares<IpAddr>>,
 }
 
 /// A peer of which only its address is known yet.
 struct Stranger {
     source: IpAddr,
-    share: Share,
+    share: Share<IpAddr>,
     places: Arc<Semaphore>,
+    agents: Arc<Shares<AgentId>>,
 }
 
 async fn handshake(
@@ -200,19 +210,21 @@ async fn handshake(
             return;
         }
     };
-    let (left, taken) = match connection.not_after() {
-        Some(not_after) => {
-            let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
-            (Duration::from_micros(left), None)
-        }
+    let left = connection.not_after().map_or(STRANGER_LIFETIME, |not_after| {
+        Duration::from_micros(not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros()))
+    });
+    let taken = match connection.named() {
+        Some(agent) => stranger.agents.take(agent.clone()).map(|share| Taken::Agent { _share: share }),
         None => {
-            let Ok(taken) = stranger.places.try_acquire_owned() else {
-                acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
-                return;
-            };
-            (STRANGER_LIFETIME, Some((taken, stranger.share)))
+            let place = stranger.places.try_acquire_owned().ok();
+            place.map(|place| Taken::Stranger { _place: place, _share: stranger.share })
         }
     };
+    if taken.is_none() {
+        tracing::debug!(%source, agent = ?connection.named(), "too many connections");
+        acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
+        return;
+    }
     let ends = Some(Box::pin(sleep_until(Instant::now() + left)));
     let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _places: (place, taken) };
     let _ = sender.send(Ok(held)).await;

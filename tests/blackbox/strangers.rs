@@ -1,4 +1,4 @@
-//! Strangers: whoever reaches the port and has no certificate takes nothing from those who have one.
+//! Strangers, and an agent gone bad: whoever reaches the port takes nothing from the others.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::house::House;
+use crate::house::wire::Identity;
 
 /// Another source than the house's own.
 async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
@@ -31,4 +32,14 @@ fn connections_that_say_nothing_keep_no_agent_out() {
     // A handshake has five seconds: the places were not waited for.
     assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     drop(held);
+}
+
+#[test]
+fn the_connections_of_one_agent_keep_no_other_out() {
+    let house = House::new().configured("limits", "connections = 80").initialised().served();
+    let (bad, good) = (house.attested("builder/1"), house.attested("builder/2"));
+    let (wire, stolen) = (house.wire(), Identity::of(&bad));
+    let held: Vec<_> = (0..80).filter_map(|_| wire.open(Some(&stolen)).ok()).collect();
+    assert!(held.len() >= 40, "{}", held.len());
+    good.renew().ok();
 }

@@ -25,10 +25,14 @@ struct Agent {
 }
 
 impl Agent {
-    /// Whether `sequence` follows the newest release, or one that may have been delivered after it.
+    /// Whether a request for `sequence` follows the newest release, or the newest certificate with an unknown outcome after it: that one is
+    /// asked for again, or was delivered and is built upon.
     fn may_follow(&self, sequence: u64) -> bool {
-        let follows = |before: Option<u64>| before.and_then(|before| before.checked_add(1)) == Some(sequence);
-        self.sequence.is_none() || follows(self.sequence) || follows(self.maybe)
+        match (self.maybe, self.sequence) {
+            (Some(maybe), _) => sequence == maybe || Some(sequence) == maybe.checked_add(1),
+            (None, Some(before)) => Some(sequence) == before.checked_add(1),
+            (None, None) => true,
+        }
     }
 }
 
@@ -135,7 +139,8 @@ impl Agents {
             at.violates("released-denied", format_args!("epoch {} of {} is denied", candidate.epoch, agent.name));
         }
         // A new epoch counts on from wherever its first release is.
-        if let Some(before) = agent.sequence.filter(|_| !agent.may_follow(candidate.sequence)) {
+        if !agent.may_follow(candidate.sequence) {
+            let before = agent.sequence.unwrap_or_default();
             let detail = format_args!("release {} of {} follows {before}", candidate.sequence, agent.name);
             at.violates("sequence", detail);
         }
@@ -148,7 +153,7 @@ impl Agents {
     pub(super) fn unknown(&mut self, candidate: &Candidate, at: &mut At<'_>) {
         let agent = &mut self.agents[candidate.slot.0];
         if agent.may_follow(candidate.sequence) {
-            agent.maybe = agent.maybe.max(Some(candidate.sequence));
+            agent.maybe = Some(candidate.sequence);
         }
         self.live(candidate, at);
     }

@@ -2,7 +2,7 @@
 //!
 //! # The map
 //!
-//! The story is told in [`acts::issue`]: a signing request and its evidence become a certificate, or a refusal.
+//! The story is told in `acts::issue`: a signing request and its evidence become a certificate, or a refusal.
 //! `Caller → Appraisal → Grant → Prepared → Intent → Signed → Issued`: each value is made only by its room, so a
 //! check that was skipped does not compile.
 //!
@@ -34,6 +34,10 @@
 //!    12. Everything attacker-supplied is bounded.
 //!
 //! Each has a test in `tests/blackbox` that tries to break it.
+
+// A hook that breaks a promise is for a debug build under test.
+#[cfg(all(feature = "dangerous-test-hooks", not(debug_assertions)))]
+compile_error!("dangerous-test-hooks is never part of a release binary");
 
 pub mod proto;
 

@@ -1,5 +1,5 @@
 //! The wire types of `proto/keyward/v1`, generated at build time. Holds nothing else.
-#![allow(missing_docs, clippy::all, rust_2018_idioms)]
+#![allow(missing_docs, clippy::all, rust_2018_idioms, rustdoc::all)]
 
 tonic::include_proto!("keyward.v1");
 

@@ -247,6 +247,7 @@ impl Prepared {
             fresh_until: appraisal.fresh_until(),
             key: csr.key().clone(),
             serial,
+            not_before: grant.not_before(),
             not_after: grant.not_after(),
             request_hash: *ask.hash(),
             idempotency_hash: ask.idempotency_hash(),

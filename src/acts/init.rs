@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use rcgen::CertificateParams;
+use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
 use crate::model::{KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
@@ -42,6 +43,8 @@ pub enum Initialised {
         /// The root, PEM.
         bundle: String,
     },
+    /// Nothing: a complete one is left alone.
+    Already,
     /// The outside root's turn.
     AwaitsRoot {
         /// PKCS#10, PEM.
@@ -52,7 +55,7 @@ pub enum Initialised {
 /// Makes what is missing: keys, then certificates, then the files beside the ledger.
 ///
 /// # Errors
-/// When it is complete already, the token or the ledger is not available, or an outside certificate does not fit.
+/// When the token or the ledger is not available, or an outside certificate does not fit.
 pub async fn initialise(
     ledger: &Ledger,
     tokens: &Tokens,
@@ -63,7 +66,7 @@ pub async fn initialise(
     let known = certificates(ledger).await?;
     let has = |purpose: Purpose| known.iter().any(|row| row.purpose == purpose);
     if has(Purpose::Issuing) && state.join("ledger.vkey").exists() {
-        return Err(Refusal::internal("keyward is initialised already"));
+        return Ok(Initialised::Already);
     }
     reconcile(ledger, tokens).await?;
     let ledger_key = ensure(ledger, tokens, Purpose::Ledger, TokenRole::Authority).await?;
@@ -165,6 +168,10 @@ fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &Public
         if !valid || !certificate.is_ca() {
             return Err(bad("one is not a CA, or not in force"));
         }
+    }
+    // What every leaf and CRL names as its authority.
+    if issuing.get_extension_unique(&oid_registry::OID_X509_EXT_SUBJECT_KEY_IDENTIFIER).ok().flatten().is_none() {
+        return Err(bad("the issuing certificate has no SubjectKeyIdentifier"));
     }
     let usage = issuing.key_usage().map_err(|_| bad("its KeyUsage"))?.ok_or_else(|| bad("it has no KeyUsage"))?;
     if !usage.value.key_cert_sign() || !usage.value.crl_sign() {

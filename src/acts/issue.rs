@@ -110,10 +110,14 @@ impl Acts {
 
     /// A refusal of a known identity is an entry, one of a stranger a count.
     async fn record_refusal(&self, method: &str, source: &Connection, rejected: Rejected) -> Refusal {
-        tracing::info!(method, agent = ?rejected.agent, source = %source.source(), refusal = ?rejected.refusal, "refused");
         match &rejected.agent {
-            Some(agent) => self.ledger.refused(agent, method, rejected.refusal).await,
+            Some(agent) => {
+                tracing::info!(method, %agent, source = %source.source(), refusal = ?rejected.refusal, "refused");
+                self.ledger.refused(agent, method, rejected.refusal).await
+            }
             None => {
+                // Anyone can cause these, as often as they like: the ledger's count is what is told by default.
+                tracing::debug!(method, source = %source.source(), refusal = ?rejected.refusal, "refused a stranger");
                 self.ledger.refused_stranger(rejected.refusal.reason, Some(source.source()));
                 rejected.refusal
             }

@@ -18,15 +18,17 @@ use crate::proto::{self, AttestRequest, AttestResponse, RenewRequest, RenewRespo
 
 use super::convert;
 use super::refusal::status_of;
+use super::shares::Shares;
 
 pub(super) struct Agents {
     acts: Arc<Acts>,
     strangers: Arc<Semaphore>,
+    shares: Arc<Shares>,
 }
 
 impl Agents {
     pub(super) fn new(acts: Arc<Acts>, strangers_max: usize) -> Self {
-        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)) }
+        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)), shares: Shares::half_of(strangers_max) }
     }
 
     fn connection<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
@@ -49,7 +51,9 @@ impl AgentService for Agents {
     /// The challenge is the first message; it lives in this stream's task and dies with it.
     async fn attest(&self, request: Request<Streaming<AttestRequest>>) -> Result<Response<Self::AttestStream>, Status> {
         let connection = Self::connection(&request)?;
-        let Ok(place) = Arc::clone(&self.strangers).try_acquire_owned() else {
+        let share = self.shares.take(connection.source());
+        let place = share.and_then(|share| Some((Arc::clone(&self.strangers).try_acquire_owned().ok()?, share)));
+        let Some(place) = place else {
             self.acts.ledger().refused_stranger(Reason::Overloaded, Some(connection.source()));
             return Err(status_of(&Refusal::new(
                 Reason::Overloaded,
@@ -76,8 +80,15 @@ impl AgentService for Agents {
                     attested.await.and_then(|issued| credential(&acts, issued))
                 }
                 Ok(Some(Err(status))) => {
+                    // Told, where the client is still there: a message past the transport's bound, or none of ours.
                     tracing::debug!(%status, "an attestation broke off");
-                    return;
+                    let refusal = match status.code() {
+                        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => {
+                            Refusal::new(Reason::RequestTooLarge, "send an ask of at most 6,144 bytes and a proof of at most 80")
+                        }
+                        _ => Refusal::new(Reason::MalformedRequest, "send one well-formed AttestRequest"),
+                    };
+                    Err(refusal)
                 }
                 Ok(None) => return,
                 Err(_) => Err(Refusal::new(Reason::ChallengeExpired, "answer the challenge within ten seconds")),

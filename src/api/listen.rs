@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::pin::Pin;
@@ -18,24 +19,37 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use super::gather::Gathered;
 use crate::acts::Acts;
 use crate::authn::{Connection, Operator, OperatorRefused};
 use crate::config;
 use crate::model::{Reason, thread_cpu_nanos};
 
+use super::gather::Gathered;
+use super::shares::{Share, Shares};
+
 /// A handshake has this long.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// A connection without a client certificate ends after this long: an attestation takes ten seconds, a look at health less.
+const STRANGER_LIFETIME: Duration = Duration::from_secs(60);
 /// Operators' connections at once.
 const OPERATOR_CONNECTIONS_MAX: usize = 64;
+/// Connections at once of local peers that are no operators and are about to be told so, and how long they have for it.
+const REFUSED_CONNECTIONS_MAX: usize = 8;
+const REFUSED_LIFETIME: Duration = Duration::from_secs(5);
+/// After an error of accept(2): out of file descriptors, or the peer is gone already. No spinning.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
-/// One connection with what is known of its peer. A read or write after the certificate's end fails, and the connection with it.
+/// One connection with what is known of its peer. A read after the certificate's end fails, and the connection with it; the read that
+/// always waits wakes at that moment.
 pub(super) struct Held<Io, Peer> {
     io: Io,
     peer: Peer,
     ends: Option<Pin<Box<Sleep>>>,
-    _place: OwnedSemaphorePermit,
+    _places: Places,
 }
+
+/// What a connection takes up.
+type Places = (OwnedSemaphorePermit, Option<(OwnedSemaphorePermit, Share)>);
 
 impl<Io, Peer: Clone + Send + Sync + 'static> Connected for Held<Io, Peer> {
     type ConnectInfo = Peer;
@@ -52,7 +66,10 @@ impl<Io, Peer> Held<Io, Peer> {
 }
 
 fn ended() -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, "the client certificate has expired")
+    io::Error::new(
+        io::ErrorKind::ConnectionAborted,
+        "the connection's time is over: its client certificate has expired, or it has none",
+    )
 }
 
 impl<Io: AsyncRead + Unpin, Peer: Unpin> AsyncRead for Held<Io, Peer> {
@@ -101,6 +118,8 @@ pub(super) fn tls(
 ) -> ReceiverStream<io::Result<Agent>> {
     let (sender, receiver) = mpsc::channel(64);
     let places = Arc::new(Semaphore::new(limit));
+    // Agents' connections always find half of the places: strangers have the other, and one source of them half of that many.
+    let strangers = Strangers { places: Arc::new(Semaphore::new((limit / 2).max(1))), shares: Shares::half_of(limit / 2) };
     let acceptor = TlsAcceptor::from(settings);
     tokio::spawn(async move {
         loop {
@@ -113,19 +132,38 @@ pub(super) fn tls(
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
             };
-            let (stream, _) = match accepted {
+            let (stream, address) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // Out of file descriptors, or the peer is gone already: nothing to hand on, and no spinning.
                     tracing::warn!(%error, "accept");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
-            tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, sender.clone()));
+            // A stranger until its handshake is over.
+            let source = address.ip().to_canonical();
+            let Some(share) = strangers.shares.take(source) else {
+                acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
+                continue;
+            };
+            let stranger = Stranger { source, share, places: Arc::clone(&strangers.places) };
+            tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, stranger, sender.clone()));
         }
     });
     ReceiverStream::new(receiver)
+}
+
+/// What connections without a client certificate share.
+struct Strangers {
+    places: Arc<Semaphore>,
+    shares: Arc<Shares>,
+}
+
+/// A peer of which only its address is known yet.
+struct Stranger {
+    source: IpAddr,
+    share: Share,
+    places: Arc<Semaphore>,
 }
 
 async fn handshake(
@@ -133,10 +171,10 @@ async fn handshake(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     place: OwnedSemaphorePermit,
+    stranger: Stranger,
     sender: mpsc::Sender<io::Result<Agent>>,
 ) {
-    let Ok(address) = stream.peer_addr() else { return };
-    let source = address.ip().to_canonical();
+    let source = stranger.source;
     let _ = stream.set_nodelay(true);
     let shaken = Metered { future: Box::pin(acceptor.accept(stream)), nanos: 0 };
     let (tls, nanos) = match timeout(HANDSHAKE_DEADLINE, shaken).await {
@@ -162,11 +200,21 @@ async fn handshake(
             return;
         }
     };
-    let ends = connection.not_after().map(|not_after| {
-        let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
-        Box::pin(sleep_until(Instant::now() + Duration::from_micros(left)))
-    });
-    let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _place: place };
+    let (left, taken) = match connection.not_after() {
+        Some(not_after) => {
+            let left = not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros());
+            (Duration::from_micros(left), None)
+        }
+        None => {
+            let Ok(taken) = stranger.places.try_acquire_owned() else {
+                acts.ledger().refused_stranger(Reason::Overloaded, Some(source));
+                return;
+            };
+            (STRANGER_LIFETIME, Some((taken, stranger.share)))
+        }
+    };
+    let ends = Some(Box::pin(sleep_until(Instant::now() + left)));
+    let held = Held { io: Gathered::new(tls), peer: Arc::new(connection), ends, _places: (place, taken) };
     let _ = sender.send(Ok(held)).await;
 }
 
@@ -203,21 +251,39 @@ pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<R
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
     let (sender, receiver) = mpsc::channel(16);
     let places = Arc::new(Semaphore::new(OPERATOR_CONNECTIONS_MAX));
+    let refusals = Arc::new(Semaphore::new(REFUSED_CONNECTIONS_MAX));
     tokio::spawn(async move {
         loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place,
+                () = sender.closed() => return,
+            };
+            let Ok(place) = place else { return };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
             };
-            let Ok((stream, _)) = accepted else { continue };
+            let (stream, _) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
             let Ok(peer) = stream.peer_cred() else { continue };
             // Who is refused is told so on its first call: a closed connection would say nothing.
+            // It takes no operator's place while it is.
             let caller = Operator::admit(peer.uid(), peer.gid(), &admitted);
-            if let Err(refused) = &caller {
-                tracing::warn!(%refused, "operator socket");
-            }
-            let held = Held { io: stream, peer: LocalPeer(caller), ends: None, _place: place };
+            let (place, ends) = match &caller {
+                Ok(_) => (place, None),
+                Err(refused) => {
+                    tracing::warn!(%refused, "operator socket");
+                    let Ok(place) = Arc::clone(&refusals).try_acquire_owned() else { continue };
+                    (place, Some(Box::pin(sleep_until(Instant::now() + REFUSED_LIFETIME))))
+                }
+            };
+            let held = Held { io: stream, peer: LocalPeer(caller), ends, _places: (place, None) };
             let _ = sender.send(Ok(held)).await;
         }
     });

@@ -12,6 +12,7 @@ mod health;
 mod listen;
 mod operator;
 mod refusal;
+mod shares;
 mod status;
 
 use std::future::Future;
@@ -36,6 +37,8 @@ pub use status::Readiness;
 const AGENT_MESSAGE_BYTES_MAX: usize = 8192;
 /// Largest message from an operator, in bytes.
 const OPERATOR_MESSAGE_BYTES_MAX: usize = 65_536;
+/// File descriptors kept for everything but agents' connections.
+const DESCRIPTORS_RESERVED: usize = 256;
 /// HTTP/2 streams on one connection at once.
 const STREAMS_PER_CONNECTION_MAX: u32 = 256;
 
@@ -68,6 +71,17 @@ fn server() -> Server {
         .tcp_nodelay(true)
 }
 
+/// A connection is a file descriptor, and some are needed for the ledger, the token and operators: strangers must not be able to take
+/// those.
+fn connections_max(configured: usize) -> usize {
+    let Some(descriptors) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current else { return configured };
+    let most = usize::try_from(descriptors).unwrap_or(usize::MAX).saturating_sub(DESCRIPTORS_RESERVED).max(1);
+    if most < configured {
+        tracing::warn!(configured, most, "fewer connections than configured: the limit of open files is too low (LimitNOFILE=)");
+    }
+    configured.min(most)
+}
+
 /// Serves agents over TLS until `stop` is ready, then drains.
 ///
 /// # Errors
@@ -80,7 +94,7 @@ pub async fn serve_agents(
     health: &Health,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), ApiError> {
-    let connections = listen::tls(Arc::clone(&acts), listener, tls, config.limits.connections);
+    let connections = listen::tls(Arc::clone(&acts), listener, tls, connections_max(config.limits.connections));
     let agents = AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams))
         .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
         .max_encoding_message_size(OPERATOR_MESSAGE_BYTES_MAX);

@@ -50,6 +50,13 @@ pub(super) fn appraise(
         Contact::Connection(connection) => Some(connection.agent().clone()),
         Contact::Stream(_) => None,
     };
+    if let (None, Contact::Connection(connection)) = (prover, contact)
+        && bound.keys.iter().all(|key| key.digest() != connection.proved())
+    {
+        // A copy that fell behind: its handshake proved a key that was certified once. The ledger weighs the sequence.
+        let evidence = Evidence::BoundKey { prover: connection.proved(), sequence, channel_proved: true };
+        return Ok((agent.clone(), connection.epoch(), evidence));
+    }
     let prover: Digest = prover.ok_or_else(|| Rejected {
         agent: known,
         refusal: Refusal::new(Reason::ProofInvalid, "sign the binder with the newest certified key"),

@@ -1,14 +1,18 @@
 //! TLS as keyward serves it: 1.3 only, no tickets, client certificates verified against the issuing authorities themselves.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
+use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
 use rustls::{RootCertStore, ServerConfig};
+
+use crate::model::Clock;
 
 /// The TLS settings cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +41,21 @@ impl ResolvesServerCert for Current {
     }
 }
 
+/// The daemon's clock as rustls asks for it. It answers while the wall is not trusted as well: the caller is then told why.
+struct Reckoning(Arc<Clock>);
+
+impl std::fmt::Debug for Reckoning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reckoning")
+    }
+}
+
+impl TimeProvider for Reckoning {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_micros(self.0.reckoned().micros())))
+    }
+}
+
 impl Default for Tls {
     fn default() -> Self {
         Self { provider: Arc::new(aws_lc_rs::default_provider()), certificate: Arc::default() }
@@ -54,12 +73,12 @@ impl Tls {
         Ok(())
     }
 
-    /// The settings. `anchors` are the issuing certificates: a chain through any other authority under the same root is refused.
+    /// The settings. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. `anchors` are the issuing certificates: a chain through any other authority under the same root is refused.
     /// Session tickets are off: a resumed session would skip the check of the chain.
     ///
     /// # Errors
     /// When an anchor is no certificate.
-    pub fn settings(&self, anchors: &[CertificateDer<'static>]) -> Result<Arc<ServerConfig>, TlsError> {
+    pub fn settings(&self, clock: &Arc<Clock>, anchors: &[CertificateDer<'static>]) -> Result<Arc<ServerConfig>, TlsError> {
         let mut roots = RootCertStore::empty();
         for anchor in anchors {
             roots.add(anchor.clone())?;
@@ -67,7 +86,7 @@ impl Tls {
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
             .allow_unauthenticated()
             .build()?;
-        let mut settings = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+        let mut settings = ServerConfig::builder_with_details(Arc::clone(&self.provider), Arc::new(Reckoning(Arc::clone(clock))))
             .with_protocol_versions(&[&TLS13])?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::clone(&self.certificate) as _);

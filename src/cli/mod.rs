@@ -198,8 +198,9 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Completion { shell } => done(shell::completion(shell, output)),
         Command::Man { out } => done(shell::man(out, output)),
         Command::Version => {
-            let version = Version { version: env!("CARGO_PKG_VERSION") };
-            done(output.show(&version, |version| format!("keyward {}\n", version.version)).map_err(Failure::from))
+            let version =
+                Version { version: env!("CARGO_PKG_VERSION"), dangerous_test_hooks: cfg!(feature = "dangerous-test-hooks") };
+            done(output.show(&version, Version::table).map_err(Failure::from))
         }
     }
 }
@@ -207,6 +208,14 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
 #[derive(serde::Serialize)]
 struct Version {
     version: &'static str,
+    dangerous_test_hooks: bool,
+}
+
+impl Version {
+    fn table(&self) -> String {
+        let hooks = if self.dangerous_test_hooks { " with dangerous-test-hooks: never serve agents with it" } else { "" };
+        format!("keyward {}{hooks}\n", self.version)
+    }
 }
 
 fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {

@@ -54,6 +54,9 @@ pub(super) async fn init(ask: Init, global: &Global, output: &mut Output) -> Res
             shown.ledger_vkey = Some(vkey);
             shown.bundle = Some(config.paths.state.join("bundle.pem"));
         }
+        Initialised::Already => {
+            return Err(Failure::error(format!("{} is initialised already; nothing was changed", config.paths.state.display())));
+        }
         Initialised::AwaitsRoot { csr } => {
             let path = ask.root_csr.unwrap_or_else(|| config.paths.state.join("issuing.csr"));
             std::fs::write(&path, csr).map_err(|error| Failure::error(format!("{}: {error}", path.display())))?;

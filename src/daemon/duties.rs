@@ -100,7 +100,6 @@ pub(super) async fn checkpoints(rooms: Rooms) {
 /// Once a second: counted refusals are sealed, a full disk is looked at again, the clock is compared.
 pub(super) async fn ledger(rooms: Rooms) {
     let ledger = rooms.acts.ledger();
-    let mut progress = ledger.progress();
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -110,7 +109,6 @@ pub(super) async fn ledger(rooms: Rooms) {
         if let Err(refusal) = ledger.seal_refusals().await {
             tracing::debug!(?refusal, "refusals could not be sealed");
         }
-        progress.mark_unchanged();
     }
 }
 

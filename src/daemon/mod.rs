@@ -97,9 +97,8 @@ async fn run(config: Config) -> Result<Cause, String> {
     let serving = vec![
         tokio::spawn(rooms::serve_operators(rooms.clone(), Arc::clone(&stop))),
         tokio::spawn(rooms::serve_agents(rooms.clone(), modules, Arc::clone(&stop))),
-        tokio::spawn(duties::ledger(rooms.clone())),
-        tokio::spawn(duties::health(rooms.clone(), Arc::clone(&stop))),
     ];
+    let duties = [tokio::spawn(duties::ledger(rooms.clone())), tokio::spawn(duties::health(rooms.clone(), Arc::clone(&stop)))];
     let cause = until_stopped(&stop, stopping).await;
     tracing::info!(cause = %cause.text(), "stopping");
     notify::stopping();
@@ -107,8 +106,12 @@ async fn run(config: Config) -> Result<Cause, String> {
         // Denials stay in force and operators are heard; nothing is issued.
         tokio::time::sleep(GRACE_AFTER_FAILURE).await;
     }
+    for duty in duties {
+        // Duties have no end of their own.
+        duty.abort();
+    }
     for task in serving {
-        // Servers end by themselves once `stop` is set; duties have no end of their own.
+        // Servers end by themselves once `stop` is set.
         let abort = task.abort_handle();
         if tokio::time::timeout(DRAIN_DEADLINE, task).await.is_err() {
             abort.abort();

@@ -20,6 +20,8 @@ use super::{Cause, duties, notify};
 
 /// Between two looks at a token that could not be opened.
 const TOKEN_RETRY: Duration = Duration::from_millis(500);
+/// How long intents under way have to end at the stop.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a token has to come to rest at the stop.
 const TOKEN_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -58,11 +60,14 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
     if opened.closed_unknown > 0 || opened.merged_denials > 0 {
         tracing::warn!(opened.closed_unknown, opened.merged_denials, "put in order what an earlier daemon left open");
     }
+    // Until the duty looks for the first time: by itself the service would call the whole well.
+    let health = Health::default();
+    health.report(false, true, false).await;
     Ok(Rooms {
         readiness: Readiness::new(&ledger, config.hash),
         acts: Arc::new(Acts::new(config, ledger, Crl::open(&config.paths.state))),
         config: Arc::clone(config),
-        health: Health::default(),
+        health,
         tls: Arc::default(),
         waiting_for: Arc::new(Mutex::new(Some("starting".to_owned()))),
         tokens: Arc::new(watch::Sender::new(None)),
@@ -103,6 +108,14 @@ impl Rooms {
     /// The last entry, the last checkpoint, the tokens.
     pub(super) async fn close(&self, cause: &str) {
         let ledger = self.acts.ledger();
+        // What has begun ends first, so that no start has to close it as unknown.
+        if !ledger.settled(SETTLE_DEADLINE).await {
+            tracing::warn!("intents are open at the stop");
+        }
+        // The duty that does this each second has ended before the last calls did.
+        if let Err(refusal) = ledger.seal_refusals().await {
+            tracing::warn!(?refusal, "refusals could not be sealed");
+        }
         if let Err(refusal) = ledger.stop(cause).await {
             tracing::error!(?refusal, "the stop could not be recorded");
         } else if let Err(refusal) = self.acts.checkpoint(0).await {
@@ -289,7 +302,10 @@ async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>),
     rooms.acts.set_addresses(addresses.clone());
     rooms.readiness.set_listen(addresses);
     let issuing = rooms.acts.authorities().map_err(|refusal| format!("{refusal:?}"))?.issuing();
-    let settings = rooms.tls.settings(&[issuing.certificate().to_vec().into()]).map_err(|error| error.to_string())?;
+    let settings = rooms
+        .tls
+        .settings(rooms.acts.ledger().clock(), &[issuing.certificate().to_vec().into()])
+        .map_err(|error| error.to_string())?;
     Ok((listener, settings))
 }
 

@@ -15,6 +15,7 @@ pub(super) struct Wanted {
     pub evidence: Evidence,
     pub key: PublicKey,
     pub serial: Serial,
+    pub not_before: UnixTime,
     pub not_after: UnixTime,
     pub request_hash: Digest,
     pub idempotency_hash: [u8; 16],
@@ -112,9 +113,11 @@ impl Book {
         self.open.insert(index, None);
     }
 
-    /// An intent for an agent: its token is spent, its certificate counts as live from here on. `forget` is the time before
-    /// which expired certificates are of no interest to a CRL any more.
-    pub(super) fn intended_for(&mut self, index: u64, slot: u32, wanted: Wanted, forget: UnixTime) {
+    /// An intent for an agent: its token is spent, its certificate counts as live from here on. Certificates that had
+    /// expired `forget_seconds` before this one begins are of no interest to a CRL any more. (Before it begins, not before the entry:
+    /// entries' times are held up after the clock was set back, and what is live must not be forgotten then.)
+    pub(super) fn intended_for(&mut self, index: u64, slot: u32, wanted: Wanted, forget_seconds: u64) {
+        let forget = wanted.not_before.minus_seconds(forget_seconds);
         self.open.insert(index, Some(slot));
         let key = wanted.key.digest();
         let agent = touch(&mut self.agents, &mut self.dirty, slot, index);

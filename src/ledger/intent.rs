@@ -36,6 +36,8 @@ pub struct Subject {
     pub key: PublicKey,
     /// Under which serial.
     pub serial: Serial,
+    /// From when.
+    pub not_before: UnixTime,
     /// Until when.
     pub not_after: UnixTime,
     /// SHA-256 of the request as received.

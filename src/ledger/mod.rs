@@ -21,6 +21,9 @@ mod store;
 pub mod verify;
 mod views;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -326,27 +329,36 @@ impl Ledger {
         detail: &str,
     ) -> Result<Denied, Refusal> {
         let (answer, receiver) = oneshot::channel();
-        let (slot, epoch) = {
-            let gate = self.gate();
-            let (slot, found) = gate.book.named(agent)?;
-            (slot, found.epoch)
-        };
-        self.0.pending.add(agent, epoch);
-        let already = {
+        let mut noted = None;
+        let (epoch, already) = loop {
+            // An index is given before the commit: the entry counts once the commit has returned. (Looked up before the gate is
+            // taken: `settled` takes them in this order as well.)
+            let durable = self.0.progress.borrow().size;
             let mut gate = self.gate();
-            let found = gate.book.agent(slot);
+            let (slot, found) = gate.book.named(agent)?;
             let epoch = found.epoch;
-            let already = found.quarantine.as_ref().and_then(|quarantine| quarantine.index);
+            let already = found.quarantine.as_ref().and_then(|found| found.index).filter(|index| *index < durable);
             gate.book.denied(slot, cause, detail.to_owned());
-            if already.is_none() && !gate.closing {
+            if already.is_some() {
+                break (epoch, already);
+            }
+            if noted != Some(epoch) {
+                // In force already, so that no disk stands before it; noted before the command is queued. Again, should a release
+                // have come in between: a line counts for its epoch alone.
+                drop(gate);
+                self.0.pending.add(agent, epoch);
+                noted = Some(epoch);
+                continue;
+            }
+            if !gate.closing {
                 gate.push(Command::Quarantine { slot, epoch, by, cause, detail: detail.to_owned(), answer: Some(answer) });
             }
-            already
+            break (epoch, None);
         };
         self.wake();
         self.0.denials.send_modify(|count| *count += 1);
         if let Some(index) = already {
-            self.0.pending.durable(1);
+            self.0.pending.durable(usize::from(noted.is_some()));
             return Ok(Denied { index, epoch, already: true });
         }
         match answered(receiver, QUARANTINE_DEADLINE).await {
@@ -418,6 +430,13 @@ impl Ledger {
     pub async fn keep_checkpoint(&self, note: String) -> Result<(), Refusal> {
         let receiver = self.ask_at_last(|answer| Command::Keep { row: Row::Fact("checkpoint", note.into_bytes()), answer })?;
         answered(receiver, COMMIT_DEADLINE).await
+    }
+
+    /// Waits until no intent is open, at most for `deadline`; answers whether that is so.
+    pub async fn settled(&self, deadline: Duration) -> bool {
+        let mut progress = self.progress();
+        let none_open = progress.wait_for(|_| self.counts().2 == 0);
+        tokio::time::timeout(deadline, none_open).await.is_ok_and(|waited| waited.is_ok())
     }
 
     /// The last entry: everything queued before it is committed first, what comes after is refused as draining. Only a checkpoint

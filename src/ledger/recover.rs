@@ -122,7 +122,7 @@ impl Ledger {
             let outcome = Outcome::Unknown("open when the daemon started".to_owned());
             gate.push(Command::Close { intent: *intent, outcome });
         }
-        let mut merged = 0;
+        let (mut merged, left_count) = (0, left.len());
         for (agent, epoch) in left {
             let Some(slot) = gate.book.slot(&agent) else { continue };
             let found = gate.book.agent(slot);
@@ -134,6 +134,9 @@ impl Ledger {
             gate.push(Command::Quarantine { slot, epoch, by: None, cause, detail, answer: None });
             merged += 1;
         }
+        // Lines of denials that are durable already, or of an epoch that has passed, have done their work: left counted, the file
+        // would grow until its end is not read back any more.
+        self.0.pending.durable(left_count - merged);
         merged
     }
 
@@ -227,7 +230,7 @@ fn apply(
             if book.agent(slot).as_of >= index {
                 book.open.insert(index, Some(slot));
             } else {
-                book.intended_for(index, slot, wanted_of(&intended)?, time.minus_seconds(forget_seconds));
+                book.intended_for(index, slot, wanted_of(&intended)?, forget_seconds);
             }
         }
         Body::Released(outcome) => ended(book, index, outcome.intent, Ending::Released),
@@ -288,13 +291,15 @@ fn wanted_of(intended: &proto::Intended) -> Option<Wanted> {
         },
         proto::EvidenceKind::Unspecified => return None,
     };
+    let seconds = |time: i64| u64::try_from(time).ok().map(UnixTime::from_seconds);
     Some(Wanted {
         sequence: intended.sequence,
         epoch: intended.epoch,
         evidence,
         key: PublicKey::from_spki(tbs.subject_pki.raw).ok()?,
         serial: Serial::from_slice(tbs.raw_serial())?,
-        not_after: UnixTime::from_seconds(u64::try_from(tbs.validity.not_after.timestamp()).ok()?),
+        not_before: seconds(tbs.validity.not_before.timestamp())?,
+        not_after: seconds(tbs.validity.not_after.timestamp())?,
         request_hash: Digest::from_slice(&intended.request_hash)?,
         idempotency_hash: intended.idempotency_hash.as_slice().try_into().ok()?,
     })

@@ -21,9 +21,13 @@ pub(super) struct Counts(Mutex<HashMap<(Reason, Option<IpAddr>), u64>>);
 
 impl Counts {
     fn add(&self, reason: Reason, source: Option<IpAddr>) {
+        self.add_many(reason, source, 1);
+    }
+
+    fn add_many(&self, reason: Reason, source: Option<IpAddr>, more: u64) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let source = source.filter(|_| counts.len() < SOURCES_MAX || counts.contains_key(&(reason, source)));
-        *counts.entry((reason, source)).or_default() += 1;
+        *counts.entry((reason, source)).or_default() += more;
     }
 
     fn take(&self) -> HashMap<(Reason, Option<IpAddr>), u64> {
@@ -57,7 +61,8 @@ impl Ledger {
                 }
             }
         };
-        if !admitted {
+        // A full disk is kept for quarantines and outcomes: refusals are counted then, and sealed when there is room.
+        if !admitted || !self.is_writable() {
             self.0.refusals.add(refusal.reason, None);
             return refusal;
         }
@@ -82,6 +87,9 @@ impl Ledger {
     /// # Errors
     /// `LEDGER_UNAVAILABLE`; the counts are kept for the next call then.
     pub async fn seal_refusals(&self) -> Result<(), Refusal> {
+        if !self.is_writable() {
+            return Err(super::unavailable());
+        }
         let counts = self.0.refusals.take();
         if counts.is_empty() {
             return Ok(());
@@ -98,9 +106,8 @@ impl Ledger {
         });
         let sealed = self.record(body).await.map(drop);
         if sealed.is_err() {
-            let mut kept = self.0.refusals.0.lock().unwrap_or_else(PoisonError::into_inner);
-            for (key, count) in counts {
-                *kept.entry(key).or_default() += count;
+            for ((reason, source), count) in counts {
+                self.0.refusals.add_many(reason, source, count);
             }
         }
         sealed

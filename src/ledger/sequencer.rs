@@ -17,7 +17,7 @@ use super::merkle::{Tree, leaf_hash};
 use super::reserve::Reserve;
 use super::row::AgentRow;
 use super::store::{Row, Store, StoreError};
-use super::{Ledger, Progress};
+use super::{Gate, Ledger, Progress};
 
 /// Commands decided and committed in one go, at most.
 const BATCH_MAX: usize = 1024;
@@ -47,6 +47,12 @@ pub(super) enum Command {
         cause: proto::QuarantineCause,
         detail: String,
         answer: Option<Answer<u64>>,
+    },
+    /// Two copies of an agent are about: denied already, recorded here, behind every release that came through the gate before.
+    Suspect {
+        slot: u32,
+        detail: String,
+        answer: Answer<Decided>,
     },
     Reinstate {
         agent: AgentId,
@@ -198,17 +204,18 @@ impl Sequencer {
         let commands: Vec<Command> = gate.queue.drain(..take).collect();
         let gate = &mut *gate;
         for command in commands {
-            self.decide(command, now, &mut gate.book, &mut gate.intents, &mut batch);
+            self.decide(command, now, gate, &mut batch);
         }
         self.add_snapshot_rows(&mut gate.book, &mut batch);
         batch
     }
 
-    fn decide(&self, command: Command, now: UnixTime, book: &mut Book, intents: &mut usize, batch: &mut Batch) {
+    fn decide(&self, command: Command, now: UnixTime, gate: &mut Gate, batch: &mut Batch) {
+        let book = &mut gate.book;
         match command {
-            Command::Intend { intention, answer } => self.decide_intent(*intention, answer, now, book, intents, batch),
+            Command::Intend { intention, answer } => self.decide_intent(*intention, answer, now, gate, batch),
             Command::Close { intent, outcome } => {
-                *intents = intents.saturating_sub(1);
+                gate.intents = gate.intents.saturating_sub(1);
                 let (ending, body) = match outcome {
                     Outcome::Released(signature) => (Ending::Released, Body::Released(proto::Released { intent, signature })),
                     Outcome::Withheld(reason) => {
@@ -231,6 +238,18 @@ impl Sequencer {
                 if let Some(answer) = answer {
                     batch.then(answer, index);
                 }
+            }
+            Command::Suspect { slot, detail, answer } => {
+                let (agent, epoch) = (book.agent(slot).id.to_string(), book.agent(slot).epoch);
+                let cause = proto::QuarantineCause::CloneSuspected;
+                tracing::warn!(%agent, %detail, "two copies of an agent are suspected; quarantined");
+                let entry = proto::Quarantined { by: None, agent, epoch, cause: cause.into(), detail: detail.clone() };
+                let index = batch.entry(now, Body::Quarantined(entry));
+                book.quarantined(index, now, slot, cause, detail);
+                batch.rows.push(agent_row(book, slot));
+                let advice = "two copies of this agent hold its keys; it is quarantined until an operator releases it";
+                let refusal = Refusal::new(Reason::CloneSuspected, advice).recorded_at(index);
+                refuse(answer, &mut gate.intents, batch, refusal);
             }
             Command::Reinstate { agent, denials, by, token, answer } => {
                 reinstate(agent, denials, by, token, answer, now, book, batch)
@@ -258,16 +277,9 @@ impl Sequencer {
     }
 
     /// An intent: refused, repeated, or an entry. A token is spent and a sequence claimed here, in order.
-    fn decide_intent(
-        &self,
-        intention: Intention,
-        answer: Answer<Decided>,
-        now: UnixTime,
-        book: &mut Book,
-        intents: &mut usize,
-        batch: &mut Batch,
-    ) {
+    fn decide_intent(&self, intention: Intention, answer: Answer<Decided>, now: UnixTime, gate: &mut Gate, batch: &mut Batch) {
         let tbs = Digest::of(&intention.tbs);
+        let (book, intents) = (&mut gate.book, &mut gate.intents);
         let mut body = proto::Intended {
             kind: intention.kind.into(),
             key_id: intention.key_id.0.to_vec(),
@@ -289,34 +301,27 @@ impl Sequencer {
             evidence: subject.evidence,
             key: subject.key,
             serial: subject.serial,
+            not_before: subject.not_before,
             not_after: subject.not_after,
             request_hash: subject.request_hash,
             idempotency_hash: subject.idempotency_hash,
         };
-        match book.weigh(slot, &wanted, now, self.ledger.0.live_max) {
+        // Weighed by the clock as it is: entries' times never go back, also after an operator accepted a clock that did.
+        match book.weigh(slot, &wanted, self.ledger.0.clock.reckoned(), self.ledger.0.live_max) {
             Verdict::Refuse(refusal) => refuse(answer, intents, batch, refusal),
             Verdict::Repeat { intent } => {
                 *intents = intents.saturating_sub(1);
                 let next_sequence = book.agent(slot).sequence;
                 batch.then(answer, Decided::Repeat { intent, next_sequence });
             }
+            Verdict::Clone { .. } if gate.closing => refuse(answer, intents, batch, super::draining()),
             Verdict::Clone { detail } => {
-                // Denied in this very batch: whatever is released after it is refused at the gate, which is held.
-                let cause = proto::QuarantineCause::CloneSuspected;
-                let epoch = book.agent(slot).epoch;
-                tracing::warn!(agent = %subject.agent, %detail, "two copies of an agent are suspected; quarantined");
-                let entry = proto::Quarantined {
-                    by: None,
-                    agent: subject.agent.to_string(),
-                    epoch,
-                    cause: cause.into(),
-                    detail: detail.clone(),
-                };
-                let index = batch.entry(now, Body::Quarantined(entry));
-                book.quarantined(index, now, slot, cause, detail);
-                batch.rows.push(agent_row(book, slot));
-                let advice = "two copies of this agent hold its keys; it is quarantined until an operator releases it";
-                refuse(answer, intents, batch, Refusal::new(Reason::CloneSuspected, advice).recorded_at(index));
+                // The denial takes force now, while the gate is held; its entry goes behind the releases that came through the
+                // gate before and wait in the queue: ledger order is decision order. A crash in between loses both the denial
+                // and the answer; the copy's next claim is weighed the same.
+                book.denied(slot, proto::QuarantineCause::CloneSuspected, detail.clone());
+                gate.queue.push_back(Command::Suspect { slot, detail, answer });
+                self.ledger.0.denials.send_modify(|count| *count += 1);
             }
             Verdict::Accept { sequence } => {
                 wanted.sequence = sequence;
@@ -328,7 +333,7 @@ impl Sequencer {
                 body.appraised = Some(appraised(&wanted.evidence, subject.fresh_until));
                 let epoch = wanted.epoch;
                 let index = batch.entry(now, Body::Intended(body));
-                book.intended_for(index, slot, wanted, now.minus_seconds(self.ledger.0.forget_seconds));
+                book.intended_for(index, slot, wanted, self.ledger.0.forget_seconds);
                 let intent = Intent::new(self.ledger.clone(), index, Some((slot, epoch)), sequence, tbs);
                 batch.then(answer, Decided::Intent(intent));
             }
@@ -436,7 +441,7 @@ fn refuse(answer: Answer<Decided>, intents: &mut usize, batch: &mut Batch, refus
 
 fn refuse_unwritten(command: Command) {
     match command {
-        Command::Intend { answer, .. } => drop(answer.send(Err(super::unavailable()))),
+        Command::Intend { answer, .. } | Command::Suspect { answer, .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Quarantine { answer: Some(answer), .. }
         | Command::Enrol { answer, .. }
         | Command::Record { answer: Some(answer), .. } => drop(answer.send(Err(super::unavailable()))),

@@ -1,5 +1,6 @@
 //! The SQLite file. One writer connection; readers page over immutable entries.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -13,11 +14,14 @@ use super::agent::Agent;
 use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
-/// The schema this binary writes.
-const SCHEMA: i64 = 1;
+/// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
 const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001.sql")];
+/// The schema this binary writes.
+const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// Entries read in one go, at most.
 pub(super) const PAGE_ENTRIES_MAX: u32 = 1000;
+/// A page that has as many bytes is full.
+const PAGE_BYTES: usize = 8 << 20;
 
 /// What the file cannot do.
 #[derive(Debug, thiserror::Error)]
@@ -99,37 +103,54 @@ impl Store {
             return Err(StoreError::Exists(path.to_owned()));
         }
         let mut store = Self { connection: connect(path, OpenFlags::SQLITE_OPEN_CREATE)? };
-        store.migrate(path)?;
+        store.migrate(path, &MIGRATIONS)?;
         Ok(store)
     }
 
-    /// Opens and, where needed, migrates. A copy (`VACUUM INTO`) is made before a migration of a file that has entries.
+    /// Opens and, where needed, migrates. Before a migration the file is copied to `<name>.schemaN.db`, N being the schema it had.
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         if !path.exists() {
             return Err(StoreError::Missing(path.to_owned()));
         }
         let mut store = Self { connection: connect(path, OpenFlags::empty())? };
-        store.migrate(path)?;
+        store.migrate(path, &MIGRATIONS)?;
         Ok(store)
     }
 
-    fn migrate(&mut self, path: &Path) -> Result<(), StoreError> {
+    fn migrate(&mut self, path: &Path, migrations: &[&str]) -> Result<(), StoreError> {
         let found: i64 = self.connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        if found > SCHEMA {
+        let Some(missing) = usize::try_from(found).ok().and_then(|found| migrations.get(found..)) else {
             return Err(StoreError::Newer { found });
+        };
+        if found > 0 && !missing.is_empty() {
+            self.copy_before_migrating(&path.with_extension(format!("schema{found}.db")))?;
         }
-        if found > 0 && found < SCHEMA {
-            let copy = path.with_extension(format!("schema{found}.db"));
-            if !copy.exists() {
-                self.connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()])?;
-            }
-        }
-        for version in found..SCHEMA {
+        for (version, migration) in (found + 1..).zip(missing) {
+            // A crash between two of them leaves a whole schema; the next start goes on from it.
             let transaction = self.connection.transaction()?;
-            let at = usize::try_from(version).unwrap_or(usize::MAX);
-            transaction.execute_batch(MIGRATIONS.get(at).ok_or(StoreError::Newer { found })?)?;
-            transaction.pragma_update(None, "user_version", version + 1)?;
+            transaction.execute_batch(migration)?;
+            transaction.pragma_update(None, "user_version", version)?;
             transaction.commit()?;
+        }
+        Ok(())
+    }
+
+    /// `VACUUM INTO` syncs nothing and leaves a torn file when it is interrupted: what bears the final name is whole and durable.
+    fn copy_before_migrating(&self, copy: &Path) -> Result<(), StoreError> {
+        if copy.exists() {
+            return Ok(());
+        }
+        let beside = copy.with_extension("partial");
+        match std::fs::remove_file(&beside) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        self.connection.execute("VACUUM INTO ?1", [beside.to_string_lossy()])?;
+        File::open(&beside)?.sync_all()?;
+        // A crash before this leaves the partial copy, which the next start makes again.
+        std::fs::rename(&beside, copy)?;
+        if let Some(directory) = copy.parent() {
+            File::open(directory)?.sync_all()?;
         }
         Ok(())
     }
@@ -300,15 +321,22 @@ impl Reader {
         Ok(select.query_row([index.cast_signed()], |row| row.get(0)).optional()?)
     }
 
-    /// At most `limit` (and 1,000) entries' bytes from `from` on.
+    /// At most `limit` (and 1,000) entries' bytes from `from` on; fewer where they are large, none only at the end.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub fn entries(&self, from: u64, limit: u32) -> Result<Vec<Vec<u8>>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached("SELECT bytes FROM entry WHERE idx >= ?1 ORDER BY idx LIMIT ?2")?;
-        let rows = select.query_map(params![from.cast_signed(), limit.min(PAGE_ENTRIES_MAX)], |row| row.get(0))?;
-        Ok(rows.collect::<Result<_, _>>()?)
+        let mut rows = select.query(params![from.cast_signed(), limit.min(PAGE_ENTRIES_MAX)])?;
+        let (mut page, mut bytes) = (Vec::new(), 0);
+        // The intent of a CRL that lists a fleet has megabytes.
+        while let Some(row) = rows.next()?.filter(|_| bytes < PAGE_BYTES) {
+            let entry: Vec<u8> = row.get(0)?;
+            bytes += entry.len();
+            page.push(entry);
+        }
+        Ok(page)
     }
 
     /// A fact by name (`checkpoint`: the newest signed note).
@@ -366,5 +394,88 @@ impl Reader {
             });
         }
         Ok(authorities)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEXT: &str = "CREATE TABLE colour (name TEXT PRIMARY KEY) STRICT;";
+
+    /// A ledger file of schema 1 with one entry.
+    fn older(directory: &Path) -> PathBuf {
+        let path = directory.join("keyward.db");
+        let mut store = Store { connection: connect(&path, OpenFlags::SQLITE_OPEN_CREATE).unwrap() };
+        store.migrate(&path, &MIGRATIONS[..1]).unwrap();
+        store.commit(0, &[b"the first entry".to_vec()], &[], &[]).unwrap();
+        path
+    }
+
+    fn schema(connection: &Connection) -> i64 {
+        connection.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap()
+    }
+
+    fn opened(path: &Path) -> Store {
+        Store { connection: connect(path, OpenFlags::empty()).unwrap() }
+    }
+
+    #[test]
+    fn a_file_of_an_older_schema_is_copied_and_then_migrated_with_all_its_entries() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = older(directory.path());
+        let mut store = opened(&path);
+        store.migrate(&path, &[MIGRATIONS[0], NEXT]).unwrap();
+        assert_eq!(schema(&store.connection), 2);
+        assert_eq!(store.first().unwrap(), b"the first entry");
+        store.connection.execute("INSERT INTO colour VALUES ('red')", []).unwrap();
+        let copy = Reader::open(&directory.path().join("keyward.schema1.db")).unwrap();
+        assert_eq!(schema(&copy.locked()), 1);
+        assert_eq!(copy.entry(0).unwrap().unwrap(), b"the first entry");
+    }
+
+    #[test]
+    fn a_migration_that_fails_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = older(directory.path());
+        let mut store = opened(&path);
+        assert!(store.migrate(&path, &[MIGRATIONS[0], "CREATE TABLE half (a INTEGER) STRICT; CREATE TABLE entry (x);"]).is_err());
+        assert_eq!(schema(&store.connection), 1);
+        assert!(store.connection.prepare("SELECT a FROM half").is_err());
+        assert_eq!(store.first().unwrap(), b"the first entry");
+    }
+
+    #[test]
+    fn a_copy_that_a_crash_tore_is_made_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = older(directory.path());
+        std::fs::write(directory.path().join("keyward.schema1.partial"), b"half of a ledger").unwrap();
+        opened(&path).migrate(&path, &[MIGRATIONS[0], NEXT]).unwrap();
+        let copy = Reader::open(&directory.path().join("keyward.schema1.db")).unwrap();
+        assert_eq!(copy.entry(0).unwrap().unwrap(), b"the first entry");
+        assert!(!directory.path().join("keyward.schema1.partial").exists());
+    }
+
+    #[test]
+    fn the_copy_of_an_interrupted_migration_is_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = older(directory.path());
+        let copy = directory.path().join("keyward.schema1.db");
+        opened(&path).migrate(&path, &[MIGRATIONS[0], "nonsense"]).unwrap_err();
+        let before = std::fs::read(&copy).unwrap();
+        let mut store = opened(&path);
+        store.commit(1, &[b"a second entry".to_vec()], &[], &[]).unwrap();
+        store.migrate(&path, &[MIGRATIONS[0], NEXT]).unwrap();
+        assert_eq!(std::fs::read(&copy).unwrap(), before);
+        assert_eq!(store.size().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_file_of_a_newer_schema_is_not_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = older(directory.path());
+        opened(&path).connection.pragma_update(None, "user_version", SCHEMA + 1).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::Newer { found }) if found == SCHEMA + 1));
+        assert!(matches!(Reader::open(&path), Err(StoreError::Newer { .. })));
     }
 }

@@ -2,10 +2,10 @@
 
 use super::{AgentId, Digest};
 
-/// 2.25.445760830.1. No arc above 31 bits: real parsers (pkilint among them) refuse a certificate with a larger one.
-pub const AGENT_EXTENSION_OID: [u64; 4] = [2, 25, 445_760_830, 1];
+/// 2.25.177325374.1. No arc above 28 bits: real parsers (pkilint among them) refuse a certificate with a larger one.
+pub const AGENT_EXTENSION_OID: [u64; 4] = [2, 25, 177_325_374, 1];
 /// The same, dotted.
-pub const AGENT_EXTENSION_OID_TEXT: &str = "2.25.445760830.1";
+pub const AGENT_EXTENSION_OID_TEXT: &str = "2.25.177325374.1";
 
 /// SEQUENCE { version INTEGER (1), epoch INTEGER, lineageRoot UTF8String, appraisalIndex INTEGER, policyHash OCTET STRING OPTIONAL }.
 /// Non-critical: a stack that does not know it goes by the certificate's lifetime.

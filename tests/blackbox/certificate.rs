@@ -116,19 +116,6 @@ fn gnutls_verifies_the_chain() {
 /// pkilint knows URIs of web servers only: the authority of spiffe://<trust domain>/… is no fault of ours (SPIFFE-ID §2).
 const ALLOWED: [&str; 1] = ["pkix.invalid_uri_syntax"];
 
-/// pkilint cannot read an OID with an arc beyond 32 bits, such as those below 2.25 (X.667). For its eyes the extension's OID is
-/// replaced by one of the same length, below the number for documentation (RFC 5612); no other byte changes. It does not check
-/// the signature; the others do, on the original.
-fn readable_by_pkilint(der: &[u8]) -> Vec<u8> {
-    const OURS: [u8; 13] = [0x06, 0x0b, 0x69, 0x87, 0xa2, 0xf2, 0xf4, 0xae, 0xe7, 0xa0, 0xb2, 0x76, 0x01];
-    const READABLE: [u8; 13] = [0x06, 0x0b, 0x2b, 0x06, 0x01, 0x04, 0x01, 0x81, 0xfd, 0x59, 0x01, 0x01, 0x01];
-    let mut der = der.to_vec();
-    if let Some(at) = der.windows(OURS.len()).position(|window| window == OURS) {
-        der[at..at + OURS.len()].copy_from_slice(&READABLE);
-    }
-    der
-}
-
 #[test]
 fn pkilint_finds_nothing_wrong_with_any_certificate_but_the_spiffe_uri() {
     let house = House::serving();
@@ -137,7 +124,7 @@ fn pkilint_finds_nothing_wrong_with_any_certificate_but_the_spiffe_uri() {
     let server = house.wire().server_certificate();
     let chain = agent.chain();
     for (name, der) in [("root", &root), ("issuing", &chain[1]), ("agent", &chain[0]), ("server", &server)] {
-        let path = pem_file(&house, &format!("{name}.pem"), &[&readable_by_pkilint(der)]);
+        let path = pem_file(&house, &format!("{name}.pem"), &[der]);
         let output = tool(&linter(), &["lint", "-s", "WARNING", "-f", "JSON", text(&path)]);
         let report = output.json();
         let findings: Vec<&serde_json::Value> = report["results"]
@@ -186,7 +173,7 @@ fn an_agents_certificate_has_the_profile_of_an_x509_svid() {
     assert!(constraints.critical && !constraints.value.ca);
     let encoded = certificate.extensions().iter().find(|extension| extension.oid.to_id_string() == "2.5.29.19").unwrap().value;
     assert_eq!(encoded, [0x30, 0], "an empty SEQUENCE: cA is left to its default, as DER demands");
-    for oid in ["2.5.29.14", "2.5.29.35", "2.25.445760830.1"] {
+    for oid in ["2.5.29.14", "2.5.29.35", "2.25.177325374.1"] {
         let found = certificate.extensions().iter().find(|extension| extension.oid.to_id_string() == oid);
         assert!(!found.unwrap_or_else(|| panic!("{oid} is missing")).critical);
     }

@@ -19,7 +19,17 @@ struct Agent {
     denied: Option<u32>,
     /// Of the newest release in this epoch.
     sequence: Option<u64>,
+    /// Of the newest certificate with an unknown outcome after it: it may have been delivered, and built upon.
+    maybe: Option<u64>,
     live: Vec<Live>,
+}
+
+impl Agent {
+    /// Whether `sequence` follows the newest release, or one that may have been delivered after it.
+    fn may_follow(&self, sequence: u64) -> bool {
+        let follows = |before: Option<u64>| before.and_then(|before| before.checked_add(1)) == Some(sequence);
+        self.sequence.is_none() || follows(self.sequence) || follows(self.maybe)
+    }
 }
 
 struct Live {
@@ -63,7 +73,7 @@ impl Agents {
         }
         self.by_name.insert(Arc::clone(&name), Slot(self.agents.len()));
         let epoch = enrolled.epoch;
-        self.agents.push(Agent { name, epoch, quarantined: false, denied: None, sequence: None, live: Vec::new() });
+        self.agents.push(Agent { name, epoch, quarantined: false, denied: None, sequence: None, maybe: None, live: Vec::new() });
     }
 
     pub(super) fn quarantined(&mut self, quarantined: &Quarantined, at: &mut At<'_>) {
@@ -103,7 +113,7 @@ impl Agents {
         }
         self.reinstatements += 1;
         agent.quarantined = false;
-        agent.sequence = None;
+        (agent.sequence, agent.maybe) = (None, None);
         agent.epoch = reinstated.epoch;
     }
 
@@ -125,11 +135,21 @@ impl Agents {
             at.violates("released-denied", format_args!("epoch {} of {} is denied", candidate.epoch, agent.name));
         }
         // A new epoch counts on from wherever its first release is.
-        if let Some(before) = agent.sequence.filter(|before| before.checked_add(1) != Some(candidate.sequence)) {
+        if let Some(before) = agent.sequence.filter(|_| !agent.may_follow(candidate.sequence)) {
             let detail = format_args!("release {} of {} follows {before}", candidate.sequence, agent.name);
             at.violates("sequence", detail);
         }
         agent.sequence = agent.sequence.max(Some(candidate.sequence));
+        agent.maybe = None;
+        self.live(candidate, at);
+    }
+
+    /// A certificate may have been handed out: what was asked for next may build upon it.
+    pub(super) fn unknown(&mut self, candidate: &Candidate, at: &mut At<'_>) {
+        let agent = &mut self.agents[candidate.slot.0];
+        if agent.may_follow(candidate.sequence) {
+            agent.maybe = agent.maybe.max(Some(candidate.sequence));
+        }
         self.live(candidate, at);
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::agents::{Agents, Candidate};
 use super::keys::Keys;
-use super::tbs::{Certificate, Crl, digest_within};
+use super::tbs::{self, Certificate, Crl, digest_within};
 use super::{At, OPEN_INTENTS_MAX};
 use crate::model::{Digest, KeyId, Serial, TrustDomain};
 use crate::proto::{AuthorityActivated, Intended, IntentKind, Purpose, Released};
@@ -86,6 +86,10 @@ impl Intents {
         let mut candidate = is_agents(kind).then(|| candidate(intent, agents, at)).flatten();
         if kind == IntentKind::Crl {
             self.crl(intent, agents, at);
+        } else if kind == IntentKind::Csr {
+            if let Err(error) = tbs::is_request(&intent.tbs) {
+                at.violates("intent-tbs", format_args!("{error}"));
+            }
         } else if let Some((serial, not_after_seconds)) = self.certificate(intent, domain, at)
             && let Some(candidate) = &mut candidate
         {
@@ -154,7 +158,7 @@ impl Intents {
     pub(super) fn released(&mut self, released: &Released, started: u64, keys: &Keys, agents: &mut Agents, at: &mut At<'_>) {
         self.counts.released += 1;
         let Some(open) = self.close(released.intent, at) else { return };
-        self.counts.certificates += u64::from(open.kind != IntentKind::Crl);
+        self.counts.certificates += u64::from(!matches!(open.kind, IntentKind::Crl | IntentKind::Csr));
         if released.intent < started {
             at.violates("outcome-restart", format_args!("intent {} is from before the start at {started}", released.intent));
         }
@@ -187,7 +191,7 @@ impl Intents {
     pub(super) fn unknown(&mut self, intent: u64, agents: &mut Agents, at: &mut At<'_>) {
         self.counts.unknown += 1;
         if let Some(candidate) = self.close(intent, at).and_then(|open| open.candidate) {
-            agents.live(&candidate, at);
+            agents.unknown(&candidate, at);
         }
     }
 

@@ -1,8 +1,9 @@
-//! What the to-be-signed bytes of an intent say (RFC 5280 §4.1, §5.1).
+//! What the to-be-signed bytes of an intent say (RFC 5280 §4.1, §5.1; RFC 2986 §4.1).
 
 use std::collections::HashSet;
 
 use x509_parser::certificate::TbsCertificateParser;
+use x509_parser::certification_request::X509CertificationRequestInfo;
 use x509_parser::extensions::{GeneralName, ParsedExtension, SubjectAlternativeName};
 use x509_parser::nom::Parser as _;
 use x509_parser::oid_registry::{OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_CRL_NUMBER, OID_X509_EXT_SUBJECT_ALT_NAME};
@@ -72,6 +73,15 @@ impl Crl {
         };
         let serials = tbs.revoked_certificates.iter().filter_map(|revoked| Serial::from_slice(revoked.raw_serial())).collect();
         Ok(Self { number, serials })
+    }
+}
+
+/// Whether it is a CertificationRequestInfo (RFC 2986 §4.1), which no certificate and no CRL can be taken for.
+pub(super) fn is_request(der: &[u8]) -> Result<(), &'static str> {
+    match X509CertificationRequestInfo::from_der(der) {
+        Ok(([], _)) => Ok(()),
+        Ok(_) => Err("bytes follow the CertificationRequestInfo"),
+        Err(_) => Err("not a CertificationRequestInfo"),
     }
 }
 

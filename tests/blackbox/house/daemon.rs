@@ -65,6 +65,16 @@ impl Daemon {
         self.ready
     }
 
+    /// Waits until it tells its supervisor this.
+    pub fn tells(&mut self, text: &str) {
+        let mut told = false;
+        self.listen(|notice| {
+            told |= notice.contains(text);
+            told
+        });
+        assert!(told, "the daemon ended without {text}");
+    }
+
     /// Whether it had said READY=1 when the first word came.
     pub fn was_ready(&self) -> bool {
         self.ready
@@ -80,7 +90,7 @@ impl Daemon {
     }
 
     /// Reads notices until one satisfies, the process ends, or the deadline passes.
-    fn listen(&mut self, satisfied: impl Fn(&str) -> bool) {
+    fn listen(&mut self, mut satisfied: impl FnMut(&str) -> bool) {
         let until = Instant::now() + DEADLINE;
         let mut buffer = [0; 4096];
         loop {

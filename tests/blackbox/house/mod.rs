@@ -171,10 +171,10 @@ impl House {
     }
 
     /// `keyward init` with the preload library under it.
-    pub fn init_preloaded(&self) -> Output {
+    pub fn init_preloaded(&self, more: &[&str]) -> Output {
         fs::create_dir_all(self.state()).unwrap();
         instrument::seed(&self.state(), &self.path("shadow"));
-        run(self.command_preloaded().arg("init"))
+        run(self.command_preloaded().arg("init").args(more))
     }
 
     /// The daemon's process id.
@@ -256,8 +256,14 @@ impl House {
 
     /// Stops the daemon and reads its whole book from the file: nothing is being worked on any more.
     pub fn stopped_entries(&mut self) -> Vec<Body> {
-        use prost::Message as _;
         assert_eq!(self.stop(), 0);
+        self.ended_entries()
+    }
+
+    /// The whole book of a daemon that has ended, from the file.
+    pub fn ended_entries(&self) -> Vec<Body> {
+        use prost::Message as _;
+        assert!(self.daemon.is_none(), "a daemon runs");
         let db = rusqlite::Connection::open(self.state().join("keyward.db")).unwrap();
         let mut rows = db.prepare("SELECT bytes FROM entry ORDER BY idx").unwrap();
         let entries = rows.query_map([], |row| row.get::<_, Vec<u8>>(0)).unwrap();

@@ -13,7 +13,7 @@ use keyward::proto::agent_service_client::AgentServiceClient;
 use keyward::proto::operator_service_client::OperatorServiceClient;
 use keyward::proto::{
     Ask, AttestRequest, AttestResponse, BoundKeyClaim, Challenge, Credential, EnrolRequest, Entry, JoinClaim, JoinFile,
-    ListEntriesRequest, ReleaseRequest, RenewRequest, StatusRequest, ask::Claim, attest_response::Step,
+    ListEntriesRequest, QuarantineRequest, ReleaseRequest, RenewRequest, StatusRequest, ask::Claim, attest_response::Step,
 };
 use prost::Message as _;
 use rcgen::SigningKey as _;
@@ -27,6 +27,13 @@ use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
+use tonic_health::pb::HealthCheckRequest;
+pub use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_types::StatusExt as _;
 
 use super::{Agent, DEADLINE, DOMAIN, House};
@@ -163,6 +170,67 @@ impl Wire {
         })
     }
 
+    /// A connection that stays: many renewals, one handshake.
+    pub fn standing(&self, identity: &Identity) -> Standing {
+        Standing(AgentServiceClient::new(self.channel(Some(identity))))
+    }
+
+    /// One Renew over a connection that stays.
+    pub fn renew_over(&self, standing: &mut Standing, request: RenewRequest) -> Answer<Credential> {
+        let answer = self.runtime.block_on(standing.0.renew(request))?;
+        Ok(answer.into_inner().credential.expect("a credential"))
+    }
+
+    /// Quarantines over the operator socket; the acknowledgement's ledger index.
+    pub fn quarantine(&self, agent: &str) -> u64 {
+        let mut operator = self.operator();
+        let request = QuarantineRequest { agent: agent.to_owned(), reason: "a test".to_owned() };
+        self.runtime.block_on(operator.quarantine(request)).unwrap().into_inner().ledger_index
+    }
+
+    /// What grpc.health.v1 says of a service, over TCP without a certificate or over the operator socket.
+    pub fn health(&self, face: Face, service: &str) -> Answer<ServingStatus> {
+        let mut health = HealthClient::new(self.face(face));
+        let request = HealthCheckRequest { service: service.to_owned() };
+        Ok(self.runtime.block_on(health.check(request))?.into_inner().status())
+    }
+
+    /// Watches a service's health until it is as wanted.
+    pub fn health_becomes(&self, face: Face, service: &str, wanted: ServingStatus) {
+        let mut health = HealthClient::new(self.face(face));
+        let watch = async {
+            let request = HealthCheckRequest { service: service.to_owned() };
+            let mut told = health.watch(request).await.unwrap().into_inner();
+            while told.message().await.unwrap().expect("a watch has no end").status() != wanted {}
+        };
+        let told = self.runtime.block_on(async { tokio::time::timeout(DEADLINE, watch).await });
+        told.unwrap_or_else(|_| panic!("{service:?} did not become {wanted:?} over {face:?}"));
+    }
+
+    /// The services that gRPC reflection lists.
+    pub fn reflected(&self, face: Face, identity: Option<&Identity>) -> Answer<Vec<String>> {
+        let channel = identity.map_or_else(|| self.face(face), |identity| self.channel(Some(identity)));
+        let request =
+            ServerReflectionRequest { host: String::new(), message_request: Some(MessageRequest::ListServices(String::new())) };
+        self.runtime.block_on(async {
+            let mut reflection = ServerReflectionClient::new(channel);
+            let mut answers = reflection.server_reflection_info(tokio_stream::once(request)).await?.into_inner();
+            match answers.message().await?.and_then(|answer| answer.message_response) {
+                Some(MessageResponse::ListServicesResponse(list)) => {
+                    Ok(list.service.into_iter().map(|service| service.name).collect())
+                }
+                other => panic!("no list of services: {other:?}"),
+            }
+        })
+    }
+
+    fn face(&self, face: Face) -> Channel {
+        match face {
+            Face::Tcp => self.channel(None),
+            Face::Operator => self.local(),
+        }
+    }
+
     /// Sends a Renew and hangs up without waiting for the answer.
     pub fn renew_and_vanish(&self, identity: &Identity, request: RenewRequest, after: Duration) {
         let channel = self.channel(Some(identity));
@@ -215,15 +283,17 @@ impl Wire {
     }
 
     fn operator(&self) -> OperatorServiceClient<Channel> {
+        OperatorServiceClient::new(self.local())
+    }
+
+    fn local(&self) -> Channel {
         let socket = self.operator.clone();
         let connector = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
         });
         let _inside = self.runtime.enter();
-        OperatorServiceClient::new(
-            Endpoint::from_static("http://operator").timeout(DEADLINE).connect_with_connector_lazy(connector),
-        )
+        Endpoint::from_static("http://operator").timeout(DEADLINE).connect_with_connector_lazy(connector)
     }
 
     /// The server's own certificate, DER, as a TLS client sees it.
@@ -236,6 +306,16 @@ impl Wire {
         })
     }
 }
+
+/// Where a daemon listens.
+#[derive(Debug, Clone, Copy)]
+pub enum Face {
+    Tcp,
+    Operator,
+}
+
+/// A connection that stays.
+pub struct Standing(AgentServiceClient<Channel>);
 
 /// An Attest stream whose challenge was read.
 pub struct Stream {

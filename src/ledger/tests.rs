@@ -1,0 +1,192 @@
+//! Races that no client can be made to win on purpose: decided here by holding the gate, or the disk.
+
+use std::time::Instant;
+
+use super::store::Store;
+use super::*;
+use crate::model::{Algorithm, KeyId, PublicKey, Serial, TokenId, TrustDomain, UnixTime};
+use crate::proto::IntentKind;
+
+use prost::Message as _;
+
+struct House {
+    ledger: Ledger,
+    runtime: tokio::runtime::Runtime,
+    directory: tempfile::TempDir,
+}
+
+fn settings(state: &Path) -> Settings {
+    Settings { state: state.join("state"), runtime: state.into(), queue_max: 64, live_max: 8, forget_seconds: 3600 }
+}
+
+fn agent() -> AgentId {
+    AgentId::parse("builder/1").unwrap()
+}
+
+fn key() -> PublicKey {
+    let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+    PublicKey::from_raw(Algorithm::P256, rcgen::PublicKeyData::der_bytes(&pair)).unwrap()
+}
+
+fn token(expires: UnixTime) -> Token {
+    Token { id: TokenId::random(), public_key: [7; 32], expires, spent_for: None }
+}
+
+fn intention(evidence: Evidence, key: &PublicKey, now: UnixTime) -> Intention {
+    let subject = Subject {
+        agent: agent(),
+        epoch: 1,
+        evidence,
+        fresh_until: now.plus_seconds(86_400),
+        key: key.clone(),
+        serial: Serial::random(),
+        not_before: now.minus_seconds(30),
+        not_after: now.plus_seconds(600),
+        request_hash: Digest::of(&key.digest().0),
+        idempotency_hash: key.digest().0[..16].try_into().unwrap(),
+    };
+    Intention { kind: IntentKind::Renew, key_id: KeyId::random(), tbs: Arc::from(&b"tbs"[..]), subject: Some(subject) }
+}
+
+fn bound(prover: &PublicKey, sequence: u64) -> Evidence {
+    Evidence::BoundKey { prover: prover.digest(), sequence, channel_proved: true }
+}
+
+impl House {
+    /// A book, with what `before` writes into its file before it is opened.
+    fn new(before: impl FnOnce(&Path)) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let settings = settings(directory.path());
+        create(&settings.state, &TrustDomain::parse("example.org").unwrap(), [1; 16]).unwrap();
+        before(&settings.state);
+        let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        Self { ledger, runtime, directory }
+    }
+
+    fn enrol(&self, token: Token) -> Result<u64, Refusal> {
+        let limits = proto::Limits { ttl_seconds_max: 600, rejoin_seconds: 600 };
+        self.runtime.block_on(self.ledger.enrol(&agent(), limits, proto::Operator::default(), token))
+    }
+
+    fn intend(&self, evidence: Evidence, key: &PublicKey) -> Intent {
+        match self.runtime.block_on(self.ledger.intend(intention(evidence, key, self.ledger.clock().reckoned()))) {
+            Ok(Decided::Intent(intent)) => intent,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Enrolled, and released one certificate: its key.
+    fn joined(&self) -> PublicKey {
+        let token = token(self.ledger.clock().reckoned().plus_seconds(3600));
+        let (id, first) = (token.id, key());
+        self.enrol(token).unwrap();
+        self.intend(Evidence::JoinToken(id), &first).release(b"signature").unwrap();
+        first
+    }
+
+    fn entries(&self) -> Vec<Body> {
+        self.runtime.block_on(self.ledger.edge()).unwrap();
+        let entries = self.ledger.reader().entries(0, 1000).unwrap();
+        entries.iter().map(|bytes| proto::Entry::decode(&bytes[..]).unwrap().body.unwrap()).collect()
+    }
+
+    fn pending(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("pending-denials")).unwrap()
+    }
+}
+
+/// Promise 5: what came through the gate before a clone was noticed stands before the quarantine in the book.
+#[test]
+fn a_release_that_waits_behind_a_clones_claim_is_in_the_book_before_the_quarantine() {
+    let house = House::new(|_| ());
+    let first = house.joined();
+    let renewal = house.intend(bound(&first, 1), &key());
+    let (answer, told) = oneshot::channel();
+    let mut gate = house.ledger.gate();
+    let claim = Box::new(intention(bound(&first, 1), &key(), house.ledger.clock().reckoned()));
+    gate.intents += 1;
+    gate.push(Command::Intend { intention: claim, answer });
+    // As `Intent::release` does, in the same hold of the gate: the writer cannot come in between.
+    assert!(gate.book.named(&agent()).unwrap().1.admits(1).is_ok());
+    let released = renewal.index();
+    gate.push(Command::Close { intent: released, outcome: Outcome::Released(b"signature".to_vec()) });
+    drop(gate);
+    std::mem::forget(renewal);
+    house.ledger.wake();
+    let refusal = house.runtime.block_on(told).unwrap().unwrap_err();
+    assert_eq!(refusal.reason, Reason::CloneSuspected);
+    let entries = house.entries();
+    let place = |wanted: &dyn Fn(&Body) -> bool| entries.iter().position(wanted).unwrap();
+    let release = place(&|body| matches!(body, Body::Released(entry) if entry.intent == released));
+    let quarantine = place(&|body| matches!(body, Body::Quarantined(_)));
+    assert!(release < quarantine, "released at {release}, quarantined at {quarantine}");
+    assert_eq!(refusal.entry, Some(quarantine as u64));
+    assert_eq!(house.ledger.gate().intents, 0);
+}
+
+#[test]
+fn a_suspected_clone_is_news_for_the_crl() {
+    let house = House::new(|_| ());
+    let first = house.joined();
+    house.intend(bound(&first, 1), &key()).release(b"signature").unwrap();
+    let mut denials = house.ledger.denials();
+    denials.mark_unchanged();
+    let claim = intention(bound(&first, 1), &key(), house.ledger.clock().reckoned());
+    let refusal = house.runtime.block_on(house.ledger.intend(claim)).unwrap_err();
+    assert_eq!(refusal.reason, Reason::CloneSuspected);
+    assert!(denials.has_changed().unwrap());
+    assert_eq!(house.ledger.denied_certificates(house.ledger.clock().reckoned()).len(), 2);
+}
+
+/// Promise 5: the acknowledgement comes after the commit, for a repeated call too.
+#[test]
+fn a_repeated_quarantine_is_acknowledged_no_sooner_than_the_disk_has_the_first() {
+    let house = House::new(|_| ());
+    house.joined();
+    house.entries();
+    let other = rusqlite::Connection::open(Ledger::file(&house.directory.path().join("state"))).unwrap();
+    // The writer waits for this lock as it would for a disk that does not answer.
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let quarantine =
+        |ledger: Ledger| async move { ledger.quarantine(&agent(), None, proto::QuarantineCause::Operator, "").await };
+    let first = house.runtime.spawn(quarantine(house.ledger.clone()));
+    let until = Instant::now() + Duration::from_secs(1);
+    while house.ledger.agent(&agent()).unwrap().quarantine.is_none_or(|found| found.index.is_none()) {
+        assert!(Instant::now() < until, "the writer has not decided");
+        std::thread::yield_now();
+    }
+    let mut second = house.runtime.spawn(quarantine(house.ledger.clone()));
+    let early = house.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(200), &mut second).await });
+    assert!(early.is_err(), "acknowledged before it is durable: {early:?}");
+    other.execute_batch("ROLLBACK").unwrap();
+    for answer in [first, second] {
+        assert!(house.runtime.block_on(answer).unwrap().is_ok());
+    }
+    assert_eq!(house.pending(), "");
+}
+
+#[test]
+fn durable_lines_of_pending_denials_do_not_stay_for_ever() {
+    let house = House::new(|state| std::fs::write(state.join("../pending-denials"), "1 builder/1\n1 gone/1\n").unwrap());
+    house.joined();
+    house.runtime.block_on(house.ledger.quarantine(&agent(), None, proto::QuarantineCause::Operator, "")).unwrap();
+    assert_eq!(house.pending(), "");
+}
+
+/// The clock was a day ahead when the last entry was written; an operator set it right and accepted it.
+#[test]
+fn after_a_clock_was_set_back_tokens_are_good_and_live_certificates_are_known() {
+    let house = House::new(|state| {
+        let started = Body::Started(proto::Started::default());
+        let ahead = UnixTime::wall().plus_seconds(86_400).micros();
+        let entry = proto::Entry { index: 1, time_unix_micros: ahead, body: Some(started) };
+        Store::open(&Ledger::file(state)).unwrap().commit(1, &[entry.encode_to_vec()], &[], &[]).unwrap();
+    });
+    assert!(house.ledger.clock().now().is_err());
+    house.ledger.clock().accept();
+    house.joined();
+    assert_eq!(house.ledger.agent(&agent()).unwrap().live.len(), 1);
+    house.runtime.block_on(house.ledger.quarantine(&agent(), None, proto::QuarantineCause::Operator, "")).unwrap();
+    assert_eq!(house.ledger.denied_certificates(house.ledger.clock().reckoned()).len(), 1);
+}

@@ -147,7 +147,7 @@ impl Alone {
             Goal::at_most("MiB with an empty ledger", self.rss_empty_mib, 40.0),
         ];
         goals.extend(comparisons.iter().filter(|comparison| comparison.bound.is_some()).map(|comparison| Goal {
-            name: "CPU with other keys in the token to CPU without",
+            name: format!("CPU with {} in the token to CPU without", comparison.what),
             value: comparison.paired.ratio,
             bound: KEYS_RATIO_MAX,
             met: comparison.paired.meets(KEYS_RATIO_MAX),

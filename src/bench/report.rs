@@ -13,7 +13,7 @@ use super::token::RawSignatures;
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
     /// What was measured.
-    pub name: &'static str,
+    pub name: String,
     /// What came out.
     pub value: f64,
     /// The most it may be.
@@ -25,8 +25,8 @@ pub struct Goal {
 impl Goal {
     /// `value` may be `bound` at most.
     #[must_use]
-    pub fn at_most(name: &'static str, value: f64, bound: f64) -> Self {
-        Self { name, value, bound, met: value <= bound }
+    pub fn at_most(name: &str, value: f64, bound: f64) -> Self {
+        Self { name: name.to_owned(), value, bound, met: value <= bound }
     }
 }
 

@@ -179,7 +179,7 @@ fn strangers_refused_in_the_last_second_are_counted_in_the_book() {
         })
         .flat_map(|counted| &counted.counts)
         .filter(|count| count.reason() == keyward::proto::Reason::TokenUnknown)
-        .map(|count| u64::from(count.count))
+        .map(|count| count.count)
         .sum();
     assert_eq!(counted, 1);
 }

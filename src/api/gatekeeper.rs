@@ -13,8 +13,8 @@ use crate::model::{Reason, Refusal};
 
 use super::refusal::status_of;
 
-/// Open without a client certificate.
-const OPEN: [&str; 3] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"];
+/// Open without a client certificate. Not Health/Watch: its streams would cost a stranger nothing and stay.
+const OPEN: [&str; 2] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Health/Check"];
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gatekeeper;

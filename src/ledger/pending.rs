@@ -36,7 +36,7 @@ impl PendingDenials {
     pub(super) fn add(&self, agent: &AgentId, epoch: u32) {
         let mut file = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         file.1 += 1;
-        if let Err(error) = file.0.write_all(format!("{epoch} {agent}\n").as_bytes()) {
+        if let Err(error) = file.0.write_all(format!("\n{epoch} {agent}\n").as_bytes()) {
             tracing::error!(%error, %agent, "a denial could not be noted in pending-denials; it is in force");
         }
     }

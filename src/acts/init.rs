@@ -79,6 +79,11 @@ pub async fn initialise(
     if !has(Purpose::Issuing) {
         match root {
             Root::Own => {
+                if state.join("issuing.csr").exists() {
+                    let advice =
+                        "an outside root was asked for: give its certificates (--root-certificate, --issuing-certificate)";
+                    return Err(Refusal::new(crate::model::Reason::MalformedRequest, advice));
+                }
                 let root_key = ensure(ledger, tokens, Purpose::Root, TokenRole::Authority).await?;
                 let root = match known.iter().find(|row| row.purpose == Purpose::Root) {
                     Some(row) => row.certificate.clone(),
@@ -105,6 +110,8 @@ pub async fn initialise(
                 let tbs = certificate::request_to_be_signed(&params, issuing_key.public())?;
                 let (_, signature) = sign_own(ledger, IntentKind::Csr, &issuing_key, tbs.clone()).await?;
                 let csr = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", assemble(&tbs, &signature)));
+                // From here on the root is the outside one's matter.
+                files::replace(&state.join("issuing.csr"), csr.as_bytes(), 0o644).map_err(Refusal::internal)?;
                 return Ok(Initialised::AwaitsRoot { csr });
             }
             Root::Signed { root, issuing } => {
@@ -159,6 +166,15 @@ fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &Public
     if !root_key.verifies(issuing.tbs_certificate.as_ref(), &issuing.signature_value.data) || issuing.issuer() != root.subject() {
         return Err(bad("the issuing certificate is not signed by the root"));
     }
+    if !root_key.verifies(root.tbs_certificate.as_ref(), &root.signature_value.data) || root.issuer() != root.subject() {
+        return Err(bad("the root is not self-signed"));
+    }
+    let root_usage = root.key_usage().map_err(|_| bad("the root's KeyUsage"))?;
+    let root_length = root.basic_constraints().map_err(|_| bad("the root's BasicConstraints"))?;
+    let may_sign = root_usage.is_some_and(|usage| usage.value.key_cert_sign());
+    if !may_sign || root_length.is_none_or(|found| found.value.path_len_constraint == Some(0)) {
+        return Err(bad("the root may not sign an issuing certificate"));
+    }
     if issuing.public_key().raw != key.spki() {
         return Err(bad("the issuing certificate is not for the key of the CSR"));
     }
@@ -182,14 +198,15 @@ fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &Public
     if constraints.value.path_len_constraint != Some(0) {
         return Err(bad("the issuing certificate's path length is not 0"));
     }
-    if let Some(names) = issuing.subject_alternative_name().map_err(|_| bad("its SubjectAltName"))? {
+    for certificate in [&root, &issuing] {
+        let Some(names) = certificate.subject_alternative_name().map_err(|_| bad("its SubjectAltName"))? else { continue };
         let expected = domain.id();
         let fits = names.value.general_names.iter().all(|name| match name {
             x509_parser::extensions::GeneralName::URI(uri) => *uri == expected.as_str(),
             _ => false,
         });
         if !fits {
-            return Err(bad("the issuing certificate names another trust domain"));
+            return Err(bad("one of them names another trust domain"));
         }
     }
     Ok(())

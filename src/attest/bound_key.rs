@@ -16,7 +16,12 @@ pub(super) fn appraise(
     sequence: u64,
     now: UnixTime,
 ) -> Result<(AgentId, u32, Evidence), Rejected> {
-    let bound = ledger.bound_keys(agent)?;
+    // A stranger is not told which agents there are.
+    let unproved = || Refusal::new(Reason::ProofInvalid, "sign the binder with the newest certified key");
+    let bound = ledger.bound_keys(agent).map_err(|refusal| match contact {
+        Contact::Stream(_) => unproved(),
+        Contact::Connection(_) => refusal,
+    })?;
     let spki = csr.key().digest();
     let binder = match contact {
         Contact::Stream(challenge) => {
@@ -57,10 +62,7 @@ pub(super) fn appraise(
         let evidence = Evidence::BoundKey { prover: connection.proved(), sequence, channel_proved: true };
         return Ok((agent.clone(), connection.epoch(), evidence));
     }
-    let prover: Digest = prover.ok_or_else(|| Rejected {
-        agent: known,
-        refusal: Refusal::new(Reason::ProofInvalid, "sign the binder with the newest certified key"),
-    })?;
+    let prover: Digest = prover.ok_or_else(|| Rejected { agent: known, refusal: unproved() })?;
     if matches!(contact, Contact::Stream(_)) {
         let until = bound.not_after.map(|not_after| not_after.plus_seconds(bound.rejoin_seconds.into()));
         if until.is_none_or(|until| until < now) {

@@ -19,7 +19,7 @@ pub use operator::{Operator, OperatorRefused};
 pub use tls::{Tls, TlsError};
 
 use crate::ledger::Ledger;
-use crate::model::{AGENT_EXTENSION_OID_TEXT, AgentExtension, AgentId, Digest, Reason, Refusal, SpiffeId, TrustDomain, UnixTime};
+use crate::model::{AGENT_EXTENSION_OID_DER, AgentExtension, AgentId, Digest, Reason, Refusal, SpiffeId, TrustDomain, UnixTime};
 
 /// One TCP connection after its handshake.
 #[derive(Debug)]
@@ -128,7 +128,7 @@ fn agent_of(der: &[u8], domain: &TrustDomain) -> Option<AgentConnection> {
     let names = &certificate.subject_alternative_name().ok()??.value.general_names;
     let [GeneralName::URI(uri)] = names.as_slice() else { return None };
     let agent = SpiffeId::parse(uri).ok()?.agent(domain)?;
-    let mut extensions = certificate.extensions().iter().filter(|found| found.oid.to_id_string() == AGENT_EXTENSION_OID_TEXT);
+    let mut extensions = certificate.extensions().iter().filter(|found| found.oid.as_bytes() == AGENT_EXTENSION_OID_DER);
     let extension = extensions.next()?;
     if extensions.next().is_some() || !matches!(extension.parsed_extension(), ParsedExtension::UnsupportedExtension { .. }) {
         return None;

@@ -181,16 +181,25 @@ impl Agent {
         self.live().iter().filter(move |live| live.not_after > now && live.epoch == self.epoch)
     }
 
+    /// Keys with a certificate of the current epoch that has not expired. Keys, not certificates: a key that is asked for again because
+    /// nobody knows whether it was signed counts once.
+    pub(super) fn live_keys(&self, now: UnixTime) -> usize {
+        let mut keys: Vec<&Digest> = self.live_at(now).map(|live| &live.key).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys.len()
+    }
+
     /// Whether `live` is denied: of a past epoch, or of a quarantined agent.
     pub(super) fn denies(&self, live: &Live) -> bool {
         self.quarantine.is_some() || live.epoch < self.epoch
     }
 
-    /// The key whose certificate the agent was last handed, or may have been.
+    /// The key whose certificate the agent was last handed, or may have been: an answer is on its way before its outcome is folded in.
     pub(super) fn bound_keys(&self) -> impl Iterator<Item = &PublicKey> {
         let bound = self.bound.as_deref();
-        let unknown =
-            bound.and_then(|b| b.asked.as_ref()).filter(|asked| asked.ending == Ending::Unknown).map(|asked| &asked.key);
+        let maybe = |asked: &&Asked| matches!(asked.ending, Ending::Unknown | Ending::Pending);
+        let unknown = bound.and_then(|b| b.asked.as_ref()).filter(maybe).map(|asked| &asked.key);
         let newest = bound.and_then(|b| b.newest.as_ref()).map(|certified| &certified.key);
         let previous = bound.and_then(|b| b.previous.as_ref());
         unknown.into_iter().chain(newest).chain(previous)
@@ -224,7 +233,8 @@ impl Agent {
         if self.live().iter().any(|live| live.key == *key) && asked.is_none_or(|asked| asked.key.digest() != *key) {
             return Verdict::Refuse(Refusal::new(Reason::KeyInUse, "make a new key for every certificate"));
         }
-        if self.live_at(now).count() >= live_max {
+        let again = self.live_at(now).any(|live| live.key == *key);
+        if !again && self.live_keys(now) >= live_max {
             let wait = self
                 .live_at(now)
                 .map(|live| live.not_after)

@@ -119,7 +119,8 @@ impl Intent {
     /// The gate. Hands the signature out, unless the agent has been denied meanwhile: then it is withheld for good.
     ///
     /// # Errors
-    /// `DENIED_MEANWHILE` when a quarantine came first; `LEDGER_UNAVAILABLE` when issuing is off.
+    /// `DENIED_MEANWHILE` when a quarantine came first; `LEDGER_UNAVAILABLE` when issuing is off; `DRAINING`
+    /// after the last entry.
     pub fn release(mut self, signature: &[u8]) -> Result<u64, Refusal> {
         self.ended = true;
         let mut gate = self.ledger.gate();
@@ -133,17 +134,21 @@ impl Intent {
                 "the ledger cannot be written; ask again when the daemon is back",
             ));
         }
+        if gate.closing {
+            // The last entry has been queued. The next start closes this intent as unknown.
+            return Err(super::draining());
+        }
         match admitted {
             Ok(()) => {
                 gate.push(Command::Close { intent: self.index, outcome: Outcome::Released(signature.to_vec()) });
                 drop(gate);
-                self.ledger.wake();
+                self.ledger.wake_for_outcome();
                 Ok(self.index)
             }
             Err(refusal) => {
                 gate.push(Command::Close { intent: self.index, outcome: Outcome::Withheld(refusal.reason) });
                 drop(gate);
-                self.ledger.wake();
+                self.ledger.wake_for_outcome();
                 Err(Refusal::new(
                     Reason::DeniedMeanwhile,
                     "the agent was denied while this was being signed; nothing was handed out",

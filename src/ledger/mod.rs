@@ -26,7 +26,7 @@ mod tests;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -89,6 +89,11 @@ enum Writable {
     Failed = 2,
 }
 
+/// The writer works, waits for anything, or has outcomes and waits for company.
+const AWAKE: u8 = 0;
+const ASLEEP: u8 = 1;
+const LINGERING: u8 = 2;
+
 /// Decisions and the queue, under one short lock.
 struct Gate {
     book: Book,
@@ -107,8 +112,8 @@ impl Gate {
 struct Shared {
     gate: Mutex<Gate>,
     wake: Condvar,
-    /// The writer waits for `wake`. Set under the gate; a condition variable notified for nothing is a system call.
-    asleep: AtomicBool,
+    /// What the writer does. Set under the gate; a condition variable notified for nothing is a system call.
+    writer: AtomicU8,
     clock: Arc<Clock>,
     meter: Arc<Meter>,
     reader: Reader,
@@ -202,19 +207,26 @@ impl Ledger {
         self.0.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes the writer, if it sleeps. Called after the gate was let go.
+    /// Wakes the writer, if it sleeps: somebody waits for what was queued. Called after the gate was let go.
     fn wake(&self) {
-        if self.0.asleep.swap(false, Ordering::AcqRel) {
+        if self.0.writer.swap(AWAKE, Ordering::AcqRel) != AWAKE {
             self.0.wake.notify_one();
         }
     }
 
-    /// The writer sleeps until it is woken or `at_most` has passed; true: it has.
-    fn sleep<'g>(&self, gate: MutexGuard<'g, Gate>, at_most: Duration) -> (MutexGuard<'g, Gate>, bool) {
+    /// As `wake`, for an outcome, which nobody waits for: a writer that lingers for company is left alone.
+    fn wake_for_outcome(&self) {
+        if self.0.writer.compare_exchange(ASLEEP, AWAKE, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            self.0.wake.notify_one();
+        }
+    }
+
+    /// The writer waits until it is woken or `at_most` has passed; true: it has.
+    fn wait<'g>(&self, gate: MutexGuard<'g, Gate>, how: u8, at_most: Duration) -> (MutexGuard<'g, Gate>, bool) {
         // Whoever queues something takes the gate after this and sees it.
-        self.0.asleep.store(true, Ordering::Release);
+        self.0.writer.store(how, Ordering::Release);
         let (gate, timeout) = self.0.wake.wait_timeout(gate, at_most).unwrap_or_else(PoisonError::into_inner);
-        self.0.asleep.store(false, Ordering::Release);
+        self.0.writer.store(AWAKE, Ordering::Release);
         (gate, timeout.timed_out())
     }
 
@@ -244,7 +256,7 @@ impl Ledger {
                     tracing::info!("there is room on the disk again: issuing goes on");
                 }
             }
-            Err(error) => tracing::warn!(%error, "the disk is still full"),
+            Err(error) => tracing::debug!(%error, "the disk is still full"),
         }
     }
 
@@ -314,7 +326,7 @@ impl Ledger {
         }
         gate.push(Command::Close { intent, outcome });
         drop(gate);
-        self.wake();
+        self.wake_for_outcome();
     }
 
     /// Denies an agent: in force in memory when this has taken the gate, acknowledged when durable. Repeating it is harmless.

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, Condvar, Mutex};
 
 use prost::Message as _;
@@ -84,7 +84,7 @@ impl Ledger {
         let shared = Shared {
             gate: Mutex::new(Gate { book, queue: std::collections::VecDeque::new(), intents: open.len(), closing: false }),
             wake: Condvar::new(),
-            asleep: AtomicBool::new(false),
+            writer: AtomicU8::new(super::AWAKE),
             clock: Arc::new(Clock::start(Some(last_time))),
             meter,
             reader: Reader::open(&path)?,

@@ -17,12 +17,16 @@ use super::merkle::{Tree, leaf_hash};
 use super::reserve::Reserve;
 use super::row::AgentRow;
 use super::store::{Row, Store, StoreError};
-use super::{Gate, Ledger, Progress};
+use super::{ASLEEP, Gate, LINGERING, Ledger, Progress};
 
 /// Commands decided and committed in one go, at most.
 const BATCH_MAX: usize = 1024;
 /// Agents' rows written beside a batch, at most: a snapshot is spread so that no commit waits for all of it.
 const SNAPSHOT_ROWS_PER_BATCH: usize = 256;
+/// A commit that meets another process's lock waits two seconds; it is tried again as often.
+const BUSY_TRIES: usize = 15;
+/// Outcomes alone wait as long for company.
+const OUTCOMES_WAIT: Duration = Duration::from_millis(4);
 /// A snapshot is begun after as many entries …
 const SNAPSHOT_ENTRIES: u64 = 10_000;
 /// … or after as long, if anything changed.
@@ -181,11 +185,16 @@ impl Sequencer {
         std::thread::yield_now();
         let mut gate = ledger.gate();
         while gate.queue.is_empty() {
-            let (guard, timed_out) = ledger.sleep(gate, SNAPSHOT_EVERY);
+            let (guard, timed_out) = ledger.wait(gate, ASLEEP, SNAPSHOT_EVERY);
             gate = guard;
             if self.snapshot.is_some() || (timed_out && !gate.book.dirty.is_empty()) {
                 break;
             }
+        }
+        if !gate.queue.is_empty() && !gate.closing && gate.queue.iter().all(|command| matches!(command, Command::Close { .. })) {
+            // Nobody waits for an outcome: what is asked for within a few milliseconds shares its commit. A crash in this time finds
+            // the intents open and closes them as unknown, as at any moment before.
+            (gate, _) = ledger.wait(gate, LINGERING, OUTCOMES_WAIT);
         }
         let first = self.tree.size();
         let mut batch = Batch {
@@ -352,7 +361,15 @@ impl Sequencer {
             encoded.push(bytes);
         }
         self.commits += 1;
-        let first = self.store.commit(batch.first, &encoded, &tiles, &batch.rows);
+        let mut first = self.store.commit(batch.first, &encoded, &tiles, &batch.rows);
+        for _ in 0..BUSY_TRIES {
+            // Somebody else's lock on the file (a backup, a look with sqlite3) is no failure of the disk.
+            if !first.as_ref().is_err_and(is_busy) {
+                break;
+            }
+            tracing::warn!("another process holds a lock on the ledger's file");
+            first = self.store.commit(batch.first, &encoded, &tiles, &batch.rows);
+        }
         let Err(error) = first else { return Ok(()) };
         if !is_full(&error) {
             return Err(error);
@@ -416,7 +433,7 @@ impl Sequencer {
         loop {
             let mut gate = self.ledger.gate();
             while gate.queue.is_empty() {
-                (gate, _) = self.ledger.sleep(gate, SNAPSHOT_EVERY);
+                (gate, _) = self.ledger.wait(gate, ASLEEP, SNAPSHOT_EVERY);
             }
             let commands: Vec<Command> = gate.queue.drain(..).collect();
             gate.intents = 0;
@@ -536,6 +553,11 @@ fn appraised(evidence: &Evidence, fresh_until: UnixTime) -> proto::Appraised {
         Evidence::BoundKey { prover, channel_proved, .. } => (proto::EvidenceKind::BoundKey, prover.0.to_vec(), *channel_proved),
     };
     proto::Appraised { kind: kind.into(), evidence_id, fresh_until_unix_seconds: fresh_until.seconds(), channel_proved }
+}
+
+fn is_busy(error: &StoreError) -> bool {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
+    matches!(error, StoreError::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if matches!(code.code, DatabaseBusy | DatabaseLocked))
 }
 
 fn is_full(error: &StoreError) -> bool {

@@ -12,7 +12,7 @@ pub struct Standing {
     pub epoch: u32,
     /// Longest lifetime its enrolment grants.
     pub ttl_seconds_max: u32,
-    /// Certificates of any epoch that have not expired, those with an unknown outcome included.
+    /// Keys with a certificate that has not expired, those with an unknown outcome included.
     pub live_certificates: usize,
     /// When the first of them expires; `None` if there are none.
     pub oldest_live_not_after: Option<UnixTime>,

@@ -56,7 +56,7 @@ impl Ledger {
             agent: found.id.clone(),
             epoch: found.epoch,
             ttl_seconds_max: found.ttl_seconds_max,
-            live_certificates: found.live_at(now).count(),
+            live_certificates: found.live_keys(now),
             oldest_live_not_after: found.live_at(now).map(|live| live.not_after).min(),
         })
     }

@@ -4,8 +4,8 @@ use super::{AgentId, Digest};
 
 /// 2.25.177325374.1. No arc above 28 bits: real parsers (pkilint among them) refuse a certificate with a larger one.
 pub const AGENT_EXTENSION_OID: [u64; 4] = [2, 25, 177_325_374, 1];
-/// The same, dotted.
-pub const AGENT_EXTENSION_OID_TEXT: &str = "2.25.177325374.1";
+/// The same as the content of a DER OBJECT IDENTIFIER.
+pub const AGENT_EXTENSION_OID_DER: &[u8] = &[0x69, 0xd4, 0xc7, 0x8a, 0x3e, 0x01];
 
 /// SEQUENCE { version INTEGER (1), epoch INTEGER, lineageRoot UTF8String, appraisalIndex INTEGER, policyHash OCTET STRING OPTIONAL }.
 /// Non-critical: a stack that does not know it goes by the certificate's lifetime.

@@ -19,7 +19,7 @@ mod secret;
 pub use binder::{attest_binder, renew_binder};
 pub use clock::{Clock, ClockUntrusted, UnixTime};
 pub use csr::Csr;
-pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_TEXT, AgentExtension};
+pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_DER, AgentExtension};
 pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
 pub use join::{join_public_key, join_sign};
 pub use key::{Algorithm, InvalidKey, KeyId, PublicKey};

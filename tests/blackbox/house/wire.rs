@@ -195,8 +195,16 @@ impl Wire {
         Ok(self.runtime.block_on(health.check(request))?.into_inner().status())
     }
 
-    /// Watches a service's health until it is as wanted.
+    /// Waits until a service's health is as wanted. Over TCP without a certificate it can be asked, not watched.
     pub fn health_becomes(&self, face: Face, service: &str, wanted: ServingStatus) {
+        if matches!(face, Face::Tcp) {
+            let until = std::time::Instant::now() + DEADLINE;
+            while self.health(face, service).unwrap() != wanted {
+                assert!(std::time::Instant::now() < until, "{service:?} did not become {wanted:?} over {face:?}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            return;
+        }
         let mut health = HealthClient::new(self.face(face));
         let watch = async {
             let request = HealthCheckRequest { service: service.to_owned() };

@@ -57,7 +57,8 @@ pub(super) enum Verb {
         /// Wished lifetime [default: what the enrolment grants].
         #[arg(long, value_parser = duration::seconds, value_name = "DURATION")]
         ttl: Option<u32>,
-        /// What to do with the command after a renewal: signal:NAME, restart or none.
+        /// What to do with the command after a renewal: signal:HUP, signal:USR1 or signal:USR2 (sent to its whole process
+        /// group), restart or none.
         #[arg(long, value_parser = OnRenew::parse, default_value = "none", value_name = "ACTION")]
         on_renew: OnRenew,
         /// The command and its arguments.

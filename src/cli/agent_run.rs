@@ -113,7 +113,7 @@ impl Supervisor {
         let card = self.first_credentials(output).await?;
         let mut signals = Signals::listen()?;
         let mut child = self.start()?;
-        let mut due = due(&card);
+        let mut due = due(&card, UnixTime::wall());
         let mut back_off = BackOff::default();
         loop {
             let event = if UnixTime::wall() < due {
@@ -132,7 +132,7 @@ impl Supervisor {
                 Event::Done(None) => {}
                 Event::Done(Some(Ok(card))) => {
                     output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
-                    due = self::due(&card);
+                    due = self::due(&card, UnixTime::wall());
                     back_off = BackOff::default();
                     self.after_renewal(&mut child).await?;
                 }
@@ -263,11 +263,13 @@ fn exit_code(status: ExitStatus) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
-/// Half-life, give or take a tenth of the lifetime: agents that started together do not renew together.
-fn due(card: &Card) -> UnixTime {
-    let lifetime_micros = card.not_after_unix_seconds.saturating_sub(card.not_before_unix_seconds).saturating_mul(1_000_000);
-    let early = UnixTime(card.half_life().0.saturating_sub(lifetime_micros / 10));
-    UnixTime(early.0 + lifetime_micros / 5 / 256 * u64::from(random_byte()))
+/// Half-life, but not before a third of what is left has passed: `notBefore` lies some time before the issuance, and the
+/// half-life of a certificate shorter than that is over when it arrives. Give or take a tenth of what is left: agents that
+/// started together do not renew together.
+fn due(card: &Card, now: UnixTime) -> UnixTime {
+    let left_micros = UnixTime::from_seconds(card.not_after_unix_seconds).0.saturating_sub(now.0);
+    let middle = card.half_life().0.max(now.0.saturating_add(left_micros / 3));
+    UnixTime(middle.saturating_sub(left_micros / 10) + left_micros / 5 / 256 * u64::from(random_byte()))
 }
 
 fn random_byte() -> u8 {

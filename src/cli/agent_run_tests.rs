@@ -25,8 +25,16 @@ fn card(not_before: u64, not_after: u64) -> Card {
 #[test]
 fn a_renewal_is_due_around_half_life() {
     for _ in 0..100 {
-        let due = due(&card(1_000, 2_000)).seconds();
+        let due = due(&card(1_000, 2_000), UnixTime::from_seconds(1_000)).seconds();
         assert!((1_400..=1_600).contains(&due), "{due}");
+    }
+}
+
+#[test]
+fn a_certificate_shorter_than_it_is_backdated_is_not_renewed_again_at_once() {
+    for _ in 0..100 {
+        let due = due(&card(970, 1_010), UnixTime::from_seconds(1_000)).0;
+        assert!((1_002_000_000..=1_005_000_000).contains(&due), "{due}");
     }
 }
 

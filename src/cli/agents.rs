@@ -140,7 +140,14 @@ struct Joining {
 
 impl JoinPlace {
     pub(super) fn open(path: &Path) -> Result<Self, Failure> {
-        let file = if path == Path::new("-") { None } else { Some(JoinFile::create(path)?) };
+        let file = match path {
+            path if path == Path::new("-") => None,
+            // Only the better message: that the file is new is seen to where it is created.
+            path if path.exists() => {
+                return Err(Failure::error(format!("{}: exists already; a join file replaces nothing", path.display())));
+            }
+            path => Some(JoinFile::create(path)?),
+        };
         Ok(Self { path: path.to_path_buf(), file, written: false })
     }
 

@@ -8,6 +8,13 @@ use crate::model::{UnixTime, hex};
 use crate::proto::entry::Body;
 use crate::proto::{self, Entry, EvidenceKind, IntentKind, KeyAlgorithm, Operator, Purpose, QuarantineCause, TokenRole};
 
+/// The fields that tell one entry from the next; a line too short for all of them shows these.
+const FIRST: [&str; 9] = ["agent", "purpose", "reason", "cause", "method", "detail", "token", "sequence", "epoch"];
+/// Bytes in hexadecimal, this long or longer, are for programs.
+const HEX_CHARS_LONG: usize = 32;
+/// What a person compares of them.
+const HEX_CHARS_SHOWN: usize = 8;
+
 /// An entry as JSON has it.
 #[derive(Serialize)]
 pub(super) struct Described {
@@ -28,16 +35,19 @@ impl Described {
         Self { index: entry.index, time: UnixTime(entry.time_unix_micros).to_string(), kind, fields }
     }
 
-    /// The fields in one line, without those that are long and mean nothing to the eye.
+    /// The fields in one line, the telling ones first: what does not fit is cut at the end. Hashes and objects are left out,
+    /// key ids are shortened.
     pub(super) fn summary(&self) -> String {
-        let short = self.fields.iter().filter(|(_, value)| !is_empty(value) && !is_long(value));
-        short.map(|(name, value)| format!("{name}={}", plain(value))).collect::<Vec<_>>().join(" ")
+        let mut short: Vec<_> = self.fields.iter().filter(|(name, value)| !is_empty(value) && !is_noise(name, value)).collect();
+        short.sort_by_key(|(name, _)| FIRST.iter().position(|first| first == name).unwrap_or(FIRST.len()));
+        short.into_iter().map(|(name, value)| format!("{name}={}", shortened(value))).collect::<Vec<_>>().join(" ")
     }
 
     /// All of it, one field a line.
     pub(super) fn text(&self) -> String {
         let mut lines = vec![("index", self.index.to_string()), ("time", self.time.clone()), ("kind", self.kind.to_owned())];
-        lines.extend(self.fields.iter().map(|(name, value)| (name.as_str(), plain(value))));
+        let fields: Vec<_> = self.fields.iter().flat_map(|(name, value)| flat(name, value)).collect();
+        lines.extend(fields.iter().map(|(name, value)| (name.as_str(), value.clone())));
         pairs(&lines)
     }
 }
@@ -46,12 +56,35 @@ fn is_empty(value: &Value) -> bool {
     value.is_null() || value == "" || value == &json!([])
 }
 
-fn is_long(value: &Value) -> bool {
-    value.is_object() || value.as_str().is_some_and(|text| text.len() >= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()))
+/// Objects, and bytes that a person cannot tell apart and has no use for. Of these a key's id is the exception.
+fn is_noise(name: &str, value: &Value) -> bool {
+    value.is_object() || (hexadecimal(value).is_some() && name != "key_id")
+}
+
+fn hexadecimal(value: &Value) -> Option<&str> {
+    value.as_str().filter(|text| text.len() >= HEX_CHARS_LONG && text.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+fn shortened(value: &Value) -> String {
+    match (hexadecimal(value), value) {
+        (Some(hex), _) => format!("{}…", &hex[..HEX_CHARS_SHOWN]),
+        (None, Value::Array(items)) => items.iter().map(shortened).collect::<Vec<_>>().join(", "),
+        (None, Value::Object(fields)) => fields.values().map(plain).collect::<Vec<_>>().join(" "),
+        (None, value) => plain(value),
+    }
+}
+
+/// A field as lines of text: an object's fields have a line each.
+fn flat(name: &str, value: &Value) -> Vec<(String, String)> {
+    match value {
+        Value::Object(fields) => fields.iter().map(|(field, value)| (format!("{name}.{field}"), plain(value))).collect(),
+        value => vec![(name.to_owned(), plain(value))],
+    }
 }
 
 fn plain(value: &Value) -> String {
     match value {
+        Value::String(text) if text.is_empty() => "-".into(),
         Value::String(text) => text.clone(),
         Value::Null => "-".into(),
         other => other.to_string(),
@@ -99,7 +132,9 @@ fn key(body: &Body) -> (&'static str, Value) {
         }
         Body::AuthorityActivated(e) => (
             "authority_activated",
-            json!({"purpose": purpose_name(e.purpose()), "intent": e.intent, "key_id": hex(&e.key_id),
+            json!({"purpose": purpose_name(e.purpose()), "key_id": hex(&e.key_id),
+                   // What an outside root signed has no intent here.
+                   "intent": (e.intent != 0).then_some(e.intent),
                    "certificate": hex(&e.certificate)}),
         ),
         _ => ("unknown_kind", Value::Null),
@@ -222,7 +257,28 @@ mod tests {
         assert_eq!(value["time"], "2027-01-15T08:00:00Z");
         assert_eq!((&value["agent"], &value["by"]["uid"]), (&json!("coder/7"), &json!(1000)));
         assert_eq!(described.summary(), "agent=coder/7 cause=operator detail=case 1 epoch=1");
-        assert!(described.text().contains("cause   operator\n"));
+        assert!(described.text().contains("cause      operator\n"));
+        assert!(described.text().contains("by.uid     1000\n"));
+    }
+
+    #[test]
+    fn a_line_opens_with_what_tells_entries_apart() {
+        let crl =
+            proto::Intended { kind: IntentKind::Crl.into(), key_id: vec![0x0a; 16], tbs: vec![1; 40], ..Default::default() };
+        let line = |body| Described::of(&Entry { index: 1, time_unix_micros: 0, body: Some(body) }).summary();
+        assert_eq!(line(Body::Intended(crl)), "purpose=crl key_id=0a0a0a0a…");
+        let renewal = proto::Intended {
+            kind: IntentKind::Renew.into(),
+            agent: "coder/7".into(),
+            epoch: 1,
+            sequence: 3,
+            idempotency_hash: vec![7; 16],
+            ..Default::default()
+        };
+        assert_eq!(line(Body::Intended(renewal)), "agent=coder/7 purpose=renew sequence=3 epoch=1");
+        let count = proto::refusals_counted::Count { source: "127.0.0.1".into(), count: 3, ..Default::default() };
+        let counted = line(Body::RefusalsCounted(proto::RefusalsCounted { counts: vec![count] }));
+        assert!(counted.starts_with("counts=3 ") && counted.ends_with(" 127.0.0.1"), "{counted}");
     }
 
     #[test]

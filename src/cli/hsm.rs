@@ -115,8 +115,10 @@ impl From<TokenStatus> for Token {
 
 impl Token {
     pub(super) fn text(&self) -> String {
+        // A token that was never reached has not told its serial.
+        let serial = if self.serial.is_empty() { "-" } else { &self.serial };
         let mut lines = vec![
-            ("token", format!("{} ({}, serial {})", self.role, self.label, self.serial)),
+            ("token", format!("{} ({}, serial {})", self.role, self.label, serial)),
             ("module", self.module.clone()),
             ("usable", if self.usable { "yes" } else { "NO" }.into()),
         ];

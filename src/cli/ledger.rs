@@ -38,7 +38,9 @@ pub(super) enum Verb {
         index: u64,
     },
     /// Print the newest checkpoint, a C2SP signed note; keep it somewhere else.
-    #[command(after_help = "Example:\n  keyward ledger checkpoint >> /mnt/elsewhere/checkpoints")]
+    #[command(
+        after_help = "Examples:\n  keyward ledger checkpoint >> /mnt/elsewhere/checkpoints\n  keyward ledger checkpoint --vkey"
+    )]
     Checkpoint {
         /// Print the verifier key instead.
         #[arg(long)]
@@ -46,7 +48,7 @@ pub(super) enum Verb {
     },
     /// Verify a copy of the ledger offline: tree, checkpoints, and every promise that can be read off it. Exits 6 if it fails.
     #[command(
-        after_help = "Example:\n  keyward ledger verify keyward.db --key ledger.vkey --checkpoint /mnt/elsewhere/newest --signatures"
+        after_help = "Example:\n  keyward ledger verify copy.db --key ledger.vkey --checkpoint /mnt/elsewhere/checkpoints --signatures\n\nA copy of a running daemon's ledger is made with\n  sqlite3 keyward.db \"VACUUM INTO 'copy.db'\"\nWhat `cp` makes of one lacks what is in keyward.db-wal still."
     )]
     Verify(ledger_verify::Against),
 }
@@ -132,7 +134,7 @@ async fn list(daemon: &mut Daemon, mut from: u64, limit: u64, output: &mut Outpu
 
 /// One line of the list. The widths are fixed, for what comes later is not known yet.
 fn line(cells: [&str; 4]) -> String {
-    let widths = [9, 27, 19, 100 - 9 - 27 - 19 - 6];
+    let widths = [8, 20, 19, 100 - 8 - 20 - 19 - 6];
     let cells = cells.iter().zip(widths).map(|(cell, width)| pad(cell, width));
     format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
 }

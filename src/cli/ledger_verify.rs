@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::render::{pairs, table};
-use super::{EXIT_VERIFICATION_FAILED, Failure, Output};
+use super::{EXIT_NOT_FOUND, EXIT_VERIFICATION_FAILED, Failure, Output};
 use crate::ledger::note::{self, Checkpoint, VerifierKey};
 use crate::ledger::verify::{Report, Verifier};
 use crate::ledger::{Reader, StoreError};
@@ -16,6 +16,8 @@ use crate::ledger::{Reader, StoreError};
 const PAGE_ENTRIES: u32 = 1_000;
 /// Largest file of a key or a note.
 const TEXT_BYTES_MAX: u64 = 64 * 1024;
+/// A signature line of a signed note begins with an em dash and a blank.
+const SIGNATURE_START: &str = "\u{2014} ";
 /// Findings that the table shows; JSON has all that were kept.
 const ROWS_MAX: usize = 50;
 
@@ -27,8 +29,8 @@ pub(super) struct Against {
     /// The pinned verifier key, as `keyward init` wrote it (ledger.vkey). Keep it where the ledger's host cannot change it.
     #[arg(long, value_name = "VKEYFILE")]
     key: PathBuf,
-    /// A checkpoint that was kept elsewhere; can be repeated. Without one a ledger cut back to its own newest checkpoint
-    /// cannot be told from a whole one.
+    /// A file of checkpoints that were kept elsewhere, one after the other; can be repeated. Without one a ledger cut back
+    /// to its own newest checkpoint cannot be told from a whole one.
     #[arg(long, value_name = "NOTEFILE")]
     checkpoint: Vec<PathBuf>,
     /// Verify every released signature as well, some 50 µs each.
@@ -70,6 +72,9 @@ struct Violation {
 pub(super) fn run(against: &Against, output: &mut Output) -> Result<(), Failure> {
     let key = VerifierKey::parse(text(&against.key)?.trim_end())
         .map_err(|error| Failure::error(format!("{}: {error}", against.key.display())))?;
+    if !against.file.exists() {
+        return Err(Failure::new(EXIT_NOT_FOUND, format!("{}: no such file", against.file.display())));
+    }
     let failed = |error: StoreError| Failure::error(format!("{}: {error}", against.file.display()));
     let reader = Reader::open(&against.file).map_err(failed)?;
     let checkpoints = checkpoints(against, &reader, &key)?;
@@ -106,12 +111,34 @@ fn checkpoints(against: &Against, reader: &Reader, key: &VerifierKey) -> Result<
         checkpoints.push(note::verify(&own, key).map_err(|error| unverified(&against.file, &error))?);
     }
     for path in &against.checkpoint {
-        checkpoints.push(note::verify(&text(path)?, key).map_err(|error| unverified(path, &error))?);
+        for note in notes(&text(path)?) {
+            checkpoints.push(note::verify(note, key).map_err(|error| unverified(path, &error))?);
+        }
     }
     if checkpoints.is_empty() {
-        return Err(Failure::new(EXIT_VERIFICATION_FAILED, "there is no checkpoint to hold the ledger against"));
+        let advice = "copy a running daemon's ledger with sqlite3's VACUUM INTO, or name a checkpoint with --checkpoint";
+        let found = format!("{}: there is no checkpoint to hold the ledger against; {advice}", against.file.display());
+        return Err(Failure::new(EXIT_VERIFICATION_FAILED, found));
     }
     Ok(checkpoints)
+}
+
+/// The signed notes of a file that `keyward ledger checkpoint >>` appended to: each ends with its signature lines. Text
+/// without any is one note, which does not verify.
+fn notes(text: &str) -> Vec<&str> {
+    let mut notes = Vec::new();
+    let (mut start, mut end, mut signed) = (0, 0, false);
+    for line in text.split_inclusive('\n') {
+        let signature = line.starts_with(SIGNATURE_START);
+        if signed && !signature {
+            notes.push(&text[start..end]);
+            start = end;
+        }
+        signed = signature;
+        end += line.len();
+    }
+    notes.push(&text[start..]);
+    notes
 }
 
 fn text(path: &Path) -> Result<String, Failure> {
@@ -214,6 +241,12 @@ mod tests {
         std::fs::write(&kept, checkpoint.signed(&checkpoint.origin, signer.public(), &signature)).expect("written");
         against.checkpoint.push(kept.clone());
         run(&against, &mut output).expect("holds");
+
+        let one = std::fs::read_to_string(&kept).expect("read");
+        std::fs::write(&kept, one.repeat(2)).expect("written");
+        run(&against, &mut output).expect("two notes in one file");
+        std::fs::write(&kept, format!("{one}and more\n")).expect("written");
+        assert!(run(&against, &mut output).is_err(), "what follows the last signature is not ignored");
 
         let beyond = Checkpoint { size: report.entries + 1, ..checkpoint };
         let signature = rcgen::SigningKey::sign(&signer, beyond.body().as_bytes()).expect("signed");

@@ -78,6 +78,10 @@ impl Global {
     /// # Errors
     /// Every mistake in the file.
     pub fn load(&self) -> Result<Config, Failure> {
+        if !self.config.exists() {
+            let advice = "name the configuration with --config or KEYWARD_CONFIG";
+            return Err(Failure::error(format!("{}: no such file; {advice}", self.config.display())));
+        }
         Config::load(&self.config).map_err(|errors| Failure::error(format!("{}:\n{errors}", self.config.display())))
     }
 

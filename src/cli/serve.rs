@@ -1,16 +1,23 @@
 //! `keyward init` and `keyward serve`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use prost::Message;
 use serde::Serialize;
 
 use crate::acts::Initialised;
 use crate::config::Log;
 use crate::daemon::{self, InitAsk};
+use crate::ledger::Reader;
+use crate::proto::entry::Body;
+use crate::proto::{Entry, IntentKind};
 
 use super::{Failure, Global, Output};
+
+/// More entries than an `init` that was interrupted many times leaves behind.
+const SETUP_ENTRIES: u32 = 1_000;
 
 /// What `init` takes.
 #[derive(Debug, Args)]
@@ -37,6 +44,11 @@ struct Done {
 
 pub(super) async fn init(ask: Init, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let config = global.load()?;
+    if ask.root_csr.is_none() && ask.root_certificate.is_none() && awaits_root(&config.paths.state) {
+        let advice =
+            "go on with --root-certificate and --issuing-certificate, or write the signing request again with --root-csr";
+        return Err(Failure::usage(format!("{} waits for an outside root: {advice}", config.paths.state.display())));
+    }
     daemon::log(&Log { level: "error".to_owned(), ..config.log.clone() });
     let signed = ask.root_certificate.zip(ask.issuing_certificate);
     let done =
@@ -67,6 +79,20 @@ pub(super) async fn init(ask: Init, global: &Global, output: &mut Output) -> Res
     Ok(())
 }
 
+/// Whether the ledger below `state` has a signing request for an outside root and no authority yet. Going on without a word
+/// about the root would make one in the token, for good.
+fn awaits_root(state: &Path) -> bool {
+    let Ok(reader) = Reader::open(&state.join("keyward.db")) else { return false };
+    let bodies: Vec<_> = reader
+        .entries(0, SETUP_ENTRIES)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|bytes| Entry::decode(bytes.as_slice()).ok()?.body)
+        .collect();
+    let asked = |body: &Body| matches!(body, Body::Intended(intended) if intended.kind() == IntentKind::Csr);
+    bodies.iter().any(asked) && !bodies.iter().any(|body| matches!(body, Body::AuthorityActivated(_)))
+}
+
 fn table(done: &Done) -> String {
     match (&done.ledger_vkey, &done.bundle, &done.issuing_csr) {
         (Some(vkey), Some(bundle), _) => format!(
@@ -75,7 +101,7 @@ fn table(done: &Done) -> String {
             bundle.display()
         ),
         (_, _, Some(csr)) => format!(
-            "signing request  {}\n\nHave the root sign it (CA, path length 0, keyCertSign and cRLSign), then:\n  keyward init --root-certificate root.pem --issuing-certificate issuing.pem\n",
+            "signing request  {}\n\nHave the root sign it (CA, path length 0, keyCertSign and cRLSign: the request asks for them), then:\n  keyward init --root-certificate root.pem --issuing-certificate issuing.pem\n",
             csr.display()
         ),
         _ => String::new(),

@@ -135,13 +135,16 @@ impl Status {
         lines.extend(self.not_ready_because.iter().map(|cause| ("because", cause.clone())));
         lines.extend([
             ("up for", duration::text(self.uptime_seconds)),
-            ("listens on", self.listen.join(", ")),
+            ("listens on", if self.listen.is_empty() { "-".into() } else { self.listen.join(", ") }),
             ("agents", format!("{}, {} quarantined", self.agents, self.quarantined)),
             ("ledger", format!("{} entries, {} commits, {}", ledger.entries, ledger.commits, bytes(ledger.file_bytes))),
             ("ledger writable", if ledger.writable { "yes" } else { "NO" }.into()),
             ("ledger growth", self.growth()),
             ("open intents", ledger.open_intents.to_string()),
-            ("checkpoint", format!("of {} entries", ledger.checkpoint_size)),
+            (
+                "checkpoint",
+                if ledger.checkpoint_size == 0 { "-".into() } else { format!("of {} entries", ledger.checkpoint_size) },
+            ),
             ("clock", self.clock.text()),
             ("configuration", format!("SHA-256 {}", self.config_hash)),
         ]);

@@ -33,7 +33,7 @@ impl Authorities {
             rows.iter()
                 .find(|row| row.purpose == purpose)
                 .map(|row| row.certificate.clone())
-                .ok_or_else(|| Refusal::internal("the ledger knows no authority: run `keyward init`"))
+                .ok_or_else(|| Refusal::internal("`keyward init` has not finished: run it, or give it the certificates of the outside root"))
         };
         let root = certificate(Purpose::Root)?;
         let issuing = Arc::new(Authority::new(keys.issuing, certificate(Purpose::Issuing)?)?);

@@ -137,16 +137,19 @@ impl Rooms {
     }
 }
 
+/// When a face stops taking calls. After the disk has failed both go on for a while: callers hear why they get nothing, and denials are in
+/// force.
+async fn end_of_service(mut stopping: watch::Receiver<Option<Cause>>) {
+    let _ = stopping.wait_for(Option::is_some).await;
+    let failed = *stopping.borrow() == Some(Cause::LedgerFailed);
+    if failed {
+        tokio::time::sleep(super::GRACE_AFTER_FAILURE).await;
+    }
+}
+
 /// The operators' side: from the first moment to the last.
 pub(super) async fn serve_operators(rooms: Rooms, stop: Arc<watch::Sender<Option<Cause>>>) {
-    let mut stopping = stop.subscribe();
-    let until = async move {
-        let _ = stopping.wait_for(Option::is_some).await;
-        let failed = *stopping.borrow() == Some(Cause::LedgerFailed);
-        if failed {
-            tokio::time::sleep(super::GRACE_AFTER_FAILURE).await;
-        }
-    };
+    let until = end_of_service(stop.subscribe());
     let served =
         api::serve_operators(Arc::clone(&rooms.acts), &rooms.config, rooms.readiness.clone(), &rooms.health, until).await;
     if let Err(error) = served {
@@ -176,9 +179,7 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
-        let until = async move {
-            let _ = stopping.wait_for(Option::is_some).await;
-        };
+        let until = end_of_service(stopping);
         let served = api::serve_agents(Arc::clone(&rooms.acts), &rooms.config, listener, settings, &rooms.health, until).await;
         for duty in [certificates, crl, checkpoints] {
             duty.abort();

@@ -30,10 +30,9 @@ impl Authorities {
     pub async fn load(ledger: &Ledger, keys: Keys) -> Result<Self, Refusal> {
         let rows = certificates(ledger).await?;
         let certificate = |purpose: Purpose| {
-            rows.iter()
-                .find(|row| row.purpose == purpose)
-                .map(|row| row.certificate.clone())
-                .ok_or_else(|| Refusal::internal("`keyward init` has not finished: run it, or give it the certificates of the outside root"))
+            rows.iter().find(|row| row.purpose == purpose).map(|row| row.certificate.clone()).ok_or_else(|| {
+                Refusal::internal("`keyward init` has not finished: run it, or give it the certificates of the outside root")
+            })
         };
         let root = certificate(Purpose::Root)?;
         let issuing = Arc::new(Authority::new(keys.issuing, certificate(Purpose::Issuing)?)?);

@@ -12,7 +12,7 @@ use crate::attest::{Appraisal, Ask};
 use crate::hsm::{SignError, SigningKey};
 use crate::ledger::{Decided, Intent, Intention, Ledger, Subject};
 use crate::model::{
-    AGENT_EXTENSION_OID, AgentExtension, Csr, PublicKey, Reason, Refusal, Serial, SpiffeId, TrustDomain, UnixTime,
+    AGENT_EXTENSION_OID, AgentExtension, Csr, Digest, PublicKey, Reason, Refusal, Serial, SpiffeId, TrustDomain, UnixTime,
 };
 use crate::policy::Grant;
 use crate::proto::IntentKind;
@@ -272,6 +272,7 @@ impl Prepared {
         let certificate = assemble(&self.intention.tbs, &signature);
         let not_after = self.intention.subject.as_ref().map_or_else(UnixTime::default, |subject| subject.not_after);
         let epoch = self.intention.subject.as_ref().map_or(0, |subject| subject.epoch);
+        let certified = self.intention.subject.as_ref().map(|subject| subject.key.digest());
         Ok(Signed {
             intent,
             signature,
@@ -282,6 +283,7 @@ impl Prepared {
                 next_sequence,
                 ledger_index: 0,
                 not_after,
+                certified,
             },
         })
     }
@@ -321,6 +323,8 @@ pub struct Issued {
     pub ledger_index: u64,
     /// When it ends.
     pub not_after: UnixTime,
+    /// The key that was certified just now; none where an earlier answer is given again.
+    pub certified: Option<Digest>,
 }
 
 /// Asks the token once. Whatever happens, the intent is on its way to exactly one outcome.

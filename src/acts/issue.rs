@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::attest::{self, Appraisal, Ask, Challenge, Contact, Rejected};
 use crate::authn::Connection;
 use crate::ledger::Decided;
-use crate::model::{Csr, Digest, Refusal, UnixTime};
+use crate::model::{Csr, Refusal, UnixTime};
 use crate::policy::{self, Wish};
 use crate::proto::IntentKind;
 
@@ -20,7 +20,7 @@ impl Acts {
     pub async fn attest(&self, source: &Connection, challenge: &Challenge, ask: Ask) -> Result<Issued, Refusal> {
         let contact = Contact::Stream(challenge);
         match self.issue(IntentKind::Attest, &contact, &ask).await {
-            Ok((issued, _)) => Ok(issued),
+            Ok(issued) => Ok(issued),
             Err(rejected) => Err(self.record_refusal("Attest", source, rejected).await),
         }
     }
@@ -32,8 +32,11 @@ impl Acts {
     pub async fn renew(&self, source: &Arc<Connection>, ask: Ask) -> Result<Issued, Refusal> {
         let renewed = async {
             let caller = source.agent(&self.ledger).map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
-            let (issued, key) = self.issue(IntentKind::Renew, &Contact::Connection(caller), &ask).await?;
-            caller.now_proves(key);
+            let issued = self.issue(IntentKind::Renew, &Contact::Connection(caller), &ask).await?;
+            // Not for an answer given again: whoever repeats a request has shown no more than its bytes.
+            if let Some(key) = issued.certified {
+                caller.now_proves(key);
+            }
             Ok::<_, Rejected>(issued)
         };
         match renewed.await {
@@ -42,8 +45,8 @@ impl Acts {
         }
     }
 
-    /// A signing request and its evidence become a certificate, told with the digest of its key, or a refusal.
-    async fn issue(&self, kind: IntentKind, contact: &Contact<'_>, ask: &Ask) -> Result<(Issued, Digest), Rejected> {
+    /// A signing request and its evidence become a certificate, or a refusal.
+    async fn issue(&self, kind: IntentKind, contact: &Contact<'_>, ask: &Ask) -> Result<Issued, Rejected> {
         let now = self.trusted_now()?;
         // Proof of possession inside; only the public key is taken.
         let csr = Csr::parse(ask.csr(), self.ledger.meter())?;
@@ -51,7 +54,6 @@ impl Acts {
         let appraisal = attest::appraise(&self.ledger, &self.domain, contact, &csr, ask, now)?;
         self.issue_to(kind, &appraisal, &csr, ask, now)
             .await
-            .map(|issued| (issued, csr.key().digest()))
             .map_err(|refusal| Rejected { agent: Some(appraisal.agent().clone()), refusal })
     }
 
@@ -105,6 +107,7 @@ impl Acts {
             next_sequence,
             ledger_index: intent,
             not_after,
+            certified: None,
         })
     }
 

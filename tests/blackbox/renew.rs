@@ -95,3 +95,20 @@ fn the_claim_to_a_sequence_that_was_never_reached_is_refused_and_changes_nothing
     let due = Draft::bound("builder/1", sequence);
     wire.renew(Some(&holder), due.renewal(&holder)).unwrap();
 }
+
+/// A request's bytes are no proof of the key in them: who repeats one with an earlier key gets the answer, and no further.
+#[test]
+fn a_repeated_request_proves_nothing_for_the_connection_it_came_over() {
+    let house = House::serving();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let mut old = wire.standing(&holder);
+    let draft = Draft::bound("builder/1", sequence);
+    let answer = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
+    let mut repeated = draft.renewal(&holder);
+    repeated.proof.clear();
+    assert_eq!(wire.renew_over(&mut old, repeated).unwrap(), answer);
+    let mut next = Draft::bound("builder/1", answer.next_sequence).renewal(&holder);
+    next.proof.clear();
+    refused(wire.renew_over(&mut old, next), "PROOF_INVALID");
+}

@@ -1,16 +1,20 @@
 //! The story.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::attest::{self, Appraisal, Ask, Challenge, Contact, Rejected};
 use crate::authn::Connection;
 use crate::ledger::Decided;
-use crate::model::{Csr, Refusal, UnixTime};
+use crate::model::{Csr, Reason, Refusal, UnixTime};
 use crate::policy::{self, Wish};
 use crate::proto::IntentKind;
 
 use super::Acts;
 use super::certificate::{Issued, Prepared, assemble};
+
+/// Longest wait of a repeated request for the outcome of the first.
+const OUTCOME_DEADLINE: Duration = Duration::from_secs(2);
 
 impl Acts {
     /// First contact or rejoin: over a stream whose challenge the proof answers.
@@ -91,8 +95,22 @@ impl Acts {
 
     /// The stored answer, rebuilt from what was recorded. The gate was passed then; the standing has just been looked at.
     async fn repeat(&self, appraisal: &Appraisal, intent: u64, next_sequence: u64) -> Result<Issued, Refusal> {
-        let ledger = self.ledger.clone();
-        let (tbs, signature) = tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)??;
+        let mut progress = self.ledger.progress();
+        let until = tokio::time::Instant::now() + OUTCOME_DEADLINE;
+        let (tbs, signature) = loop {
+            progress.mark_unchanged();
+            let ledger = self.ledger.clone();
+            let answer = tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)?;
+            match answer {
+                // Decided and not durable yet: the next commit has it.
+                Err(refusal) if refusal.reason == Reason::RequestInProgress => {
+                    if !matches!(tokio::time::timeout_at(until, progress.changed()).await, Ok(Ok(()))) {
+                        return Err(refusal);
+                    }
+                }
+                answered => break answered?,
+            }
+        };
         let leaf = assemble(&tbs, &signature);
         let not_after = {
             let (_, parsed) = x509_parser::parse_x509_certificate(&leaf).map_err(|error| Refusal::internal(error.to_string()))?;

@@ -52,6 +52,8 @@ impl Acts {
     /// A signing request and its evidence become a certificate, or a refusal.
     async fn issue(&self, kind: IntentKind, contact: &Contact<'_>, ask: &Ask) -> Result<Issued, Rejected> {
         let now = self.trusted_now()?;
+        // Whoever would wait too long for a signature hears so before anything is computed or recorded for them.
+        let _admitted = self.authorities()?.issuing().key().admit().map_err(super::hsm_refusal)?;
         // Proof of possession inside; only the public key is taken.
         let csr = Csr::parse(ask.csr(), self.ledger.meter())?;
         // Names the identity; the evidence is bound to this key.

@@ -29,6 +29,8 @@ pub const EXIT_RESTART: u8 = 75;
 
 /// After the disk has failed, denials and the operator socket go on for this long.
 const GRACE_AFTER_FAILURE: Duration = Duration::from_secs(5);
+/// How long exit handlers may take when a call hangs inside the PKCS#11 module.
+const EXIT_DEADLINE: Duration = Duration::from_secs(5);
 /// A stop waits this long for calls under way.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -85,6 +87,13 @@ pub fn serve(config: Config) -> Result<ExitCode, String> {
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| format!("no runtime: {error}"))?;
     let cause = runtime.block_on(run(config))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
+    if cause == Cause::TokenStuck {
+        // The module's own exit handlers may wait for the call that hangs in it. Whoever watches us restarts us after this, too.
+        std::thread::spawn(|| {
+            std::thread::sleep(EXIT_DEADLINE);
+            std::process::abort()
+        });
+    }
     Ok(cause.exit_code())
 }
 

@@ -20,6 +20,8 @@ use super::{Cause, duties, notify};
 
 /// Between two looks at a token that could not be opened.
 const TOKEN_RETRY: Duration = Duration::from_millis(500);
+/// Longest time for opening a token: loading its module, finding it, one login, probing it.
+const OPEN_DEADLINE: Duration = Duration::from_secs(60);
 /// How long intents under way have to end at the stop.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a token has to come to rest at the stop.
@@ -161,7 +163,7 @@ pub(super) async fn serve_operators(rooms: Rooms, stop: Arc<watch::Sender<Option
 pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch::Sender<Option<Cause>>>) {
     let mut stopping = stop.subscribe();
     let prepared = async {
-        let tokens = open_tokens(&rooms, Arc::new(modules)).await;
+        let tokens = open_tokens(&rooms, Arc::new(modules), &stop).await;
         rooms.tokens.send_replace(Some(tokens.clone()));
         while let Err(what) = prepare(&rooms, &tokens).await {
             rooms.wait_for(Some(what));
@@ -192,7 +194,7 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
 }
 
 /// Opens the tokens, again and again until it works. A login that needs an operator is not tried before the operator said so.
-async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>) -> Tokens {
+async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<Option<Cause>>) -> Tokens {
     let config = &rooms.config;
     let mut refused = false;
     loop {
@@ -229,6 +231,10 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>) -> Tokens {
                 refused |= error.needs_operator();
                 rooms.readiness.set_pending_tokens(vec![pending(config, role, &error)]);
                 rooms.wait_for(Some(error.to_string()));
+                if matches!(error, hsm::Error::Stuck) {
+                    // Nobody has a key yet, and the thread in there holds what another attempt would need.
+                    stop.send_replace(Some(Cause::TokenStuck));
+                }
                 tokio::time::sleep(TOKEN_RETRY).await;
                 if error.needs_operator() {
                     // The marker goes when the operator has corrected the PIN.
@@ -244,8 +250,11 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>) -> Tokens {
 async fn open_token(rooms: &Rooms, modules: &Arc<Modules>, role: TokenRole) -> Result<Hsm, hsm::Error> {
     let settings = token_settings(&rooms.config, role);
     let (modules, meter) = (Arc::clone(modules), Arc::clone(rooms.acts.ledger().meter()));
-    let opened = tokio::task::spawn_blocking(move || Hsm::open(&modules, settings, meter)).await;
-    opened.unwrap_or(Err(hsm::Error::ShutDown))
+    let opening = tokio::task::spawn_blocking(move || Hsm::open(&modules, settings, meter));
+    match tokio::time::timeout(OPEN_DEADLINE, opening).await {
+        Ok(opened) => opened.unwrap_or(Err(hsm::Error::ShutDown)),
+        Err(_) => Err(hsm::Error::Stuck),
+    }
 }
 
 /// How a token is opened for a configuration.

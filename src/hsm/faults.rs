@@ -35,7 +35,9 @@ pub(super) enum Class {
     Session,
     /// The handle names nothing (any more).
     Handle,
-    /// The token, the login or the library is gone.
+    /// The token is there, the login is not: a device that restarted, another process that logged out.
+    Login,
+    /// The token or the library is gone.
     Token,
     /// Anything may be meant. Three in a row without a signature between them: the token is gone.
     Vague,
@@ -67,8 +69,19 @@ pub(super) enum Health {
     Fine,
     /// Counted; the third in a row is `Lost`.
     Suspect,
-    /// Recovery starts at once.
+    /// Recovery starts at once, with one login on new sessions.
+    LoggedOut,
+    /// Recovery starts at once, with the module initialised anew.
     Lost,
+}
+
+/// How a token that is out of service comes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    /// New sessions and one login; the module and the other tokens behind it are left alone.
+    LogIn,
+    /// C_Finalize and C_Initialize first.
+    Restart,
 }
 
 /// The whole answer of the table. The session that met the error is closed, except after `Class::Capacity` before C_Sign.
@@ -92,8 +105,8 @@ pub(super) fn class(code: RvError) -> Class {
         | R::TokenNotPresent
         | R::TokenNotRecognized
         | R::SlotIdInvalid
-        | R::CryptokiNotInitialized
-        | R::UserNotLoggedIn => Class::Token,
+        | R::CryptokiNotInitialized => Class::Token,
+        R::UserNotLoggedIn => Class::Login,
         R::SessionCount | R::DeviceMemory | R::HostMemory | R::UnknownErrorCode(0x201) => Class::Capacity,
         R::PinIncorrect
         | R::PinInvalid
@@ -129,6 +142,7 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
     let class = class(code);
     let token = match class {
         Class::Token => Health::Lost,
+        Class::Login => Health::LoggedOut,
         Class::Vague => Health::Suspect,
         Class::Session | Class::Handle | Class::Capacity | Class::Pin | Class::Permanent => Health::Fine,
     };
@@ -136,7 +150,7 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
         (Place::Sign, _) => Outcome::Unknown,
         (_, Class::Handle) => Outcome::Resolve,
         (_, Class::Session | Class::Vague) => Outcome::Again,
-        (_, Class::Token | Class::Capacity | Class::Pin | Class::Permanent) => Outcome::NotSigned,
+        (_, Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent) => Outcome::NotSigned,
     };
     Verdict { outcome, token, keep_session: class == Class::Capacity && place != Place::Sign }
 }
@@ -352,7 +366,7 @@ mod tests {
         (RvError::TokenNotRecognized, Class::Token),
         (RvError::SlotIdInvalid, Class::Token),
         (RvError::CryptokiNotInitialized, Class::Token),
-        (RvError::UserNotLoggedIn, Class::Token),
+        (RvError::UserNotLoggedIn, Class::Login),
         (RvError::GeneralError, Class::Vague),
         (RvError::FunctionFailed, Class::Vague),
         (RvError::FunctionCanceled, Class::Vague),
@@ -400,7 +414,7 @@ mod tests {
             let expected = match class {
                 Class::Session | Class::Vague => Outcome::Again,
                 Class::Handle => Outcome::Resolve,
-                Class::Token | Class::Capacity | Class::Pin | Class::Permanent => Outcome::NotSigned,
+                Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent => Outcome::NotSigned,
             };
             for place in [Place::OpenSession, Place::Search, Place::SignInit] {
                 assert_eq!(verdict(place, *code).outcome, expected, "{place:?} {code:?}");
@@ -409,10 +423,11 @@ mod tests {
     }
 
     #[test]
-    fn only_a_lost_token_starts_recovery_at_once() {
+    fn a_lost_login_costs_one_login_and_a_lost_token_a_restart_of_the_module() {
         for (code, class) in CODES {
             let expected = match class {
                 Class::Token => Health::Lost,
+                Class::Login => Health::LoggedOut,
                 Class::Vague => Health::Suspect,
                 _ => Health::Fine,
             };

@@ -1,11 +1,13 @@
 //! The watch over one token: a canary signature while it is idle, spare lanes, recovery.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
+
 use super::ADMIN_DEADLINE;
-use super::faults::{Error, SignError};
+use super::faults::{Error, Remedy, SignError};
 use super::keyring::Bound;
 use super::lanes;
 use super::queue::Mark;
@@ -13,17 +15,20 @@ use super::token::{Token, reconnect};
 use crate::model::KeyId;
 
 /// How often the watch looks, and how long a token may be idle before it is asked for a canary signature.
-const LOOK: Duration = Duration::from_millis(500);
-/// Longest a canary may take: nothing else was signed for half a second when it was asked for.
-const CANARY_DEADLINE: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(250);
+/// Shortest and longest time that a canary is given: nothing else was signed since the last look when it was asked for. With the look
+/// and a second canary through a spare lane it makes less than a second from a silent token to an unready daemon.
+const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(350), Duration::from_secs(2));
 /// First pause between two attempts to recover.
 const BACK_OFF: Duration = Duration::from_millis(50);
-/// Longest pause between two attempts.
-const BACK_OFF_MAX: Duration = Duration::from_secs(5);
-/// Pause where every attempt restarts the module under another token that is in service.
-const BACK_OFF_SHARED: Duration = Duration::from_secs(30);
+/// Longest pause between two attempts: a token that is back is in service within a second.
+const BACK_OFF_MAX: Duration = Duration::from_millis(500);
+/// Where other tokens behind the same module are in service, it is not restarted under them more often than this.
+const RESTART_SHARED: Duration = Duration::from_secs(30);
 /// A call may take this much longer than a signature's deadline before its lane is given up.
 const GRACE: Duration = Duration::from_secs(1);
+/// Longest time for C_Finalize, C_Initialize, C_GetSlotList, C_OpenSession and C_Login together.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(20);
 /// What a canary signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so.
 const CANARY_TAG: &[u8] = b"keyward/hsm/canary/v1\0";
 
@@ -32,7 +37,7 @@ pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
     let watched = Arc::clone(token);
     let work = move |_: &Mark| match tokio::runtime::Builder::new_current_thread().enable_time().build() {
         Ok(runtime) => runtime.block_on(watch(&watched)),
-        Err(error) => watched.suspend(&format!("nobody watches the token: {error}")),
+        Err(error) => watched.suspend(&format!("nobody watches the token: {error}"), Remedy::Restart),
     };
     token.watchman.hire("hsm-watch", false, work).map_err(Error::Thread)
 }
@@ -46,11 +51,16 @@ async fn watch(token: &Arc<Token>) {
         }
         token.crew.give_up(token.settings.sign_deadline + GRACE);
         if token.crew.admin_inside_for().is_some_and(|time| time > ADMIN_DEADLINE + GRACE) {
-            token.suspend("the admin lane hangs inside the PKCS#11 module");
+            token.suspend("the admin lane hangs inside the PKCS#11 module", Remedy::Restart);
             continue;
         }
-        if let Err(error) = token.top_up() {
-            tracing::warn!(%error, "a lane is missing");
+        match token.top_up() {
+            Ok(()) => {}
+            Err(Error::Stuck) => {
+                token.suspend("too many lanes hang inside the PKCS#11 module", Remedy::Restart);
+                continue;
+            }
+            Err(error) => tracing::warn!(%error, "a lane is missing"),
         }
         if token.idle_for() >= LOOK {
             look(token).await;
@@ -63,22 +73,26 @@ async fn pause(token: &Token, time: Duration) {
     let _ = tokio::time::timeout(time, token.alarm.notified()).await;
 }
 
-/// A canary that is late once or fails twice in a row is a lost token: neither the serial nor the session's state tells that a token was removed or
-/// replaced.
+/// A canary that fails or is late twice in a row is a lost token: neither the serial nor the session's state tells that a token was
+/// removed or replaced. After silence the second one goes through a spare lane: what hangs may be no more than a lane.
 async fn look(token: &Arc<Token>) {
-    let Some(canary) = token.canary.lock().unwrap_or_else(PoisonError::into_inner).clone() else { return };
+    let Some(canary) = token.canary() else { return };
+    let patience = canary_deadline(token);
     let mut failure = None;
     for _ in 0..2 {
-        match sing(token, &canary).await {
+        match sing(token, &canary, patience).await {
             Ok(()) => return,
             // A full queue is no sign of silence, as long as it moves.
-            Err(SignError::NotSigned(Error::QueueFull)) if token.idle_for() < LOOK + CANARY_DEADLINE => return,
+            Err(SignError::NotSigned(Error::QueueFull)) if token.idle_for() < LOOK + patience => return,
             Err(error) => {
-                let silent = matches!(error, SignError::NotSigned(Error::Deadline) | SignError::Unknown(Error::Deadline));
-                failure = Some(error);
-                if silent {
-                    break;
+                if matches!(error, SignError::NotSigned(Error::Deadline) | SignError::Unknown(Error::Deadline)) {
+                    token.crew.give_up(patience.mul_f64(0.9));
+                    if token.top_up().is_err() {
+                        failure = Some(error);
+                        break;
+                    }
                 }
+                failure = Some(error);
             }
         }
         if !token.is_usable() {
@@ -86,41 +100,58 @@ async fn look(token: &Arc<Token>) {
         }
     }
     if let Some(error) = failure {
-        token.suspend(&format!("the canary is silent: {error}"));
+        token.suspend(&format!("the canary is silent: {error}"), Remedy::Restart);
     }
 }
 
+/// As long as every lane before it needs, where the device serves one at a time.
+fn canary_deadline(token: &Token) -> Duration {
+    let lanes = u32::try_from(token.settings.token.lanes).unwrap_or(u32::MAX);
+    let turn = token.admission.pace().saturating_mul(lanes.saturating_add(1));
+    turn.clamp(CANARY_DEADLINE.0, CANARY_DEADLINE.1).min(token.settings.sign_deadline)
+}
+
 /// One canary signature through a lane, verified against the pinned key.
-async fn sing(token: &Arc<Token>, canary: &Arc<Bound>) -> Result<(), SignError> {
+pub(super) async fn sing(token: &Arc<Token>, canary: &Arc<Bound>, patience: Duration) -> Result<(), SignError> {
     let message: Arc<[u8]> = [CANARY_TAG, &KeyId::random().0].concat().into();
-    let deadline = Instant::now() + token.settings.sign_deadline.min(CANARY_DEADLINE);
-    lanes::sign(token, canary, &message, deadline).await.map(drop)
+    lanes::sign(token, canary, &message, Instant::now() + patience).await.map(drop)
 }
 
 /// Tries until the token is back or the daemon stops.
 async fn recover(token: &Arc<Token>) {
     let mut back_off = BACK_OFF;
-    let mut seen = token.generation();
     let mut told = None;
+    let mut restarted = None::<Instant>;
     while !token.is_stopping() {
-        let error = match attempt(token, seen).await {
+        let remedy = match token.remedy() {
+            Remedy::Restart
+                if restarted.is_some_and(|at| at.elapsed() < RESTART_SHARED)
+                    && token.module.serves_besides(Arc::as_ptr(token)) =>
+            {
+                Remedy::LogIn
+            }
+            other => other,
+        };
+        if remedy == Remedy::Restart {
+            restarted = Some(Instant::now());
+        }
+        let error = match attempt(token, remedy).await {
             Ok(()) => return,
             Err(error) => error,
         };
         if token.is_stopping() {
             return;
         }
-        // Half an attempt may have left threads behind.
-        token.suspend(&error.to_string());
+        // Half an attempt may have left threads behind. What a login did not mend a restart may.
+        token.suspend(&error.to_string(), Remedy::Restart);
         token.note_fault(&error.to_string(), matches!(error, Error::Stuck));
+        token.history.note(&error);
         if told.as_ref() != Some(&error.to_string()) {
             tracing::warn!(token = %token.settings.token.label, %error, "the token is not back yet");
             told = Some(error.to_string());
         }
-        seen = token.generation();
-        let longest = if token.module.serves_besides(Arc::as_ptr(token)) { BACK_OFF_SHARED } else { BACK_OFF_MAX };
-        back_off = if longest == BACK_OFF_SHARED || error.needs_operator() { longest } else { (back_off * 2).min(longest) };
         rest(token, jittered(back_off)).await;
+        back_off = (back_off * 2).min(BACK_OFF_MAX);
     }
 }
 
@@ -135,9 +166,10 @@ fn jittered(time: Duration) -> Duration {
     time / 2 + time.mul_f64(f64::from(KeyId::random().0[0]) / 512.0)
 }
 
-/// Restart the module (once for all its tokens), connect, log in, look every key up anew, sing, serve.
-async fn attempt(token: &Arc<Token>, seen: u64) -> Result<(), Error> {
-    reconnect(token, seen)?;
+/// Connect (after a restart of the module, once for all its tokens), log in, look every key up anew, sing, serve.
+async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
+    let seen = token.generation();
+    on_a_thread(token, move |token| reconnect(token, seen, remedy)).await?;
     token.epoch_ends(token.epoch());
     for key in token.keyring.all() {
         match token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await {
@@ -149,14 +181,30 @@ async fn attempt(token: &Arc<Token>, seen: u64) -> Result<(), Error> {
             Err(error) => return Err(error),
         }
     }
-    let canary = token.canary.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let canary = token.canary();
     if let Some(canary) = canary {
-        sing(token, &canary).await.map_err(|error| match error {
+        sing(token, &canary, CANARY_DEADLINE.1.min(token.settings.sign_deadline)).await.map_err(|error| match error {
             SignError::NotSigned(error) | SignError::Unknown(error) => error,
         })?;
     }
-    token.resume(&token.module.lifecycle())?;
+    on_a_thread(token, |token| token.resume(&token.module.lifecycle())).await?;
     token.reconnects.fetch_add(1, Ordering::Relaxed);
-    tracing::info!(token = %token.settings.token.label, "the token is back in service");
+    tracing::info!(token = %token.settings.token.label, ?remedy, "the token is back in service");
     Ok(())
+}
+
+/// Runs what may hang inside the module, or wait for one who does, on a thread that the watch need not wait for.
+async fn on_a_thread(
+    token: &Arc<Token>,
+    work: impl FnOnce(&Arc<Token>) -> Result<(), Error> + Send + 'static,
+) -> Result<(), Error> {
+    let (reply, answer) = oneshot::channel();
+    let connecting = Arc::clone(token);
+    token.watchman.hire("hsm-connect", false, move |_| drop(reply.send(work(&connecting)))).map_err(Error::Thread)?;
+    match tokio::time::timeout(CONNECT_DEADLINE, answer).await {
+        Ok(Ok(done)) => done,
+        // It died of a panic.
+        Ok(Err(_)) => Err(token.unusable()),
+        Err(_) => Err(Error::Stuck),
+    }
 }

@@ -8,7 +8,7 @@ use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use tokio::sync::oneshot;
 
-use super::faults::{Error, Health, Outcome, SignError};
+use super::faults::{Error, Health, Outcome, Remedy, SignError};
 use super::keyring::{Bound, Place};
 use super::objects;
 use super::queue::{Mark, Refused};
@@ -103,6 +103,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
 
 fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Failed> {
     let (key, meter) = (&job.key, &token.meter);
+    let from = Instant::now();
     let signed = meter.sign.measure(|| objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id));
     let checked = signed.and_then(|signature| {
         let good = meter.verify_own.measure(|| key.verifies(&job.message, &signature));
@@ -110,7 +111,7 @@ fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Faile
     });
     match checked {
         Ok(signature) => {
-            token.report_signature();
+            token.report_signature(from.elapsed());
             Ok(signature)
         }
         Err(error) => {
@@ -207,8 +208,16 @@ impl Token {
         if let Some(answer) = known(epoch) {
             return answer;
         }
-        let wanted = Arc::clone(key);
-        match self.errand(deadline, move |session| objects::resolve(session, &wanted)).await {
+        let look = || {
+            let wanted = Arc::clone(key);
+            self.errand(deadline, move |session| objects::resolve(session, &wanted))
+        };
+        let mut found = look().await;
+        // The admin lane's session may be what was lost: it has a new one now.
+        if found.as_ref().is_err_and(|error| error.verdict().outcome == Outcome::Again) {
+            found = look().await;
+        }
+        match found {
             Ok(handle) => {
                 key.set_place(Place::At { epoch, handle });
                 Ok((epoch, handle))
@@ -232,13 +241,12 @@ impl Token {
 
     /// Counts an error for the token's health, as the table says.
     pub(super) fn report(&self, error: &Error) {
-        let lost = match error.verdict().token {
-            Health::Fine => false,
-            Health::Suspect => self.suspect_again(),
-            Health::Lost => true,
-        };
-        if lost {
-            self.suspend(&error.to_string());
+        self.history.note(error);
+        match error.verdict().token {
+            Health::Fine => {}
+            Health::Suspect if !self.suspect_again() => {}
+            Health::Suspect | Health::Lost => self.suspend(&error.to_string(), Remedy::Restart),
+            Health::LoggedOut => self.suspend(&error.to_string(), Remedy::LogIn),
         }
     }
 }

@@ -7,9 +7,12 @@
 //! C_Logout, destroys an object unasked, shows a PIN.
 
 mod admin;
+mod admission;
 mod der;
 mod faults;
 mod health;
+mod history;
+mod inspect;
 mod keyring;
 mod lanes;
 mod modules;
@@ -25,6 +28,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 pub use faults::{Error, Place, SignError};
+pub use history::FaultSeen;
+pub use inspect::{Check, SlotSeen, TokenSeen};
 pub use modules::{Modules, harden};
 pub use pin::{pin_pending, unlock};
 pub use token::Health;
@@ -97,6 +102,10 @@ pub struct Status {
     pub fault: Option<String>,
     /// Sign lanes that serve.
     pub lanes: usize,
+    /// Lanes given up: hanging inside the module.
+    pub hanging: usize,
+    /// Sessions at most in use: one per thread, and the one that keeps the login.
+    pub sessions: usize,
     /// Signatures waiting for a lane.
     pub queued: usize,
     /// Names of the mechanisms, CKM_…
@@ -109,6 +118,14 @@ pub struct Status {
     pub pin_pending: bool,
     /// Features switched off because of this token.
     pub off: Vec<String>,
+    /// What one signature takes the token, at its best of late; zero before the first.
+    pub pace: Duration,
+    /// Requests that were turned away because too many waited.
+    pub turned_away: u64,
+    /// The last few different faults, the newest first.
+    pub faults: Vec<FaultSeen>,
+    /// As probed when the token was opened.
+    pub capabilities: Capabilities,
 }
 
 /// One token, logged in to. Clones share it; it serves until [`Hsm::shut_down`], whatever is dropped.
@@ -200,6 +217,12 @@ impl Hsm {
         *self.0.canary.lock().unwrap_or_else(PoisonError::into_inner) = Some(key.key);
     }
 
+    /// Its role and its label.
+    #[must_use]
+    pub fn name(&self) -> (TokenRole, String) {
+        (self.0.settings.role, self.0.settings.token.label.clone())
+    }
+
     /// Follows the token's health.
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {
@@ -212,6 +235,7 @@ impl Hsm {
         let (token, health) = (&self.0, self.0.health().borrow().clone());
         let capabilities = self.capabilities();
         let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
+        let count = token.crew.count();
         Status {
             role: token.settings.role,
             module: token.settings.token.module.clone(),
@@ -219,13 +243,19 @@ impl Hsm {
             serial: token.serial().into(),
             usable: health.usable,
             fault: health.fault,
-            lanes: token.crew.count().serving,
+            lanes: count.serving,
+            hanging: count.hanging,
+            sessions: token.sessions_open(),
             queued: token.jobs.waiting(),
             mechanisms: capabilities.mechanisms.clone(),
             signatures: token.signatures(),
             reconnects: token.reconnects.load(std::sync::atomic::Ordering::Relaxed),
             pin_pending: token.pin_pending(),
             off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
+            pace: token.admission.pace(),
+            turned_away: token.admission.turned_away(),
+            faults: token.history.newest_first(),
+            capabilities: capabilities.clone(),
         }
     }
 
@@ -274,6 +304,16 @@ impl Hsm {
     }
 }
 
+/// A place on the way to a signature, given back when dropped.
+#[must_use = "dropped at once, it admits nobody"]
+pub struct Admitted(Arc<Token>);
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.0.admission.leave();
+    }
+}
+
 /// A key in the token, bound to its pinned public key.
 #[derive(Clone)]
 pub struct SigningKey {
@@ -292,6 +332,19 @@ impl SigningKey {
     #[must_use]
     pub fn public(&self) -> &PublicKey {
         &self.key.public
+    }
+
+    /// A place among those who want signatures of this token. Asked for before anything is recorded: who would wait too long hears so
+    /// at once, at no cost to those who wait.
+    ///
+    /// # Errors
+    /// `QueueFull`, or the token is not usable.
+    pub fn admit(&self) -> Result<Admitted, Error> {
+        if !self.token.is_usable() {
+            return Err(self.token.unusable());
+        }
+        self.token.admission.enter()?;
+        Ok(Admitted(Arc::clone(&self.token)))
     }
 
     /// A signature over `message`, verified against the pinned key. P-256: ECDSA-Sig-Value in DER over SHA-256 (RFC 5758 §3.2);

@@ -13,7 +13,7 @@ use cryptoki::error::{Error as Cryptoki, RvError};
 use cryptoki::slot::{Slot, TokenInfo};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
-use super::faults::{Error, Place};
+use super::faults::{Error, Place, Remedy};
 use super::token::Token;
 use crate::config;
 
@@ -148,7 +148,7 @@ impl Module {
         }
         let tokens = self.tokens();
         for token in &tokens {
-            token.suspend("the PKCS#11 module is being restarted");
+            token.suspend("the PKCS#11 module is being restarted", Remedy::Restart);
         }
         let deadline = Instant::now() + COME_OUT;
         for token in &tokens {
@@ -161,6 +161,15 @@ impl Module {
         }
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.reinitialize(lifecycle)
+    }
+
+    /// The token's threads come out of the module, its sessions are forgotten: what a new login on a module that stays needs.
+    pub(super) fn come_out(&self, token: &Arc<Token>) -> Result<(), Error> {
+        if !token.wait_until_out(COME_OUT) {
+            return Err(Error::Stuck);
+        }
+        token.forget_sessions();
+        Ok(())
     }
 
     /// C_Finalize, C_Initialize. A failure of the first is no news (the library may have lost itself); the second decides.

@@ -11,7 +11,9 @@ use cryptoki::slot::{Limit, Slot, TokenInfo};
 use tokio::sync::{Notify, watch};
 
 use super::admin::{self, Errand};
-use super::faults::{Class, Error, Place, class};
+use super::admission::Admission;
+use super::faults::{Class, Error, Place, Remedy, class};
+use super::history::History;
 use super::keyring::{Bound, Keyring};
 use super::lanes::{self, Job};
 use super::modules::{Lifecycle, Module};
@@ -25,6 +27,8 @@ use crate::model::{Algorithm, KeyId, Meter};
 const ERRANDS_MAX: usize = 1024;
 /// As many vague errors in a row, without a signature between them, are a lost token.
 const SUSPICIONS_MAX: u32 = 3;
+/// As many lanes may hang inside the module and be replaced. One more, and only a new process helps.
+const ABANDONED_MAX: usize = 2;
 
 /// A session is held open for ever: when the last one closes, the login and all handles go.
 struct Connection {
@@ -60,6 +64,10 @@ pub(super) struct Token {
     pub(super) watchman: Arc<Crew>,
     pub(super) crew: Arc<Crew>,
     pub(super) reconnects: AtomicU64,
+    pub(super) admission: Admission,
+    pub(super) history: History,
+    /// A login on new sessions is not enough to come back.
+    restart: AtomicBool,
     capabilities: OnceLock<Capabilities>,
     serial: OnceLock<String>,
     pin: Pin,
@@ -83,7 +91,6 @@ impl Token {
             errands: Queue::new(ERRANDS_MAX),
             pin: Pin::new(settings.token.pin.clone()),
             marker: Marker::new(&settings.state, settings.role),
-            settings,
             module,
             meter,
             keyring: Keyring::default(),
@@ -92,6 +99,10 @@ impl Token {
             watchman: Crew::new(),
             crew: Crew::new(),
             reconnects: AtomicU64::new(0),
+            admission: Admission::new(settings.token.lanes, settings.queue),
+            history: History::default(),
+            restart: AtomicBool::new(false),
+            settings,
             capabilities: OnceLock::new(),
             serial: OnceLock::new(),
             connection: Mutex::new(None),
@@ -250,10 +261,13 @@ impl Token {
         self.settings.token.lanes.min(most).max(1)
     }
 
-    /// Replaces threads that have died or were given up. As many lanes may hang as are configured; then no more are started.
+    /// Replaces threads that have died or were given up, while no more than [`ABANDONED_MAX`] hang.
     pub(super) fn top_up(self: &Arc<Self>) -> Result<(), Error> {
         let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.lanes());
-        for _ in count.serving..lanes.min((2 * lanes).saturating_sub(count.hanging)) {
+        if count.hanging > ABANDONED_MAX {
+            return Err(Error::Stuck);
+        }
+        for _ in count.serving..lanes {
             let token = Arc::clone(self);
             self.crew.hire("hsm-sign", true, move |mark| lanes::serve(&token, term, mark)).map_err(Error::Thread)?;
         }
@@ -272,6 +286,12 @@ impl Token {
         let context = self.module.context();
         let opened = if read_only { context.open_ro_session_no_drop(slot) } else { context.open_rw_session_no_drop(slot) };
         opened.map_err(|error| Error::at(Place::OpenSession, error))
+    }
+
+    /// The anchor, and one for each thread.
+    pub(super) fn sessions_open(&self) -> usize {
+        let count = self.crew.count();
+        if self.connection().is_some() { 1 + count.serving + count.hanging + count.admins } else { 0 }
     }
 
     /// Closes a session that is of no more use. If that fails there is nothing else to do with it.
@@ -309,6 +329,7 @@ impl Token {
         if self.generation() != self.module.generation() || self.is_stopping() {
             return Err(self.unusable());
         }
+        self.restart.store(false, Ordering::Release);
         self.health.send_modify(|health| {
             health.usable = true;
             health.stuck = false;
@@ -317,7 +338,10 @@ impl Token {
     }
 
     /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
-    pub(super) fn suspend(&self, fault: &str) {
+    pub(super) fn suspend(&self, fault: &str, remedy: Remedy) {
+        if remedy == Remedy::Restart {
+            self.restart.store(true, Ordering::Release);
+        }
         let was_usable = self.health.borrow().usable;
         self.note_fault(fault, false);
         for job in self.jobs.shut() {
@@ -332,6 +356,16 @@ impl Token {
             }
         }
         self.alarm.notify_one();
+    }
+
+    /// The key that tells the token's health.
+    pub(super) fn canary(&self) -> Option<Arc<Bound>> {
+        self.canary.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What recovery has to begin with.
+    pub(super) fn remedy(&self) -> Remedy {
+        if self.restart.load(Ordering::Acquire) { Remedy::Restart } else { Remedy::LogIn }
     }
 
     pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
@@ -354,7 +388,8 @@ impl Token {
         self.suspicions.fetch_add(1, Ordering::AcqRel) + 1 >= SUSPICIONS_MAX
     }
 
-    pub(super) fn report_signature(&self) {
+    pub(super) fn report_signature(&self, took: Duration) {
+        self.admission.note(took);
         self.suspicions.store(0, Ordering::Relaxed);
         self.signatures.fetch_add(1, Ordering::Relaxed);
         self.signed_at_ms.store(self.now_ms(), Ordering::Relaxed);
@@ -401,18 +436,21 @@ impl Token {
 
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.suspend(SHUT_DOWN);
+        self.suspend(SHUT_DOWN, Remedy::LogIn);
     }
 }
 
-/// What recovery does under the module's lifecycle lock.
-pub(super) fn reconnect(token: &Arc<Token>, seen: u64) -> Result<(), Error> {
+/// What recovery does under the module's lifecycle lock. Blocks, for ever where the module does.
+pub(super) fn reconnect(token: &Arc<Token>, seen: u64, remedy: Remedy) -> Result<(), Error> {
     if token.pin_pending() {
         return Err(Error::PinPending { label: token.settings.token.label.clone(), path: token.marker.path().into() });
     }
     let mut lifecycle = token.module.lifecycle();
     let lifecycle: &mut Lifecycle = &mut lifecycle;
-    token.module.restart(lifecycle, seen)?;
+    match remedy {
+        Remedy::Restart => token.module.restart(lifecycle, seen)?,
+        Remedy::LogIn => token.module.come_out(token)?,
+    }
     // Noted before the token is looked for: what is not there now may be there after another restart, and only then.
     token.generation.store(token.module.generation(), Ordering::Release);
     token.connect(token.module.find(&token.settings.token)?)

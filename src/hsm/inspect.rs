@@ -1,0 +1,116 @@
+//! Looking at a token on an operator's request: what a module shows, and whether a token does what it is there for.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::faults::{Error, Place, SignError};
+use super::keyring::Place as KeyPlace;
+use super::modules::Modules;
+use super::{ADMIN_DEADLINE, Hsm, health, objects};
+
+/// A slot as its module shows it (CK_SLOT_INFO, CK_TOKEN_INFO).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSeen {
+    /// CK_SLOT_ID: no name, many modules derive it anew.
+    pub id: u64,
+    /// CK_SLOT_INFO slotDescription.
+    pub description: String,
+    /// The token in it; why not, where it cannot be described.
+    pub token: Result<TokenSeen, String>,
+}
+
+/// A token as its module shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenSeen {
+    /// CK_TOKEN_INFO label: what `[hsm.*] token` names.
+    pub label: String,
+    /// CK_TOKEN_INFO serialNumber.
+    pub serial: String,
+    /// manufacturerID and model.
+    pub model: String,
+    /// CKF_TOKEN_INITIALIZED and CKF_USER_PIN_INITIALIZED.
+    pub initialised: bool,
+    /// What the token says of its user PIN, if that is worth a word.
+    pub pin: Option<&'static str>,
+}
+
+/// One question put to a token.
+#[derive(Debug)]
+pub struct Check {
+    /// What was asked.
+    pub name: String,
+    /// How long it took, or what is wrong.
+    pub outcome: Result<Duration, Error>,
+}
+
+impl Modules {
+    /// What the module at `path` shows. Loads it; logs in to nothing. Blocks.
+    ///
+    /// # Errors
+    /// When the module cannot be loaded or lists no slots.
+    pub fn slots(&self, path: &Path) -> Result<Vec<SlotSeen>, Error> {
+        let module = self.load(path)?;
+        let _held = module.lifecycle();
+        let context = module.context();
+        let slots = context.get_slots_with_token().map_err(|error| Error::at(Place::Module, error))?;
+        let seen = slots.into_iter().map(|slot| SlotSeen {
+            id: slot.id(),
+            description: context.get_slot_info(slot).map(|info| info.slot_description().to_owned()).unwrap_or_default(),
+            token: match context.get_token_info(slot) {
+                Ok(info) => Ok(TokenSeen {
+                    label: info.label().to_owned(),
+                    serial: info.serial_number().to_owned(),
+                    model: format!("{} {}", info.manufacturer_id(), info.model()),
+                    initialised: info.token_initialized() && info.user_pin_initialized(),
+                    pin: match () {
+                        () if info.user_pin_locked() => Some("locked"),
+                        () if info.user_pin_final_try() => Some("one try left"),
+                        () if info.user_pin_to_be_changed() => Some("to be changed"),
+                        () if info.user_pin_count_low() => Some("wrong at least once"),
+                        () => None,
+                    },
+                }),
+                Err(error) => Err(Error::at(Place::Module, error).to_string()),
+            },
+        });
+        Ok(seen.collect())
+    }
+}
+
+impl Hsm {
+    /// Has the token do what it is there for: `signatures` canaries through the lanes, and every key that is in use looked up anew,
+    /// with its attributes read back and a test signature. The longest canary is the one that is told.
+    pub async fn test(&self, signatures: usize) -> Vec<Check> {
+        let token = &self.0;
+        let mut checks = Vec::new();
+        if let Some(canary) = token.canary() {
+            let mut longest = Ok(Duration::ZERO);
+            for _ in 0..signatures {
+                let from = Instant::now();
+                match health::sing(token, &canary, token.settings.sign_deadline).await {
+                    Ok(()) => longest = longest.map(|longest: Duration| longest.max(from.elapsed())),
+                    Err(SignError::NotSigned(error) | SignError::Unknown(error)) => {
+                        longest = Err(error);
+                        break;
+                    }
+                }
+            }
+            checks.push(Check { name: format!("{signatures} signatures"), outcome: longest });
+        }
+        let mut keys = token.keyring.all();
+        keys.sort_by_key(|key| key.id.0);
+        for key in keys {
+            let (from, wanted) = (Instant::now(), key.clone());
+            let found = token.errand(from + ADMIN_DEADLINE, move |session| objects::resolve(session, &wanted)).await;
+            if matches!(found, Err(Error::KeyLost(_))) {
+                key.set_place(KeyPlace::Lost { epoch: token.epoch() });
+            }
+            checks.push(Check { name: format!("key {}", key.id), outcome: found.map(|_| from.elapsed()) });
+        }
+        if checks.is_empty() {
+            let session = token.errand(Instant::now() + ADMIN_DEADLINE, |_| Ok(())).await;
+            checks.push(Check { name: "a session".into(), outcome: session.map(|()| Duration::ZERO) });
+        }
+        checks
+    }
+}

@@ -187,6 +187,18 @@ impl OperatorService for Operators {
         Ok(Response::new(self.readiness.status(&self.acts).await))
     }
 
+    async fn test_tokens(
+        &self,
+        request: Request<proto::TestTokensRequest>,
+    ) -> Result<Response<proto::TestTokensResponse>, Status> {
+        operator(&request)?;
+        let signatures = match request.into_inner().signatures {
+            0 => 8,
+            wanted => wanted.min(1000) as usize,
+        };
+        Ok(Response::new(proto::TestTokensResponse { checks: self.readiness.test_tokens(signatures).await }))
+    }
+
     async fn accept_clock(
         &self,
         request: Request<proto::AcceptClockRequest>,

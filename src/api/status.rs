@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crate::acts::Acts;
-use crate::hsm::{Hsm, Status as TokenState};
+use crate::hsm::{Check, FaultSeen, Hsm, Status as TokenState};
 use crate::ledger::Ledger;
 use crate::model::{Digest, process_cpu_nanos};
-use crate::proto;
+use crate::proto::{self, TokenRole};
 
 /// Whether the daemon is ready, and what it knows of itself.
 #[derive(Clone)]
@@ -70,6 +70,27 @@ impl Readiness {
     /// Where agents reach the daemon.
     pub fn set_listen(&self, listen: Vec<String>) {
         self.state().listen = listen;
+    }
+
+    /// Every opened token in turn is asked to do what it is there for; one that could not be opened says why.
+    pub(super) async fn test_tokens(&self, signatures: usize) -> Vec<proto::TokenCheck> {
+        let (tokens, pending) = {
+            let state = self.state();
+            (state.tokens.clone(), state.pending.clone())
+        };
+        let unopened = |token: proto::TokenStatus| proto::TokenCheck {
+            role: token.role,
+            label: token.label,
+            name: "open".to_owned(),
+            error: token.fault,
+            micros: 0,
+        };
+        let mut checks: Vec<_> = pending.into_iter().map(unopened).collect();
+        for token in tokens {
+            let (role, label) = token.name();
+            checks.extend(token.test(signatures).await.into_iter().map(|one| check(role, &label, one)));
+        }
+        checks
     }
 
     pub(super) async fn status(&self, acts: &Acts) -> proto::StatusResponse {
@@ -145,7 +166,30 @@ fn token(status: TokenState) -> proto::TokenStatus {
         reconnects: status.reconnects,
         pin_pending: status.pin_pending,
         off: status.off,
+        hanging: u32::try_from(status.hanging).unwrap_or(u32::MAX),
+        sessions: u32::try_from(status.sessions).unwrap_or(u32::MAX),
+        pace_micros: u64::try_from(status.pace.as_micros()).unwrap_or(u64::MAX),
+        turned_away: status.turned_away,
+        faults: status.faults.into_iter().map(fault).collect(),
+        capabilities: Some(proto::TokenCapabilities {
+            ed25519: status.capabilities.ed25519,
+            session_keys: status.capabilities.session_keys,
+            read_only_sessions: status.capabilities.read_only_sessions,
+            sessions_max: status.capabilities.sessions_max.map_or(0, |most| most as u64),
+        }),
     }
+}
+
+fn fault(seen: FaultSeen) -> proto::TokenFault {
+    proto::TokenFault { fault: seen.fault, count: seen.count, last_unix_seconds: seen.last.seconds() }
+}
+
+fn check(role: TokenRole, label: &str, check: Check) -> proto::TokenCheck {
+    let (error, micros) = match check.outcome {
+        Ok(took) => (String::new(), u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
+        Err(error) => (error.to_string(), 0),
+    };
+    proto::TokenCheck { role: role.into(), label: label.to_owned(), name: check.name, error, micros }
 }
 
 fn cpu(ledger: &Ledger) -> proto::CpuParts {

@@ -1,11 +1,18 @@
-//! `keyward hsm`: the tokens, and the lock against burning PIN tries.
+//! `keyward hsm`: the tokens, what they can do, and the lock against burning PIN tries.
+
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
-use super::render::pairs;
+use super::agents::Daemon;
+use super::failure::EXIT_UNAVAILABLE;
+use super::render::{pairs, table, time};
 use super::{Failure, Global, Output, status};
-use crate::proto::{TokenRole, TokenStatus};
+use crate::config;
+use crate::hsm::{Modules, SlotSeen};
+use crate::proto::{TestTokensRequest, TokenCapabilities, TokenCheck, TokenRole, TokenStatus};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -13,6 +20,24 @@ pub(super) enum Verb {
     /// Show the tokens: usable or why not, queues, mechanisms, what is switched off.
     #[command(after_help = "Example:\n  keyward hsm status --format json")]
     Status,
+    /// List the slots and tokens that the modules show, and which of them the configuration names.
+    ///
+    /// Loads the modules in this process and logs in to nothing: it works before `keyward init` and beside the daemon.
+    #[command(after_help = "Examples:\n  keyward hsm slots\n  keyward hsm slots --module /usr/lib/softhsm/libsofthsm2.so")]
+    Slots {
+        /// Another PKCS#11 module than the configured ones.
+        #[arg(long, value_name = "FILE")]
+        module: Option<PathBuf>,
+    },
+    /// Have the daemon's tokens sign, and look every key up anew: attributes, public key, a verified signature.
+    ///
+    /// Exit code 5 if anything fails.
+    #[command(after_help = "Example:\n  keyward hsm test --signatures 100")]
+    Test {
+        /// Canary signatures per token; the longest is told.
+        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        signatures: u32,
+    },
     /// Let the daemon log in again after a failed login. Check the PIN first: the next try counts.
     ///
     /// The daemon tries no login while pin-pending-authority or pin-pending-agents lies in its state directory, so that a
@@ -52,6 +77,29 @@ pub(super) struct Token {
     pin_pending: bool,
     mechanisms: Vec<String>,
     off: Vec<String>,
+    hanging: u32,
+    sessions: u32,
+    pace_micros: u64,
+    turned_away: u64,
+    faults: Vec<Fault>,
+    capabilities: Option<Capabilities>,
+}
+
+/// A fault that was met lately.
+#[derive(Serialize)]
+struct Fault {
+    fault: String,
+    count: u64,
+    last: String,
+}
+
+/// What was found out about a token when it was opened.
+#[derive(Serialize)]
+struct Capabilities {
+    ed25519: bool,
+    session_keys: bool,
+    read_only_sessions: bool,
+    sessions_max: Option<u64>,
 }
 
 pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
@@ -60,7 +108,150 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             let tokens: Vec<_> = status::ask(global).await?.tokens.into_iter().map(Token::from).collect();
             Ok(output.show(&tokens, |tokens| tokens.iter().map(Token::text).collect::<Vec<_>>().join("\n"))?)
         }
+        Verb::Slots { module } => slots(module, global, output).await,
+        Verb::Test { signatures } => test(signatures, global, output).await,
         Verb::Unlock { token } => unlock(token, global, output),
+    }
+}
+
+/// A token that a module shows.
+#[derive(Serialize)]
+struct Slot {
+    module: String,
+    slot: u64,
+    description: String,
+    label: Option<String>,
+    serial: Option<String>,
+    model: Option<String>,
+    initialised: bool,
+    pin: Option<&'static str>,
+    /// The roles that the configuration gives it.
+    configured: Vec<&'static str>,
+    error: Option<String>,
+}
+
+/// Longest wait for a module to show its slots.
+const SLOTS_DEADLINE: Duration = Duration::from_secs(30);
+
+async fn slots(module: Option<PathBuf>, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    // A module given by name can be looked at before there is a configuration.
+    let (configured, modules) = match (global.load(), module) {
+        (Ok(config), Some(module)) => (vec![("authority", config.authority), ("agents", config.agents)], vec![module]),
+        (Err(_), Some(module)) => (Vec::new(), vec![module]),
+        (config, None) => {
+            let config = config?;
+            let mut modules = vec![config.authority.module.clone(), config.agents.module.clone()];
+            modules.dedup();
+            (vec![("authority", config.authority), ("agents", config.agents)], modules)
+        }
+    };
+    let looked = tokio::task::spawn_blocking(move || {
+        let loaded = Modules::new();
+        let mut rows = Vec::new();
+        for path in modules {
+            let seen = loaded.slots(&path).map_err(|error| Failure::error(error.to_string()))?;
+            rows.extend(seen.into_iter().map(|slot| Slot::of(&path, slot, &configured)));
+        }
+        Ok::<_, Failure>(rows)
+    });
+    let rows = match tokio::time::timeout(SLOTS_DEADLINE, looked).await {
+        Ok(Ok(rows)) => rows?,
+        Ok(Err(error)) => return Err(Failure::error(error.to_string())),
+        Err(_) => return Err(Failure::new(EXIT_UNAVAILABLE, "the module does not answer")),
+    };
+    Ok(output.show(&rows, |rows| {
+        let cells: Vec<_> = rows.iter().map(Slot::cells).collect();
+        table(&["SLOT", "TOKEN", "SERIAL", "MODEL", "STATE", "CONFIGURED"], &cells)
+    })?)
+}
+
+impl Slot {
+    fn of(module: &std::path::Path, slot: SlotSeen, configured: &[(&'static str, config::Token)]) -> Self {
+        let (token, error) = match slot.token {
+            Ok(token) => (Some(token), None),
+            Err(error) => (None, Some(error)),
+        };
+        let named = |wanted: &config::Token| {
+            let serial = |serial: &String| wanted.serial.as_ref().is_none_or(|wanted| wanted == serial);
+            token.as_ref().is_some_and(|token| token.label == wanted.label && serial(&token.serial)) && wanted.module == module
+        };
+        let configured = configured.iter().filter(|(_, wanted)| named(wanted)).map(|(role, _)| *role).collect();
+        Self {
+            module: module.display().to_string(),
+            slot: slot.id,
+            description: slot.description,
+            configured,
+            error,
+            initialised: token.as_ref().is_some_and(|token| token.initialised),
+            pin: token.as_ref().and_then(|token| token.pin),
+            label: token.as_ref().map(|token| token.label.clone()),
+            serial: token.as_ref().map(|token| token.serial.clone()),
+            model: token.map(|token| token.model),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let or_dash = |text: &Option<String>| text.clone().filter(|text| !text.is_empty()).unwrap_or_else(|| "-".into());
+        let state = match (&self.error, self.pin, self.initialised) {
+            (Some(error), _, _) => error.clone(),
+            (None, Some(pin), _) => format!("PIN {pin}"),
+            (None, None, true) => "initialised".into(),
+            (None, None, false) => "not initialised".into(),
+        };
+        let configured = if self.configured.is_empty() { "-".into() } else { self.configured.join(", ") };
+        vec![self.slot.to_string(), or_dash(&self.label), or_dash(&self.serial), or_dash(&self.model), state, configured]
+    }
+}
+
+/// One question put to a token, and its answer.
+#[derive(Serialize)]
+struct Checked {
+    role: &'static str,
+    label: String,
+    check: String,
+    passed: bool,
+    error: Option<String>,
+    micros: u64,
+}
+
+impl From<TokenCheck> for Checked {
+    fn from(check: TokenCheck) -> Self {
+        Self {
+            role: role(check.role()),
+            passed: check.error.is_empty(),
+            label: check.label,
+            check: check.name,
+            error: (!check.error.is_empty()).then_some(check.error),
+            micros: check.micros,
+        }
+    }
+}
+
+async fn test(signatures: u32, global: &Global, output: &mut Output) -> Result<(), Failure> {
+    let mut daemon = Daemon::connect(global).await?;
+    let request = TestTokensRequest { signatures };
+    let answer = daemon.service.test_tokens(request).await.map_err(|status| daemon.failed(&status))?.into_inner();
+    let checks: Vec<Checked> = answer.checks.into_iter().map(Checked::from).collect();
+    output.show(&checks, |checks| {
+        let cells = |check: &Checked| {
+            let result =
+                check.error.clone().unwrap_or_else(|| format!("passed, {}.{:03} ms", check.micros / 1000, check.micros % 1000));
+            vec![check.role.to_owned(), check.label.clone(), check.check.clone(), result]
+        };
+        table(&["TOKEN", "LABEL", "CHECK", "RESULT"], &checks.iter().map(cells).collect::<Vec<_>>())
+    })?;
+    match checks.iter().filter(|check| !check.passed).count() {
+        _ if checks.is_empty() => Err(Failure::new(EXIT_UNAVAILABLE, "no token is open yet: see `keyward hsm status`")),
+        0 => Ok(()),
+        failed => Err(Failure::new(EXIT_UNAVAILABLE, format!("{failed} of {} checks failed", checks.len()))),
+    }
+}
+
+fn role(role: TokenRole) -> &'static str {
+    match role {
+        TokenRole::Authority => "authority",
+        TokenRole::Agents => "agents",
+        TokenRole::Unspecified => "unknown",
     }
 }
 
@@ -92,11 +283,7 @@ fn unlock(which: Which, global: &Global, output: &mut Output) -> Result<(), Fail
 impl From<TokenStatus> for Token {
     fn from(token: TokenStatus) -> Self {
         Self {
-            role: match token.role() {
-                TokenRole::Authority => "authority",
-                TokenRole::Agents => "agents",
-                TokenRole::Unspecified => "unknown",
-            },
+            role: role(token.role()),
             module: token.module,
             label: token.label,
             serial: token.serial,
@@ -109,7 +296,38 @@ impl From<TokenStatus> for Token {
             pin_pending: token.pin_pending,
             mechanisms: token.mechanisms,
             off: token.off,
+            hanging: token.hanging,
+            sessions: token.sessions,
+            pace_micros: token.pace_micros,
+            turned_away: token.turned_away,
+            faults: token
+                .faults
+                .into_iter()
+                .map(|seen| Fault { fault: seen.fault, count: seen.count, last: time(seen.last_unix_seconds) })
+                .collect(),
+            capabilities: token.capabilities.map(Capabilities::from),
         }
+    }
+}
+
+impl From<TokenCapabilities> for Capabilities {
+    fn from(told: TokenCapabilities) -> Self {
+        Self {
+            ed25519: told.ed25519,
+            session_keys: told.session_keys,
+            read_only_sessions: told.read_only_sessions,
+            sessions_max: (told.sessions_max > 0).then_some(told.sessions_max),
+        }
+    }
+}
+
+impl Capabilities {
+    fn text(&self) -> String {
+        let has =
+            [(self.ed25519, "Ed25519"), (self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
+        let mut words: Vec<String> = has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })).collect();
+        words.push(self.sessions_max.map_or_else(|| "any number of sessions".into(), |most| format!("{most} sessions")));
+        words.join(", ")
     }
 }
 
@@ -126,8 +344,15 @@ impl Token {
         if self.pin_pending {
             lines.push(("login", "locked after a failed one: check the PIN, then `keyward hsm unlock`".into()));
         }
-        lines.push(("lanes", format!("{}, {} queued", self.lanes, self.queued)));
-        lines.push(("signatures", format!("{}, {} reconnects", self.signatures, self.reconnects)));
+        let hanging = if self.hanging > 0 { format!(", {} HANGING", self.hanging) } else { String::new() };
+        lines.push(("lanes", format!("{}{hanging}, {} sessions, {} queued", self.lanes, self.sessions, self.queued)));
+        lines.push((
+            "signatures",
+            format!("{}, {} µs each at best, {} turned away", self.signatures, self.pace_micros, self.turned_away),
+        ));
+        lines.push(("reconnects", self.reconnects.to_string()));
+        lines.extend(self.capabilities.iter().map(|able| ("capabilities", able.text())));
+        lines.extend(self.faults.iter().map(|seen| ("fault", format!("{}, {} times: {}", seen.last, seen.count, seen.fault))));
         if !self.off.is_empty() {
             lines.push(("switched off", self.off.join(", ")));
         }

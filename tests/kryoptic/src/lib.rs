@@ -5,10 +5,11 @@
 use openssl_sys as _;
 use rusqlite as _;
 
+use kryoptic_lib::fns::general::{fn_get_function_list, fn_get_interface, fn_get_interface_list};
 use kryoptic_lib::pkcs11::{
-    CK_FLAGS, CK_FUNCTION_LIST_PTR_PTR, CK_INTERFACE_PTR, CK_INTERFACE_PTR_PTR, CK_RV, CK_ULONG_PTR, CK_UTF8CHAR_PTR, CK_VERSION_PTR,
+    CK_FLAGS, CK_FUNCTION_LIST_PTR_PTR, CK_INTERFACE_PTR, CK_INTERFACE_PTR_PTR, CK_RV, CK_ULONG_PTR, CK_UTF8CHAR_PTR,
+    CK_VERSION_PTR,
 };
-use kryoptic_lib::{fn_get_function_list, fn_get_interface, fn_get_interface_list};
 
 /// PKCS#11 2.40.
 #[unsafe(no_mangle)]

@@ -150,6 +150,21 @@ fn a_token_is_named_by_its_label_alone() {
 }
 
 #[test]
+fn a_module_is_never_unloaded() {
+    in_house("a_module_is_never_unloaded", async |house| {
+        let modules = Modules::new();
+        let mut settings = house.settings("authority");
+        settings.token.label = "nobody".into();
+        assert!(Hsm::open(&modules, settings, Arc::default()).is_err());
+        drop(modules);
+        // Threads that were inside may be ending there still: libraries leave work for that moment.
+        let module = token::module().canonicalize().unwrap();
+        let mapped = fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(mapped.contains(module.to_str().unwrap()), "{} was unloaded", module.display());
+    });
+}
+
+#[test]
 fn one_wrong_pin_costs_one_try_over_twenty_starts() {
     in_house("one_wrong_pin_costs_one_try_over_twenty_starts", async |house| {
         let good = fs::read(house.pin("authority")).unwrap();

@@ -1,6 +1,10 @@
-//! The HSM room against private SoftHSM tokens. Each test runs in a process of its own, because SoftHSM takes its configuration from
-//! the environment: the test executes this binary again with SOFTHSM2_CONF set.
+//! The HSM room against private tokens of the module under test. Each test runs in a process of its own, because a module takes its
+//! configuration from the environment: the test executes this binary again with that set.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says what went wrong by panicking")]
+
+#[path = "blackbox/house/token.rs"]
+#[expect(dead_code, reason = "some is for the other tests")]
+mod token;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,19 +22,22 @@ use keyward::proto::TokenRole;
 const HOUSE: &str = "KEYWARD_TEST_HOUSE";
 const ERRAND: &str = "KEYWARD_TEST_DESTROY";
 const LOCKER: &str = "KEYWARD_TEST_LOCKER";
-const MODULES: [&str; 3] =
-    ["/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/pkcs11/libsofthsm2.so"];
 
 /// A directory with tokens `authority` and `agents`, and the process that may use them.
 struct House(PathBuf);
 
 impl House {
     fn settings(&self, label: &str) -> Settings {
-        let module = MODULES.iter().map(PathBuf::from).find(|path| path.exists()).expect("softhsm2 is installed");
         let state = self.0.join("state");
         fs::create_dir_all(&state).unwrap();
         Settings {
-            token: Token { module, label: label.into(), serial: None, pin: PinSource::File(self.pin(label)), lanes: 2 },
+            token: Token {
+                module: token::module(),
+                label: label.into(),
+                serial: None,
+                pin: PinSource::File(self.pin(label)),
+                lanes: 2,
+            },
             role: if label == "agents" { TokenRole::Agents } else { TokenRole::Authority },
             state,
             queue: 64,
@@ -55,8 +62,12 @@ fn in_house(name: &str, body: impl AsyncFnOnce(House)) {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("softhsm/init-token");
-    assert!(Command::new(init).arg(directory.path()).args(["authority", "agents"]).status().unwrap().success());
+    token::furnish(directory.path());
+    for label in ["authority", "agents"] {
+        let pin = directory.path().join(format!("{label}.pin"));
+        fs::write(&pin, token::PIN).unwrap();
+        fs::set_permissions(pin, fs::Permissions::from_mode(0o600)).unwrap();
+    }
     let status = itself(name, directory.path()).status().unwrap();
     assert!(status.success(), "{name} failed in its own process: {status}");
 }
@@ -64,7 +75,7 @@ fn in_house(name: &str, body: impl AsyncFnOnce(House)) {
 fn itself(name: &str, house: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([name, "--exact", "--nocapture", "--test-threads=1"]);
-    command.env(HOUSE, house).env("SOFTHSM2_CONF", house.join("softhsm2.conf"));
+    command.env(HOUSE, house).envs([token::environment(house)]);
     command
 }
 
@@ -135,6 +146,21 @@ fn a_token_is_named_by_its_label_alone() {
         let mut settings = house.settings("authority");
         settings.token.serial = Some("0000".into());
         assert!(matches!(Hsm::open(&Modules::new(), settings, Arc::default()), Err(Error::TokenNotFound { matches: 0, .. })));
+    });
+}
+
+#[test]
+fn a_module_is_never_unloaded() {
+    in_house("a_module_is_never_unloaded", async |house| {
+        let modules = Modules::new();
+        let mut settings = house.settings("authority");
+        settings.token.label = "nobody".into();
+        assert!(Hsm::open(&modules, settings, Arc::default()).is_err());
+        drop(modules);
+        // Threads that were inside may be ending there still: libraries leave work for that moment.
+        let module = token::module().canonicalize().unwrap();
+        let mapped = fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(mapped.contains(module.to_str().unwrap()), "{} was unloaded", module.display());
     });
 }
 
@@ -220,15 +246,12 @@ fn a_token_that_vanishes_and_returns_is_in_service_again_by_itself() {
         hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
         agents.set_canary(new_key(&agents, Algorithm::P256).await);
         for round in 1..=2 {
-            let (here, away) = (house.0.join("tokens"), house.0.join("away"));
-            fs::rename(&here, &away).unwrap();
-            fs::create_dir(&here).unwrap();
+            token::take_away(&house.0);
             until("the loss is noticed", Duration::from_secs(2), || !hsm.status().usable).await;
             let asked = Instant::now();
             assert!(matches!(key.sign(b"gone"[..].into()).await, Err(SignError::NotSigned(_))));
             assert!(asked.elapsed() < Duration::from_millis(500), "a lost token answers at once");
-            fs::remove_dir(&here).unwrap();
-            fs::rename(&away, &here).unwrap();
+            token::bring_back(&house.0);
             until("both are back", Duration::from_secs(12), || hsm.status().usable && agents.status().usable).await;
             for key in [&key, &agent] {
                 let signature = key.sign(b"back"[..].into()).await.unwrap();
@@ -248,11 +271,9 @@ fn another_token_under_the_same_label_is_not_used() {
         let hsm = house.open(&Modules::new(), "authority");
         let key = new_key(&hsm, Algorithm::P256).await;
         hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
-        let gone = Command::new("softhsm2-util").args(["--delete-token", "--token", "authority"]).output().unwrap();
-        assert!(gone.status.success(), "{gone:?}");
-        // The same label, its PIN in the same file; but none of our keys.
-        let init = Path::new(env!("CARGO_MANIFEST_DIR")).join("softhsm/init-token");
-        assert!(Command::new(init).arg(&house.0).arg("authority").status().unwrap().success());
+        token::take_away(&house.0);
+        // The same labels, the same PINs; but none of our keys.
+        token::make(&house.0);
         until("the loss is noticed", Duration::from_secs(2), || !hsm.status().usable).await;
         until("the canary is missed in it", Duration::from_secs(5), || {
             hsm.status().fault.is_some_and(|fault| fault.contains("is not in the token"))
@@ -273,12 +294,9 @@ fn a_wrong_pin_met_during_recovery_is_tried_once_and_waits_for_the_operator() {
         hsm.set_canary(key.clone());
         let good = fs::read(house.pin("authority")).unwrap();
         fs::write(house.pin("authority"), "wrong-pin-0815").unwrap();
-        let (here, away) = (house.0.join("tokens"), house.0.join("away"));
-        fs::rename(&here, &away).unwrap();
-        fs::create_dir(&here).unwrap();
+        token::take_away(&house.0);
         until("the loss is noticed", Duration::from_secs(2), || !hsm.status().usable).await;
-        fs::remove_dir(&here).unwrap();
-        fs::rename(&away, &here).unwrap();
+        token::bring_back(&house.0);
         let mut faults = Vec::new();
         until("the second attempt is held back", Duration::from_secs(15), || {
             let fault = hsm.status().fault.unwrap();
@@ -298,17 +316,20 @@ fn a_wrong_pin_met_during_recovery_is_tried_once_and_waits_for_the_operator() {
     });
 }
 
-/// Not a test of its own: holds a lock on every file of the tokens until its standard input ends, so that SoftHSM hangs.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// Not a test of its own: holds a lock on every file of the tokens until its standard input ends, so that the module hangs.
 #[test]
 fn a_locker() {
     let Some(house) = std::env::var_os(LOCKER) else { return };
     let mut held = Vec::new();
-    for token in fs::read_dir(Path::new(&house).join("tokens")).unwrap() {
-        for file in fs::read_dir(token.unwrap().path()).unwrap() {
-            let file = fs::File::options().read(true).write(true).open(file.unwrap().path()).unwrap();
-            rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
-            held.push(file);
-        }
+    for path in files(&Path::new(&house).join("tokens")) {
+        let file = fs::File::options().read(true).write(true).open(path).unwrap();
+        rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        held.push(file);
     }
     fs::write(Path::new(&house).join("locked"), "").unwrap();
     let mut rest = Vec::new();

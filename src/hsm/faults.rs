@@ -149,6 +149,8 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
     let outcome = match (place, class) {
         (Place::Sign, _) => Outcome::Unknown,
         (_, Class::Handle) => Outcome::Resolve,
+        // Some answer so where the handle is dead (Kryoptic: CKR_GENERAL_ERROR).
+        (Place::SignInit, Class::Vague) => Outcome::Resolve,
         (_, Class::Session | Class::Vague) => Outcome::Again,
         (_, Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent) => Outcome::NotSigned,
     };
@@ -411,12 +413,13 @@ mod tests {
     #[test]
     fn before_c_sign_a_session_or_vague_error_is_tried_again_and_a_dead_handle_looked_up() {
         for (code, class) in CODES {
-            let expected = match class {
-                Class::Session | Class::Vague => Outcome::Again,
-                Class::Handle => Outcome::Resolve,
-                Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent => Outcome::NotSigned,
-            };
             for place in [Place::OpenSession, Place::Search, Place::SignInit] {
+                let expected = match class {
+                    Class::Vague if place == Place::SignInit => Outcome::Resolve,
+                    Class::Session | Class::Vague => Outcome::Again,
+                    Class::Handle => Outcome::Resolve,
+                    Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent => Outcome::NotSigned,
+                };
                 assert_eq!(verdict(place, *code).outcome, expected, "{place:?} {code:?}");
             }
         }
@@ -440,7 +443,7 @@ mod tests {
     #[test]
     fn the_wrapper_tells_c_sign_init_from_c_sign() {
         let init = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::SignInit));
-        assert_eq!(init.verdict().outcome, Outcome::Again);
+        assert_eq!(init.verdict().outcome, Outcome::Resolve);
         let sign = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::Sign));
         assert_eq!(sign.verdict().outcome, Outcome::Unknown);
         let unclear = Error::signing(Cryptoki::InvalidValue);

@@ -54,6 +54,8 @@ impl Modules {
         check_owner(&real).map_err(failed)?;
         harden()?;
         let context = Pkcs11::new(&real).map_err(|error| failed(error.to_string()))?;
+        // The last clone to be dropped would unload it, under threads whose ends still run in it.
+        std::mem::forget(context.clone());
         initialize(&context).map_err(|error| failed(format!("{error:?}")))?;
         if let Ok(info) = context.get_library_info() {
             tracing::info!(module = %real.display(), library = %info.library_description(), manufacturer = %info.manufacturer_id(),

@@ -104,15 +104,12 @@ fn when_the_token_vanishes_callers_hear_it_and_when_it_returns_the_daemon_recove
     let mut house = House::serving();
     {
         let (one, two) = (house.attested("builder/1"), house.attested("builder/2"));
-        let (tokens, away) = (house.path("tokens"), house.path("tokens.away"));
-        fs::rename(&tokens, &away).unwrap();
-        fs::create_dir(&tokens).unwrap();
+        house.take_tokens_away();
         let output = one.renew();
         assert_eq!(output.code, 5, "{output:?}");
         assert!(output.stderr.contains("HSM_UNAVAILABLE") || output.stderr.contains("SIGNATURE_UNKNOWN"), "{output:?}");
         two.quarantine().ok();
-        fs::remove_dir(&tokens).unwrap();
-        fs::rename(&away, &tokens).unwrap();
+        house.bring_tokens_back();
         until_ok(|| one.renew());
         two.renew().refused("AGENT_QUARANTINED");
     }

@@ -278,7 +278,7 @@ fn the_shim_counts_each_signature_once_with_its_key_and_each_login() {
         .env("SUBJECT_MODULE", instrument::shim())
         .env("KEYWARD_SHIM_MODULE", house.module())
         .env("KEYWARD_SHIM_LOG", house.path("shim.log"))
-        .env("SOFTHSM2_CONF", house.path("softhsm2.conf"));
+        .envs([house.module_environment()]);
     run(&mut command).exits(-1);
     let signatures = house.signatures();
     assert_eq!(signatures.logins, 2);
@@ -306,7 +306,7 @@ pub struct PrivateKey {
 /// The private keys in a token of a house, read by another process than the daemon.
 pub fn private_keys(house: &House, token: &str) -> Vec<PrivateKey> {
     let mut command = again("private keys");
-    command.env("SUBJECT_MODULE", house.module()).env("SUBJECT_TOKEN", token).env("SOFTHSM2_CONF", house.path("softhsm2.conf"));
+    command.env("SUBJECT_MODULE", house.module()).env("SUBJECT_TOKEN", token).envs([house.module_environment()]);
     let output = run(&mut command).ok();
     let keys = said(&output).into_iter().map(|line| {
         let [id, flags] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };

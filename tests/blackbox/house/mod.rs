@@ -1,4 +1,4 @@
-//! A house of its own for each test: two SoftHSM tokens, a configuration, a daemon, agents.
+//! A house of its own for each test: two tokens of the module under test, a configuration, a daemon, agents.
 //!
 //! Owns: everything below one temporary directory, and the processes it started. Promises: houses do not meet (own tokens,
 //! own loopback address), so tests run in parallel; whatever it waits for is an event with a deadline. Never: sleeps, reads
@@ -57,7 +57,7 @@ impl House {
             preload: false,
             daemon: None,
         };
-        token::furnish(&house.path("tokens"), &house.path("softhsm2.conf"));
+        token::furnish(house.dir.path());
         write_private(&house.path("authority.pin"), token::PIN);
         write_private(&house.path("agents.pin"), token::PIN);
         fs::create_dir(house.path("agents")).unwrap();
@@ -217,7 +217,7 @@ impl House {
         let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
         command
             .env("KEYWARD_CONFIG", self.config())
-            .env("SOFTHSM2_CONF", self.path("softhsm2.conf"))
+            .envs([self.module_environment()])
             .env("KEYWARD_SHIM_MODULE", token::module())
             .env("KEYWARD_SHIM_LOG", self.path("shim.log"))
             .env_remove("NOTIFY_SOCKET")
@@ -321,6 +321,21 @@ impl House {
     /// The real PKCS#11 module.
     pub fn module(&self) -> PathBuf {
         token::module()
+    }
+
+    /// What tells that module where this house's tokens are.
+    pub fn module_environment(&self) -> (&'static str, PathBuf) {
+        token::environment(self.dir.path())
+    }
+
+    /// The module loses both tokens.
+    pub fn take_tokens_away(&self) {
+        token::take_away(self.dir.path());
+    }
+
+    /// The module has them again.
+    pub fn bring_tokens_back(&self) {
+        token::bring_back(self.dir.path());
     }
 
     /// Puts the right PINs back.

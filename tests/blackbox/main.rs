@@ -21,4 +21,5 @@ mod release;
 mod release_binary;
 mod renew;
 mod serve;
+mod shim;
 mod strangers;

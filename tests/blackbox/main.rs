@@ -11,6 +11,7 @@ mod bad_input;
 mod certificate;
 mod crash;
 mod enrol;
+mod faults;
 mod hsm;
 mod init;
 mod instruments;

@@ -292,10 +292,11 @@ unsafe extern "C" fn open_session(
     session: *mut CK_SESSION_HANDLE,
 ) -> CK_RV {
     pass(Function::C_OpenSession, |real| {
-        // SAFETY: the caller's arguments, handed on.
-        device::open_session(slot, flags, session, || {
+        let open = || {
+            // SAFETY: the caller's arguments, handed on.
             Some(unsafe { real.C_OpenSession?(slot, flags, application, notify, session) })
-        })
+        };
+        device::open_session(slot, flags, session, open)
     })
 }
 

@@ -41,18 +41,18 @@ fn renew_until(over: &AtomicBool, house: &House, worker: usize) -> Vec<Holder> {
     while !over.load(Ordering::SeqCst) {
         // A signature of which nobody knows counts as live.
         if asked >= LIVE_MAX - 4 {
-            match Holder::try_attest(house, &format!("builder-{worker}/{}", holders.len()), 50) {
-                Ok(holder) => holders.push(holder),
-                refused => {
-                    unavailable(refused.map(drop));
-                    return holders;
-                }
-            }
+            let name = format!("builder-{worker}/{}", holders.len());
+            holders.push(Holder::attest_within(house, &name, 4 * DEADLINE).unwrap());
             asked = 1;
         }
         if let Some(holder) = holders.last_mut() {
             asked += 1;
-            unavailable(holder.try_renew(house));
+            let answer = holder.try_renew(house);
+            if let Err(refusal) = &answer {
+                // As it was told, but sooner: load is wanted.
+                thread::sleep(refusal.retry_after.unwrap_or_default() / 10);
+            }
+            unavailable(answer);
         }
     }
     holders

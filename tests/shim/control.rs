@@ -13,6 +13,7 @@
 //! slow_keygen ms=5000 / preset yubihsm|cloudhsm|tpm / random seed=7 per_mille=20
 //! clear                                                 everything works again
 //! counts / faults / sessions                            calls by function / faults injected / sessions open
+//! await faults=12                                       waits for so many
 //! ```
 //! `*` is every hooked function. An answer is one line: `ok`, `ok <text>`, `error <why>`.
 
@@ -186,9 +187,17 @@ fn carry_out(line: &str) -> Result<String, String> {
             faults::delay(Some(Function::C_GenerateKeyPair), by);
         }
         "await" => {
-            let wanted = usize::try_from(words.needed("hanging")?).unwrap_or(usize::MAX);
+            let (hanging, faults) = (words.number("hanging")?, words.number("faults")?);
             words.end()?;
-            faults::await_parked(wanted).map_err(|now| format!("{now} hang after {:?}", faults::AWAIT))?;
+            let late = |now: u64, what| format!("{now} {what} after {:?}", faults::AWAIT);
+            match (hanging, faults) {
+                (Some(wanted), None) => {
+                    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+                    faults::await_parked(wanted).map_err(|now| late(now as u64, "hang"))?;
+                }
+                (None, Some(wanted)) => faults::await_injected(wanted).map_err(|now| late(now, "faults"))?,
+                _ => return Err("hanging= or faults= is missing".into()),
+            }
         }
         "sessions_max" | "pin_tries" => {
             let most = words.needed("n")?;

@@ -199,9 +199,12 @@ pub fn clear() {
     release();
 }
 
-/// A fault was injected.
-pub fn injected() {
-    INJECTED.fetch_add(1, Ordering::Relaxed);
+/// So many faults were injected.
+pub fn injected(faults: u64) {
+    INJECTED.fetch_add(faults, Ordering::Relaxed);
+    // Whoever waits either sees the new number before it sleeps, or is woken.
+    drop(parking());
+    CHANGED.notify_all();
 }
 
 /// How many were, since the module was loaded.
@@ -249,7 +252,7 @@ pub fn plan(function: Function, answers: bool) -> Plan {
         }
     }
     if met > 0 {
-        INJECTED.fetch_add(met, Ordering::Relaxed);
+        injected(met);
         note_armed(state);
     }
     plan
@@ -295,7 +298,7 @@ struct Parking {
 }
 
 static PARKING: LazyLock<Mutex<Parking>> = LazyLock::new(Mutex::default);
-static PARKING_CHANGED: Condvar = Condvar::new();
+static CHANGED: Condvar = Condvar::new();
 
 fn parking() -> MutexGuard<'static, Parking> {
     PARKING.lock().unwrap_or_else(PoisonError::into_inner)
@@ -306,17 +309,16 @@ pub fn park() {
     let mut parking = parking();
     let before = parking.releases;
     parking.parked += 1;
-    PARKING_CHANGED.notify_all();
-    let mut parking =
-        PARKING_CHANGED.wait_while(parking, |parking| parking.releases == before).unwrap_or_else(PoisonError::into_inner);
+    CHANGED.notify_all();
+    let mut parking = CHANGED.wait_while(parking, |parking| parking.releases == before).unwrap_or_else(PoisonError::into_inner);
     parking.parked -= 1;
-    PARKING_CHANGED.notify_all();
+    CHANGED.notify_all();
 }
 
 /// All that are parked go on.
 pub fn release() {
     parking().releases += 1;
-    PARKING_CHANGED.notify_all();
+    CHANGED.notify_all();
 }
 
 /// How many are parked.
@@ -326,8 +328,15 @@ pub fn parked() -> usize {
 
 /// Waits until so many are parked; how many there are when the time is up.
 pub fn await_parked(wanted: usize) -> Result<(), usize> {
-    let (parking, late) = PARKING_CHANGED
-        .wait_timeout_while(parking(), AWAIT, |parking| parking.parked < wanted)
-        .unwrap_or_else(PoisonError::into_inner);
-    if late.timed_out() { Err(parking.parked) } else { Ok(()) }
+    wait(|parking| parking.parked < wanted).map_err(|parking| parking.parked)
+}
+
+/// Waits until so many faults were injected; how many there are when the time is up.
+pub fn await_injected(wanted: u64) -> Result<(), u64> {
+    wait(|_| count() < wanted).map_err(|_| count())
+}
+
+fn wait(not_yet: impl FnMut(&mut Parking) -> bool) -> Result<(), MutexGuard<'static, Parking>> {
+    let (parking, late) = CHANGED.wait_timeout_while(parking(), AWAIT, not_yet).unwrap_or_else(PoisonError::into_inner);
+    if late.timed_out() { Err(parking) } else { Ok(()) }
 }

@@ -200,7 +200,7 @@ unsafe extern "C" fn sign_init(session: CK_SESSION_HANDLE, mechanism: *mut CK_ME
     pass(Function::C_SignInit, |real| {
         let mut key = key;
         if faults::remaps() {
-            faults::injected();
+            faults::injected(1);
             let Some(other) = real::another_key(real, session, key) else { return Some(CKR_KEY_HANDLE_INVALID) };
             key = other;
         }

@@ -3,54 +3,80 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::house::wire::{Draft, Identity};
+use crate::house::wire::{Answer, Draft, Identity, Refused};
 use crate::house::{Body, House};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
 /// An agent on the wire that remembers the newest certificate it was given.
-struct Holder {
-    name: String,
-    identity: Identity,
+pub struct Holder {
+    pub name: String,
+    pub identity: Identity,
     sequence: u64,
     /// Sent without an answer: repeated with the same bytes.
     pending: Option<Draft>,
     /// The bytes under the signature of each certificate it ever was given.
-    given: Vec<Vec<u8>>,
+    pub given: Vec<Vec<u8>>,
 }
 
 impl Holder {
-    fn attest(house: &House, name: &str) -> Self {
+    pub fn attest(house: &House, name: &str) -> Self {
+        Self::attest_within(house, name, Duration::ZERO).unwrap()
+    }
+
+    /// Asks with the same bytes until it is answered, or so long.
+    pub fn attest_within(house: &House, name: &str, patience: Duration) -> Answer<Self> {
+        let until = Instant::now() + patience;
         let wire = house.wire();
         let join = wire.enrol(name);
         let draft = Draft::join(&join);
-        let answer = wire.attest(None, |challenge| draft.joined(challenge, &join.token_seed)).unwrap();
-        let (identity, sequence) = (draft.identity(&answer), answer.next_sequence);
-        let given = vec![to_be_signed(&identity)];
-        Self { name: name.to_owned(), identity, sequence, pending: None, given }
+        loop {
+            match wire.attest(None, |challenge| draft.joined(challenge, &join.token_seed)) {
+                Ok(answer) => {
+                    let (identity, sequence) = (draft.identity(&answer), answer.next_sequence);
+                    let given = vec![to_be_signed(&identity)];
+                    return Ok(Self { name: name.to_owned(), identity, sequence, pending: None, given });
+                }
+                Err(refusal) if Instant::now() >= until => return Err(refusal),
+                Err(refusal) => {
+                    honest(name, &refusal);
+                    // As it was told, but sooner: these tests want load.
+                    thread::sleep(refusal.retry_after.unwrap_or_default() / 10);
+                }
+            }
+        }
     }
 
     /// One renewal; whether it was answered.
-    fn renew(&mut self, house: &House) -> bool {
+    pub fn renew(&mut self, house: &House) -> bool {
+        self.try_renew(house).is_ok()
+    }
+
+    /// One renewal, with the bytes that were not answered if there are any.
+    pub fn try_renew(&mut self, house: &House) -> Answer<()> {
         let draft = self.pending.take().unwrap_or_else(|| Draft::bound(&self.name, self.sequence));
         match house.wire().renew(Some(&self.identity), draft.renewal(&self.identity)) {
             Ok(answer) => {
                 self.identity = draft.identity(&answer);
                 self.sequence = answer.next_sequence;
                 self.given.push(to_be_signed(&self.identity));
-                true
+                Ok(())
             }
             Err(refusal) => {
-                // An honest agent within its limits: it hears nothing, or that the daemon cannot.
-                let wrong = ["CLONE_SUSPECTED", "RATE_LIMITED", "IDEMPOTENCY_MISMATCH", "UNAUTHENTICATED"];
-                assert!(!wrong.contains(&refusal.reason.as_str()), "{}: {refusal:?}", self.name);
+                honest(&self.name, &refusal);
                 self.pending = Some(draft);
-                false
+                Err(refusal)
             }
         }
     }
+}
+
+/// An honest agent within its limits: it hears nothing, or that the daemon cannot.
+fn honest(name: &str, refusal: &Refused) {
+    let wrong = ["CLONE_SUSPECTED", "RATE_LIMITED", "IDEMPOTENCY_MISMATCH", "UNAUTHENTICATED"];
+    assert!(!wrong.contains(&refusal.reason.as_str()), "{name}: {refusal:?}");
 }
 
 fn to_be_signed(identity: &Identity) -> Vec<u8> {
@@ -58,7 +84,7 @@ fn to_be_signed(identity: &Identity) -> Vec<u8> {
 }
 
 /// Every certificate that an agent was ever given is in the book, and not as one that it was not given.
-fn are_in_the_book(entries: &[Body], holder: &Holder) {
+pub fn are_in_the_book(entries: &[Body], holder: &Holder) {
     let intents: BTreeMap<&[u8], u64> = (0..)
         .zip(entries)
         .filter_map(|(index, body)| match body {
@@ -257,7 +283,7 @@ fn a_client_that_disconnects_anywhere_changes_nothing_but_its_own_luck() {
             let draft = Draft::bound("builder/1", holder.sequence);
             wire.renew_and_vanish(&holder.identity, draft.renewal(&holder.identity), Duration::from_micros(micros));
             // It comes back with the same bytes and gets the one answer there is.
-            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            let until = Instant::now() + crate::house::DEADLINE;
             loop {
                 match wire.renew(Some(&holder.identity), draft.renewal(&holder.identity)) {
                     Ok(answer) => {
@@ -267,7 +293,7 @@ fn a_client_that_disconnects_anywhere_changes_nothing_but_its_own_luck() {
                     }
                     Err(refusal) => assert_eq!(refusal.reason, "REQUEST_IN_PROGRESS", "{refusal:?}"),
                 }
-                assert!(std::time::Instant::now() < until);
+                assert!(Instant::now() < until);
             }
         }
     }

@@ -274,12 +274,7 @@ fn sign() {
 fn the_shim_counts_each_signature_once_with_its_key_and_each_login() {
     let house = House::new();
     let mut command = again("sign");
-    command
-        .env("SUBJECT_MODULE", instrument::shim())
-        .env("KEYWARD_SHIM_MODULE", house.module())
-        .env("KEYWARD_SHIM_LOG", house.path("shim.log"))
-        .envs([house.module_environment()]);
-    run(&mut command).exits(-1);
+    run(house.lend_tokens(&mut command).env("SUBJECT_MODULE", instrument::shim())).exits(-1);
     let signatures = house.signatures();
     assert_eq!(signatures.logins, 2);
     assert_eq!(signatures.count(), 3);

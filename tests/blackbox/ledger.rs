@@ -1,5 +1,7 @@
 //! The book: everything is in it, in one order, and it can be held against the promises without trusting the daemon.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use keyward::proto::IntentKind;
 
 use crate::house::{Body, House};
@@ -71,7 +73,7 @@ fn every_intent_has_exactly_one_outcome() {
 
 /// Over the whole book of a daemon that has stopped.
 pub fn one_outcome_each(entries: &[Body]) {
-    let mut open: std::collections::BTreeSet<u64> = std::collections::BTreeSet::new();
+    let mut open: BTreeSet<u64> = BTreeSet::new();
     for (index, body) in entries.iter().enumerate() {
         let ended = match body {
             Body::Intended(_) => {
@@ -104,9 +106,18 @@ fn the_token_signed_nothing_that_was_not_in_the_book_and_nothing_twice() {
 
 /// Promise 2, from the token's side: each digest that an authority key signed is of an intent's bytes, and was signed once.
 pub fn signed_only_what_was_intended(house: &House, entries: &[Body]) {
+    // A key is tried when it is made and when a daemon starts to use it.
+    let lives = 2 + entries.iter().filter(|body| matches!(body, Body::Started(_))).count();
+    let tests = signed_beside_intents(house, entries);
+    assert!(tests.values().all(|count| *count <= lives), "signed without an intent: {tests:?}");
+}
+
+/// How often each authority key signed something else than an intent's bytes: test signatures, over a tag that no certificate starts
+/// with. What was intended must have been signed at most as often.
+pub fn signed_beside_intents(house: &House, entries: &[Body]) -> BTreeMap<String, usize> {
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let mut intended = std::collections::BTreeMap::new();
-    let mut authorities = std::collections::BTreeSet::new();
+    let mut intended = BTreeMap::new();
+    let mut authorities = BTreeSet::new();
     for body in entries {
         if let Body::Intended(intent) = body {
             authorities.insert(hex(&intent.key_id));
@@ -115,17 +126,14 @@ pub fn signed_only_what_was_intended(house: &House, entries: &[Body]) {
         }
     }
     let signatures = house.signatures();
-    let mut tests = std::collections::BTreeMap::<String, usize>::new();
+    let mut tests = BTreeMap::<String, usize>::new();
     for ((key, data), count) in signatures.made.iter().filter(|((key, _), _)| authorities.contains(key)) {
         match intended.get(&(key.clone(), data.clone())) {
             Some(times) => assert!(count <= times, "{data} was signed {count} times with {key}, intended {times} times"),
-            // The one test signature of a new key, over a tag that no certificate starts with.
             None => *tests.entry(key.clone()).or_default() += count,
         }
     }
-    // A key is tried when it is made and when a daemon starts to use it.
-    let lives = 2 + entries.iter().filter(|body| matches!(body, Body::Started(_))).count();
-    assert!(tests.values().all(|count| *count <= lives), "signed without an intent: {tests:?}");
+    tests
 }
 
 #[test]

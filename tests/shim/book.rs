@@ -1,7 +1,6 @@
 //! What was signed and how often somebody logged in, one line each.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -46,7 +45,7 @@ pub fn part(session: CK_SESSION_HANDLE, data: &[u8]) {
 
 /// A signature over the parts and `data` was made. The line is in the file before the caller has the signature.
 pub fn signed(session: CK_SESSION_HANDLE, data: &[u8]) {
-    let mut line = String::new();
+    let mut line = String::with_capacity(256);
     if let Some(known) = signing().get_mut(&session) {
         hex(&mut line, &known.id);
         line.push(' ');
@@ -87,7 +86,8 @@ fn append(line: &str) {
 }
 
 fn hex(text: &mut String, bytes: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     for byte in bytes {
-        let _ = write!(text, "{byte:02x}");
+        text.extend([byte >> 4, byte & 15].map(|half| char::from(DIGITS[usize::from(half)])));
     }
 }

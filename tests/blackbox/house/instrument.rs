@@ -1,4 +1,4 @@
-//! The instruments: the counting module and the preload library (tests/shim, tests/preload).
+//! The instruments: the fault module and the preload library (tests/shim, tests/preload).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use std::process::Command;
 #[path = "../../preload/shadow.rs"]
 mod shadow;
 
-/// The counting PKCS#11 module.
+/// The PKCS#11 module that counts and fails as it is told.
 pub fn shim() -> PathBuf {
     example("libp11shim.so")
 }
@@ -101,7 +101,8 @@ pub struct Signatures {
 }
 
 impl Signatures {
-    pub(super) fn read(log: &Path) -> Self {
+    /// As far as the log has come.
+    pub fn read(log: &Path) -> Self {
         let mut read = Self::default();
         for line in fs::read_to_string(log).unwrap_or_default().lines() {
             match line.split_once(' ') {

@@ -8,6 +8,7 @@ mod agent;
 mod daemon;
 pub mod instrument;
 mod output;
+mod shim;
 mod token;
 pub mod wire;
 
@@ -24,6 +25,7 @@ pub use daemon::Daemon;
 pub use instrument::{Control, Signatures};
 pub use keyward::proto::entry::Body;
 pub use output::{Output, run};
+pub use shim::Shim;
 
 /// Longest wait for anything that should take a second, on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -84,7 +86,7 @@ impl House {
         self
     }
 
-    /// With the counting PKCS#11 module before the token.
+    /// With the fault module before the token: it counts, and fails as it is told.
     pub fn with_shim(mut self) -> Self {
         self.shim = true;
         self.write_config();
@@ -197,6 +199,16 @@ impl House {
         Signatures::read(&self.path("shim.log"))
     }
 
+    /// What the fault module of the running daemon is told.
+    pub fn shim(&self) -> Shim {
+        Shim::at(&self.path("shim.sock"))
+    }
+
+    /// What the fault module of each process started from now on is told when it is loaded; empty: nothing.
+    pub fn shim_script(&self, commands: &str) {
+        fs::write(self.path("shim.script"), commands).unwrap();
+    }
+
     /// Runs the command with this house's configuration.
     pub fn keyward(&self, arguments: &[&str]) -> Output {
         run(self.command().args(arguments))
@@ -215,16 +227,23 @@ impl House {
     /// The command, with this house's configuration, tokens, and instruments.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_keyward"));
-        command
+        self.lend_tokens(&mut command)
             .env("KEYWARD_CONFIG", self.config())
-            .envs([self.module_environment()])
-            .env("KEYWARD_SHIM_MODULE", token::module())
-            .env("KEYWARD_SHIM_LOG", self.path("shim.log"))
             .env_remove("NOTIFY_SOCKET")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .current_dir(self.dir.path());
         command
+    }
+
+    /// With this house's tokens, and what the fault module before them needs.
+    pub fn lend_tokens<'a>(&self, command: &'a mut Command) -> &'a mut Command {
+        command
+            .envs([self.module_environment()])
+            .env("KEYWARD_SHIM_MODULE", token::module())
+            .env("KEYWARD_SHIM_LOG", self.path("shim.log"))
+            .env("KEYWARD_SHIM_SOCKET", self.path("shim.sock"))
+            .env("KEYWARD_SHIM_SCRIPT", self.path("shim.script"))
     }
 
     /// The command with the preload library under it.

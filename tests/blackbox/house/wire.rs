@@ -27,9 +27,9 @@ use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic_health::pb::HealthCheckRequest;
 pub use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
@@ -47,6 +47,8 @@ pub struct Refused {
     pub message: String,
     /// The ledger entry that tells of it.
     pub ledger_index: Option<u64>,
+    /// When to ask again.
+    pub retry_after: Option<Duration>,
 }
 
 impl From<tonic::Status> for Refused {
@@ -57,7 +59,8 @@ impl From<tonic::Status> for Refused {
         }
         let ledger_index = info.as_ref().and_then(|info| info.metadata.get("ledger_index")?.parse().ok());
         let reason = info.map(|info| info.reason).unwrap_or_default();
-        Self { reason, code: status.code(), message: status.message().to_owned(), ledger_index }
+        let retry_after = status.get_details_retry_info().and_then(|retry| retry.retry_delay);
+        Self { reason, code: status.code(), message: status.message().to_owned(), ledger_index, retry_after }
     }
 }
 
@@ -205,14 +208,15 @@ impl Wire {
             }
             return;
         }
-        let mut health = HealthClient::new(self.face(face));
-        let watch = async {
-            let request = HealthCheckRequest { service: service.to_owned() };
-            let mut told = health.watch(request).await.unwrap().into_inner();
-            while told.message().await.unwrap().expect("a watch has no end").status() != wanted {}
-        };
-        let told = self.runtime.block_on(async { tokio::time::timeout(DEADLINE, watch).await });
-        told.unwrap_or_else(|_| panic!("{service:?} did not become {wanted:?} over {face:?}"));
+        self.watch_health(service).becomes(wanted);
+    }
+
+    /// Follows a service's health over the operator socket.
+    pub fn watch_health(&self, service: &str) -> Watched<'_> {
+        let mut health = HealthClient::new(self.local());
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let told = self.runtime.block_on(health.watch(request)).unwrap().into_inner();
+        Watched { wire: self, service: service.to_owned(), told }
     }
 
     /// The services that gRPC reflection lists.
@@ -320,6 +324,24 @@ impl Wire {
 pub enum Face {
     Tcp,
     Operator,
+}
+
+/// A service's health as it changes.
+pub struct Watched<'a> {
+    wire: &'a Wire,
+    service: String,
+    told: tonic::Streaming<HealthCheckResponse>,
+}
+
+impl Watched<'_> {
+    /// Waits until it is told so.
+    #[track_caller]
+    pub fn becomes(&mut self, wanted: ServingStatus) {
+        let told = &mut self.told;
+        let watch = async { while told.message().await.unwrap().expect("a watch has no end").status() != wanted {} };
+        let in_time = self.wire.runtime.block_on(async { tokio::time::timeout(DEADLINE, watch).await }).is_ok();
+        assert!(in_time, "{:?} did not become {wanted:?}", self.service);
+    }
 }
 
 /// A connection that stays.

@@ -70,25 +70,10 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     let mut session: Option<Session> = None;
     while let Some(job) = token.jobs.next(term) {
         let Some(job) = job.claim() else { continue };
-        if session.is_none() {
-            match mark.inside(|| token.open_session(false)) {
-                Ok(opened) => session = Some(opened),
-                Err(error) => {
-                    token.report(&error);
-                    let outcome = error.verdict().outcome;
-                    job.answer(Err(Failed { error, outcome }));
-                    continue;
-                }
-            }
-        }
-        let Some(open) = session.as_ref() else { continue };
-        let result = mark.inside(|| attempt(token, open, &job));
-        if let Err(failed) = &result
-            && !failed.error.verdict().keep_session
-            && let Some(spoilt) = session.take()
-        {
-            // An operation may still be active in it: the next C_SignInit would meet CKR_OPERATION_ACTIVE.
-            mark.inside(|| Token::discard(spoilt));
+        let mut result = mark.inside(|| with_session(token, &mut session, &job));
+        if result.as_ref().is_err_and(|failed| failed.outcome == Outcome::Again) {
+            // Certain that nothing was signed, and that session is gone: once more with another.
+            result = mark.inside(|| with_session(token, &mut session, &job));
         }
         job.answer(result);
         if mark.is_given_up() {
@@ -99,6 +84,26 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
         }
     }
     // The session is forgotten, not closed: its module is being finalized.
+}
+
+/// One attempt with the lane's session, opened if there is none; kept only if it may be used again.
+fn with_session(token: &Token, session: &mut Option<Session>, job: &Job) -> Result<Vec<u8>, Failed> {
+    let open = match session.take() {
+        Some(open) => open,
+        None => token.open_session(false).map_err(|error| {
+            token.report(&error);
+            let outcome = error.verdict().outcome;
+            Failed { error, outcome }
+        })?,
+    };
+    let result = attempt(token, &open, job);
+    if result.as_ref().map_or_else(|failed| failed.error.verdict().keep_session, |_| true) {
+        *session = Some(open);
+    } else {
+        // An operation may still be active in it: the next C_SignInit would meet CKR_OPERATION_ACTIVE.
+        Token::discard(open);
+    }
+    result
 }
 
 fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Failed> {
@@ -171,7 +176,7 @@ async fn ask(
     }
 }
 
-/// A verified signature: at most two attempts, the second only where the first certainly did not reach C_Sign.
+/// A verified signature. The key is looked up anew at most once, and only where C_Sign was certainly not reached.
 pub(super) async fn sign(
     token: &Arc<Token>,
     key: &Arc<Bound>,
@@ -184,7 +189,6 @@ pub(super) async fn sign(
         match ask(token, key, handle, message, deadline).await {
             Ok(signature) => return Ok(signature),
             Err(Failed { error, outcome: Outcome::Unknown }) => return Err(SignError::Unknown(error)),
-            Err(Failed { outcome: Outcome::Again, .. }) if !last => {}
             Err(Failed { outcome: Outcome::Resolve, .. }) if !last => token.epoch_ends(epoch),
             Err(Failed { error, .. }) => return Err(SignError::NotSigned(error)),
         }
@@ -208,6 +212,7 @@ impl Token {
         if let Some(answer) = known(epoch) {
             return answer;
         }
+        let from = Instant::now();
         let look = || {
             let wanted = Arc::clone(key);
             self.errand(deadline, move |session| objects::resolve(session, &wanted))
@@ -219,6 +224,10 @@ impl Token {
         }
         match found {
             Ok(handle) => {
+                if self.admission.pace().is_zero() {
+                    // A test signature was part of it: the first idea of what a signature takes, corrected by the next.
+                    self.admission.note(from.elapsed());
+                }
                 key.set_place(Place::At { epoch, handle });
                 Ok((epoch, handle))
             }
@@ -246,7 +255,8 @@ impl Token {
             Health::Fine => {}
             Health::Suspect if !self.suspect_again() => {}
             Health::Suspect | Health::Lost => self.suspend(&error.to_string(), Remedy::Restart),
-            Health::LoggedOut => self.suspend(&error.to_string(), Remedy::LogIn),
+            // What took this login took those of its neighbours.
+            Health::LoggedOut => self.module.suspend_all(self, &error.to_string()),
         }
     }
 }

@@ -142,6 +142,14 @@ impl Module {
         self.tokens().iter().any(|other| Arc::as_ptr(other) != token && other.is_usable())
     }
 
+    /// `first` lost its login: every token of the module makes sure of its own.
+    pub(super) fn suspend_all(&self, first: &Token, fault: &str) {
+        first.suspend(fault, Remedy::LogIn);
+        for token in self.tokens().iter().filter(|token| !std::ptr::eq(Arc::as_ptr(token), first)) {
+            token.suspend("another token of this module lost its login", Remedy::LogIn);
+        }
+    }
+
     /// Starts the module afresh, unless that happened since `seen`: C_Finalize with a call in flight is undefined, so every token's
     /// threads come out first. Afterwards every token has to be connected again by its own watch, which is told to.
     pub(super) fn restart(&self, lifecycle: &mut Lifecycle, seen: u64) -> Result<(), Error> {

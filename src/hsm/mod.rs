@@ -212,7 +212,7 @@ impl Hsm {
         Ok(SigningKey { token: Arc::clone(&self.0), key })
     }
 
-    /// From now on the token's health is this key's: it signs a tagged message every 500 ms while nothing else is signed.
+    /// From now on the token's health is this key's: it signs a tagged message every 200 ms while nothing else is signed.
     pub fn set_canary(&self, key: SigningKey) {
         *self.0.canary.lock().unwrap_or_else(PoisonError::into_inner) = Some(key.key);
     }

@@ -87,13 +87,11 @@ pub fn serve(config: Config) -> Result<ExitCode, String> {
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(|error| format!("no runtime: {error}"))?;
     let cause = runtime.block_on(run(config))?;
     runtime.shutdown_timeout(Duration::from_secs(1));
-    if cause == Cause::TokenStuck {
-        // The module's own exit handlers may wait for the call that hangs in it. Whoever watches us restarts us after this, too.
-        std::thread::spawn(|| {
-            std::thread::sleep(EXIT_DEADLINE);
-            std::process::abort()
-        });
-    }
+    // A module's own exit handlers may wait for a call that hangs in it. Whoever watches us restarts us after this, too.
+    std::thread::spawn(|| {
+        std::thread::sleep(EXIT_DEADLINE);
+        std::process::abort()
+    });
     Ok(cause.exit_code())
 }
 
@@ -126,7 +124,7 @@ async fn run(config: Config) -> Result<Cause, String> {
             abort.abort();
         }
     }
-    rooms.close(&cause.text()).await;
+    rooms.close(&cause).await;
     Ok(cause)
 }
 

@@ -22,6 +22,8 @@ use super::{Cause, duties, notify};
 const TOKEN_RETRY: Duration = Duration::from_millis(500);
 /// Longest time for opening a token: loading its module, finding it, one login, probing it.
 const OPEN_DEADLINE: Duration = Duration::from_secs(60);
+/// A token that takes longer to open is worth a word: its module may hang.
+const OPEN_SLOW: Duration = Duration::from_secs(2);
 /// How long intents under way have to end at the stop.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long a token has to come to rest at the stop.
@@ -108,7 +110,7 @@ impl Rooms {
     }
 
     /// The last entry, the last checkpoint, the tokens.
-    pub(super) async fn close(&self, cause: &str) {
+    pub(super) async fn close(&self, cause: &Cause) {
         let ledger = self.acts.ledger();
         // What has begun ends first, so that no start has to close it as unknown.
         if !ledger.settled(SETTLE_DEADLINE).await {
@@ -118,7 +120,7 @@ impl Rooms {
         if let Err(refusal) = ledger.seal_refusals().await {
             tracing::warn!(?refusal, "refusals could not be sealed");
         }
-        if let Err(refusal) = ledger.stop(cause).await {
+        if let Err(refusal) = ledger.stop(&cause.text()).await {
             tracing::error!(?refusal, "the stop could not be recorded");
         } else if let Err(refusal) = self.acts.checkpoint(0).await {
             tracing::warn!(?refusal, "no checkpoint at the stop");
@@ -128,10 +130,12 @@ impl Rooms {
         }
         let tokens = self.tokens.borrow().clone();
         if let Some(tokens) = tokens {
+            // Who hangs inside the module is not waited for: until the next daemon serves, nobody is served.
+            let patience = if *cause == Cause::TokenStuck { Duration::ZERO } else { TOKEN_DEADLINE };
             let shut = tokio::task::spawn_blocking(move || {
-                tokens.authority.shut_down(TOKEN_DEADLINE);
+                tokens.authority.shut_down(patience);
                 if !tokens.shared {
-                    tokens.agents.shut_down(TOKEN_DEADLINE);
+                    tokens.agents.shut_down(patience);
                 }
             });
             let _ = tokio::time::timeout(TOKEN_DEADLINE * 3, shut).await;
@@ -198,12 +202,12 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<
     let config = &rooms.config;
     let mut refused = false;
     loop {
-        let authority = open_token(rooms, &modules, TokenRole::Authority).await;
+        let authority = open_token(rooms, &modules, TokenRole::Authority, stop).await;
         let opened = match authority {
             Ok(authority) if config.agents == config.authority => {
                 Ok(Tokens { agents: authority.clone(), authority, shared: true })
             }
-            Ok(authority) => match open_token(rooms, &modules, TokenRole::Agents).await {
+            Ok(authority) => match open_token(rooms, &modules, TokenRole::Agents, stop).await {
                 Ok(agents) => Ok(Tokens { authority, agents, shared: false }),
                 Err(error) => {
                     let close = tokio::task::spawn_blocking(move || authority.shut_down(TOKEN_DEADLINE));
@@ -229,12 +233,7 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<
             }
             Err((role, error)) => {
                 refused |= error.needs_operator();
-                rooms.readiness.set_pending_tokens(vec![pending(config, role, &error)]);
-                rooms.wait_for(Some(error.to_string()));
-                if matches!(error, hsm::Error::Stuck) {
-                    // Nobody has a key yet, and the thread in there holds what another attempt would need.
-                    stop.send_replace(Some(Cause::TokenStuck));
-                }
+                not_open(rooms, role, &error.to_string());
                 tokio::time::sleep(TOKEN_RETRY).await;
                 if error.needs_operator() {
                     // The marker goes when the operator has corrected the PIN.
@@ -247,14 +246,37 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<
     }
 }
 
-async fn open_token(rooms: &Rooms, modules: &Arc<Modules>, role: TokenRole) -> Result<Hsm, hsm::Error> {
+async fn open_token(
+    rooms: &Rooms,
+    modules: &Arc<Modules>,
+    role: TokenRole,
+    stop: &watch::Sender<Option<Cause>>,
+) -> Result<Hsm, hsm::Error> {
     let settings = token_settings(&rooms.config, role);
+    let label = settings.token.label.clone();
     let (modules, meter) = (Arc::clone(modules), Arc::clone(rooms.acts.ledger().meter()));
-    let opening = tokio::task::spawn_blocking(move || Hsm::open(&modules, settings, meter));
-    match tokio::time::timeout(OPEN_DEADLINE, opening).await {
-        Ok(opened) => opened.unwrap_or(Err(hsm::Error::ShutDown)),
-        Err(_) => Err(hsm::Error::Stuck),
-    }
+    let mut opening = tokio::task::spawn_blocking(move || Hsm::open(&modules, settings, meter));
+    let opened = match tokio::time::timeout(OPEN_SLOW, &mut opening).await {
+        Ok(opened) => opened,
+        Err(_) => {
+            not_open(rooms, role, &format!("token {label:?} is not open after {OPEN_SLOW:?}: its PKCS#11 module may hang"));
+            match tokio::time::timeout(OPEN_DEADLINE - OPEN_SLOW, opening).await {
+                Ok(opened) => opened,
+                Err(_) => {
+                    // Nobody has a key yet, and the thread in there holds what another attempt would need.
+                    stop.send_replace(Some(Cause::TokenStuck));
+                    return Err(hsm::Error::Stuck);
+                }
+            }
+        }
+    };
+    opened.unwrap_or(Err(hsm::Error::ShutDown))
+}
+
+/// Says why a token is not there yet.
+fn not_open(rooms: &Rooms, role: TokenRole, fault: &str) {
+    rooms.readiness.set_pending_tokens(vec![pending(&rooms.config, role, fault)]);
+    rooms.wait_for(Some(fault.to_owned()));
 }
 
 /// How a token is opened for a configuration.
@@ -272,13 +294,13 @@ pub(super) fn token_settings(config: &Config, role: TokenRole) -> hsm::Settings 
     }
 }
 
-fn pending(config: &Config, role: TokenRole, error: &hsm::Error) -> proto::TokenStatus {
+fn pending(config: &Config, role: TokenRole, fault: &str) -> proto::TokenStatus {
     let token = if role == TokenRole::Agents { &config.agents } else { &config.authority };
     proto::TokenStatus {
         role: role.into(),
         module: token.module.display().to_string(),
         label: token.label.clone(),
-        fault: error.to_string(),
+        fault: fault.to_owned(),
         pin_pending: hsm::pin_pending(&config.paths.state, role),
         ..proto::TokenStatus::default()
     }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
@@ -193,9 +193,14 @@ impl Module {
         Ok(())
     }
 
-    /// C_Finalize for good, when `leaving` was the last token. Nobody of it may be inside.
+    /// C_Finalize for good, when `leaving` was the last token. Nobody of it may be inside. Somebody who is connecting right now may hang
+    /// for ever: nothing is finalized under him.
     pub(super) fn leave(&self, leaving: &Arc<Token>) {
-        let mut lifecycle = self.lifecycle();
+        let mut lifecycle = match self.lifecycle.try_lock() {
+            Ok(lifecycle) => lifecycle,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.retain(|token| token.strong_count() > 0 && token.as_ptr() != Arc::as_ptr(leaving));
         if tokens.is_empty() && lifecycle.initialized {

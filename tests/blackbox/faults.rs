@@ -19,14 +19,14 @@ fn house() -> House {
 }
 
 /// The token is well: the daemon is ready again by itself.
-fn ready_again(house: &House) {
+pub fn ready_again(house: &House) {
     house.shim().tell("clear");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
 }
 
 /// What an agent may hear of a token that fails: to ask again, and when.
 #[track_caller]
-fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) {
+pub fn unavailable<T: std::fmt::Debug>(answer: Answer<T>) {
     if let Err(refusal) = answer {
         let known = ["SIGNATURE_UNKNOWN", "HSM_UNAVAILABLE", "OVERLOADED", "REQUEST_IN_PROGRESS"];
         assert!(known.contains(&refusal.reason.as_str()), "{refusal:?}");
@@ -162,7 +162,7 @@ fn unknown(entries: &[Body]) -> Vec<u64> {
 }
 
 /// What came of the last intent for an agent that ended unknown.
-fn lost_tbs(house: &House, agent: &str) -> Vec<u8> {
+pub fn lost_tbs(house: &House, agent: &str) -> Vec<u8> {
     let entries = house.entries();
     let lost = unknown(&entries).into_iter().rev().find_map(|index| match &entries[usize::try_from(index).unwrap()] {
         Body::Intended(intent) if intent.agent == agent => Some(intent.tbs.clone()),
@@ -171,17 +171,17 @@ fn lost_tbs(house: &House, agent: &str) -> Vec<u8> {
     lost.expect("an intent that ended unknown")
 }
 
-fn digest(bytes: &[u8]) -> Vec<u8> {
+pub fn digest(bytes: &[u8]) -> Vec<u8> {
     aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes).as_ref().to_vec()
 }
 
-fn serial(tbs: &[u8]) -> Vec<u8> {
+pub fn serial(tbs: &[u8]) -> Vec<u8> {
     use x509_parser::prelude::FromDer as _;
     x509_parser::certificate::TbsCertificate::from_der(tbs).unwrap().1.raw_serial().to_vec()
 }
 
 /// Arms the fault until it meets a certificate: the daemon's own signatures may meet it first.
-fn until_unknown(house: &House, holder: &mut Holder, fault: &str, after_each: impl Fn()) -> Refused {
+pub fn until_unknown(house: &House, holder: &mut Holder, fault: &str, after_each: impl Fn()) -> Refused {
     let until = Instant::now() + DEADLINE;
     loop {
         assert!(Instant::now() < until, "{fault} never met a certificate");

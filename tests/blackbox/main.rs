@@ -18,6 +18,7 @@ mod instruments;
 mod ledger;
 mod quarantine;
 mod race;
+mod recovery;
 mod release;
 mod release_binary;
 mod renew;

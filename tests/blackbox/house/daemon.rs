@@ -7,7 +7,7 @@ use std::process::ExitStatus;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -124,13 +124,22 @@ impl Daemon {
         self.wait().code()
     }
 
+    /// The same for an end that takes its time.
+    pub fn ended_within(&mut self, patience: Duration) -> Option<i32> {
+        self.wait_for(patience).code()
+    }
+
     /// Sends a signal, e.g. SIGSTOP for a daemon that hangs.
     pub fn signal(&self, signal: Signal) {
         let _ = pidfd_send_signal(&self.process, signal);
     }
 
     fn wait(&mut self) -> ExitStatus {
-        let status = self.end.get_mut().unwrap().recv_timeout(DEADLINE).expect("the daemon did not end in time");
+        self.wait_for(DEADLINE)
+    }
+
+    fn wait_for(&mut self, patience: Duration) -> ExitStatus {
+        let status = self.end.get_mut().unwrap().recv_timeout(patience).expect("the daemon did not end in time");
         self.ended = true;
         status
     }

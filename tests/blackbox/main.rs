@@ -16,6 +16,7 @@ mod hsm;
 mod init;
 mod instruments;
 mod ledger;
+mod memory;
 mod quarantine;
 mod race;
 mod recovery;

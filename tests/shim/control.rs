@@ -11,6 +11,8 @@
 //! remap                                                 a private key's handle names another key
 //! sessions_max n=16 / pin_tries n=3 / no_session_keys / no_read_only_sessions / unique_ids
 //! slow_keygen ms=5000 / preset yubihsm|cloudhsm|tpm / random seed=7 per_mille=20
+//! pin real=1234                                         the real module is given this PIN, whatever the caller gave
+//! memory 7069...                                        in how many places of the process's memory those bytes (hex) are, and where
 //! clear                                                 everything works again
 //! counts / faults / sessions                            calls by function / faults injected / sessions open
 //! await faults=12                                       waits for so many
@@ -28,6 +30,7 @@ use std::time::Duration;
 use crate::device;
 use crate::faults::{self, Deed, Rule};
 use crate::functions::Function;
+use crate::memory;
 
 /// Longest command.
 const LINE_MAX: u64 = 1024;
@@ -213,6 +216,16 @@ fn carry_out(line: &str) -> Result<String, String> {
             let name = words.next("the device")?;
             words.end()?;
             device::preset(name)?;
+        }
+        "pin" => {
+            let real = words.value("real").ok_or("real= is missing")?;
+            words.end()?;
+            device::set_real_pin(real);
+        }
+        "memory" => {
+            let hex = words.next("what to look for")?;
+            words.end()?;
+            return memory::look_for(hex);
         }
         _ => {
             words.end()?;

@@ -21,6 +21,7 @@ struct Device {
     sessions: HashMap<CK_SESSION_HANDLE, CK_SLOT_ID>,
     /// Wrong logins in a row, by slot.
     wrong_pins: HashMap<CK_SLOT_ID, u64>,
+    real_pin: Option<Vec<u8>>,
     lacks: Lacks,
 }
 
@@ -69,6 +70,16 @@ pub fn set_pin_tries(tries: u64) {
     device().lacks.pin_tries = Some(tries);
 }
 
+/// From now on logins are made with this PIN.
+pub fn set_real_pin(pin: &str) {
+    device().real_pin = Some(pin.into());
+}
+
+/// What logins are made with, if not with the caller's PIN.
+pub fn real_pin() -> Option<Vec<u8>> {
+    device().real_pin.clone()
+}
+
 pub fn refuse_session_keys() {
     device().lacks.session_keys = true;
 }
@@ -81,7 +92,7 @@ pub fn refuse_second_ids() {
     device().lacks.second_ids = true;
 }
 
-/// It lacks nothing, and counts PINs from the start.
+/// It lacks nothing, and counts PINs from the start. Its PIN stays what it is.
 pub fn clear() {
     let mut device = device();
     device.lacks = Lacks::default();

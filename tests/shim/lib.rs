@@ -15,6 +15,7 @@ mod control;
 mod device;
 mod faults;
 mod functions;
+mod memory;
 mod real;
 
 use cryptoki_sys::{
@@ -190,7 +191,10 @@ hooks! {
 unsafe extern "C" fn login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_UTF8CHAR, pin_len: CK_ULONG) -> CK_RV {
     book::login();
     pass(Function::C_Login, |real| {
-        // SAFETY: the caller's arguments, handed on.
+        let mut real_pin = device::real_pin();
+        let (pin, pin_len) =
+            real_pin.as_mut().map_or((pin, pin_len), |real| (real.as_mut_ptr(), CK_ULONG::try_from(real.len()).unwrap_or(0)));
+        // SAFETY: the caller's arguments, handed on, or another PIN that lives as long as the call.
         let log_in = || Some(unsafe { real.C_Login?(session, user, pin, pin_len) });
         if user == CKU_USER { device::log_in(session, log_in) } else { log_in() }
     })

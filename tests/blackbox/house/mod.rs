@@ -60,8 +60,7 @@ impl House {
             daemon: None,
         };
         token::furnish(house.dir.path());
-        write_private(&house.path("authority.pin"), token::PIN);
-        write_private(&house.path("agents.pin"), token::PIN);
+        house.return_pins();
         fs::create_dir(house.path("agents")).unwrap();
         house.write_config();
         house
@@ -333,8 +332,13 @@ impl House {
 
     /// Replaces the PIN of both tokens in the files, not in the tokens.
     pub fn misplace_pins(&self) {
-        write_private(&self.path("authority.pin"), "not the PIN");
-        write_private(&self.path("agents.pin"), "not the PIN");
+        self.write_pins("not the PIN");
+    }
+
+    /// The same with a PIN of the test's.
+    pub fn write_pins(&self, pin: &str) {
+        write_private(&self.path("authority.pin"), pin);
+        write_private(&self.path("agents.pin"), pin);
     }
 
     /// The real PKCS#11 module.
@@ -359,8 +363,7 @@ impl House {
 
     /// Puts the right PINs back.
     pub fn return_pins(&self) {
-        write_private(&self.path("authority.pin"), token::PIN);
-        write_private(&self.path("agents.pin"), token::PIN);
+        self.write_pins(token::PIN);
     }
 
     fn write_config(&self) {

@@ -17,7 +17,8 @@ const REFRESH_HINT_SECONDS: u32 = 300;
 pub struct Authorities {
     issuing: Arc<Authority>,
     root: Vec<u8>,
-    root_in_hsm: bool,
+    /// Held so that it is watched with the others; an outside root's is not here.
+    root_key: Option<SigningKey>,
     ledger_key: SigningKey,
     bundle: proto::Bundle,
 }
@@ -37,7 +38,7 @@ impl Authorities {
         let root = certificate(Purpose::Root)?;
         let issuing = Arc::new(Authority::new(keys.issuing, certificate(Purpose::Issuing)?)?);
         let bundle = proto::Bundle { authorities: vec![root.clone()], sequence: 1, refresh_hint_seconds: REFRESH_HINT_SECONDS };
-        Ok(Self { issuing, root, root_in_hsm: keys.root.is_some(), ledger_key: keys.ledger, bundle })
+        Ok(Self { issuing, root, root_key: keys.root, ledger_key: keys.ledger, bundle })
     }
 
     /// What signs leaves and CRLs.
@@ -64,9 +65,9 @@ impl Authorities {
         vec![
             proto::Authority {
                 purpose: Purpose::Root.into(),
-                key_id: Vec::new(),
+                key_id: self.root_key.as_ref().map(|key| key.id().0.to_vec()).unwrap_or_default(),
                 certificate: self.root.clone(),
-                in_hsm: self.root_in_hsm,
+                in_hsm: self.root_key.is_some(),
             },
             proto::Authority {
                 purpose: Purpose::Issuing.into(),

@@ -131,7 +131,7 @@ struct Slot {
 }
 
 /// Longest wait for a module to show its slots.
-const SLOTS_DEADLINE: Duration = Duration::from_secs(30);
+const SLOTS_DEADLINE: Duration = Duration::from_secs(10);
 
 async fn slots(module: Option<PathBuf>, global: &Global, output: &mut Output) -> Result<(), Failure> {
     // A module given by name can be looked at before there is a configuration.

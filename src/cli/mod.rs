@@ -229,7 +229,11 @@ fn done(result: Result<(), Failure>) -> Result<ExitCode, Failure> {
 /// One thread is enough for a command; the daemon makes a runtime of its own.
 fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.map_err(|error| Failure::error(format!("no runtime: {error}")))?.block_on(work)
+    let runtime = runtime.map_err(|error| Failure::error(format!("no runtime: {error}")))?;
+    let done = runtime.block_on(work);
+    // Dropped, it would wait for whoever hangs inside a PKCS#11 module.
+    runtime.shutdown_background();
+    done
 }
 
 #[cfg(test)]

@@ -23,8 +23,9 @@ const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(300), Durat
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts: a token that is back is in service within a second.
 const BACK_OFF_MAX: Duration = Duration::from_millis(500);
-/// Where other tokens behind the same module are in service, it is not restarted under them more often than this.
-const RESTART_SHARED: Duration = Duration::from_secs(30);
+/// Where other tokens behind the same module are in service, it is restarted under them after the first of these times, after twice
+/// that, and so on, but for the last: who was away for a short time is back in a short time, and who stays away is no burden.
+const RESTART_SHARED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// A call may take this much longer than a signature's deadline before its lane is given up.
 const GRACE: Duration = Duration::from_secs(1);
 /// Longest time for C_Finalize, C_Initialize, C_GetSlotList, C_OpenSession and C_Login together.
@@ -121,18 +122,15 @@ pub(super) async fn sing(token: &Arc<Token>, canary: &Arc<Bound>, patience: Dura
 async fn recover(token: &Arc<Token>) {
     let mut back_off = BACK_OFF;
     let mut told = None;
-    let mut restarted = None::<Instant>;
+    let (mut restarted, mut patience) = (None::<Instant>, RESTART_SHARED.0);
     while !token.is_stopping() {
-        let remedy = match token.remedy() {
-            Remedy::Restart
-                if restarted.is_some_and(|at| at.elapsed() < RESTART_SHARED)
-                    && token.module.serves_besides(Arc::as_ptr(token)) =>
-            {
-                Remedy::LogIn
-            }
-            other => other,
-        };
+        let shared = token.module.serves_besides(Arc::as_ptr(token));
+        let early = restarted.is_some_and(|at| at.elapsed() < patience);
+        let remedy = if shared && early { Remedy::LogIn } else { token.remedy() };
         if remedy == Remedy::Restart {
+            if shared && restarted.is_some() {
+                patience = (patience * 2).min(RESTART_SHARED.1);
+            }
             restarted = Some(Instant::now());
         }
         let error = match attempt(token, remedy).await {
@@ -146,6 +144,10 @@ async fn recover(token: &Arc<Token>) {
         token.suspend(&error.to_string(), Remedy::Restart);
         token.note_fault(&error.to_string(), matches!(error, Error::Stuck));
         token.history.note(&error);
+        if error.needs_operator() {
+            // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
+            restarted = None;
+        }
         if told.as_ref() != Some(&error.to_string()) {
             tracing::warn!(token = %token.settings.token.label, %error, "the token is not back yet");
             told = Some(error.to_string());
@@ -171,17 +173,23 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     let seen = token.generation();
     on_a_thread(token, move |token| reconnect(token, seen, remedy)).await?;
     token.epoch_ends(token.epoch());
+    let looked_up = |key: Arc<Bound>| async move { token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await };
+    let canary = token.canary();
+    if let Some(canary) = &canary {
+        // Without it this is not our token: nothing else is asked of it.
+        looked_up(Arc::clone(canary)).await?;
+    }
     for key in token.keyring.all() {
-        match token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await {
+        let id = key.id;
+        match looked_up(key).await {
             Ok(_) => {}
             // Of no concern to the other keys; asking for this one says so.
             Err(error @ (Error::KeyLost(_) | Error::KeyMismatch(_) | Error::KeyAmbiguous { .. } | Error::Attribute { .. })) => {
-                tracing::error!(token = %token.settings.token.label, key = %key.id, %error, "a key did not come back");
+                tracing::error!(token = %token.settings.token.label, key = %id, %error, "a key did not come back");
             }
             Err(error) => return Err(error),
         }
     }
-    let canary = token.canary();
     if let Some(canary) = canary {
         sing(token, &canary, CANARY_DEADLINE.1.min(token.settings.sign_deadline)).await.map_err(|error| match error {
             SignError::NotSigned(error) | SignError::Unknown(error) => error,

@@ -75,6 +75,8 @@ fn subject() {
         "clock" => say(&SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs().to_string()),
         "sign" => sign(),
         "private keys" => tell_private_keys(),
+        "destroy a key" => destroy_key(),
+        "another token" => make_another_token(),
         _ => panic!("what is {what}?"),
     }
 }
@@ -300,9 +302,7 @@ pub struct PrivateKey {
 
 /// The private keys in a token of a house, read by another process than the daemon.
 pub fn private_keys(house: &House, token: &str) -> Vec<PrivateKey> {
-    let mut command = again("private keys");
-    command.env("SUBJECT_MODULE", house.module()).env("SUBJECT_TOKEN", token).envs([house.module_environment()]);
-    let output = run(&mut command).ok();
+    let output = run(&mut beside(house, "private keys", token)).ok();
     let keys = said(&output).into_iter().map(|line| {
         let [id, flags] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
         let is = |at: usize| flags.as_bytes()[at] == b'1';
@@ -311,12 +311,80 @@ pub fn private_keys(house: &House, token: &str) -> Vec<PrivateKey> {
     keys.collect()
 }
 
-fn tell_private_keys() {
+/// Another process than the daemon that uses its token.
+fn beside(house: &House, what: &str, token: &str) -> Command {
+    let mut command = again(what);
+    command.env("SUBJECT_MODULE", house.module()).env("SUBJECT_TOKEN", token).envs([house.module_environment()]);
+    command
+}
+
+/// Another process destroys a key.
+pub fn destroy(house: &House, token: &str, id: &[u8]) {
+    let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex)).ok();
+    assert_eq!(said(&output), ["2 objects"]);
+}
+
+/// Another process initialises the token anew: same label, and for each key another one with its CKA_ID.
+pub fn make_another(house: &House, token: &str, pin: &str) {
+    run(beside(house, "another token", token).env("SUBJECT_PIN", pin)).ok();
+}
+
+/// SUBJECT_TOKEN of SUBJECT_MODULE.
+fn the_token() -> (Pkcs11, cryptoki::slot::Slot) {
     let module = Pkcs11::new(std::env::var_os("SUBJECT_MODULE").unwrap()).unwrap();
     module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)).unwrap();
     let label = std::env::var("SUBJECT_TOKEN").unwrap();
     let labelled = |slot: &cryptoki::slot::Slot| module.get_token_info(*slot).is_ok_and(|token| token.label() == label);
     let slot = module.get_slots_with_token().unwrap().into_iter().find(labelled).unwrap();
+    (module, slot)
+}
+
+fn logged_in(module: &Pkcs11, slot: cryptoki::slot::Slot, pin: &str) -> cryptoki::session::Session {
+    let session = module.open_rw_session(slot).unwrap();
+    session.login(UserType::User, Some(&AuthPin::new(pin.into()))).unwrap();
+    session
+}
+
+fn destroy_key() {
+    let (module, slot) = the_token();
+    let session = logged_in(&module, slot, "house-pin-1234");
+    let hex = std::env::var("SUBJECT_KEY").unwrap();
+    let id = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
+    let objects = session.find_objects(&[Attribute::Id(id), Attribute::Token(true)]).unwrap();
+    objects.iter().for_each(|object| session.destroy_object(*object).unwrap());
+    say(&format!("{} objects", objects.len()));
+}
+
+fn make_another_token() {
+    let (module, slot) = the_token();
+    let ids: Vec<Vec<u8>> = {
+        let session = logged_in(&module, slot, "house-pin-1234");
+        let keys = session.find_objects(&[Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Token(true)]).unwrap();
+        let id = |key: &_| match session.get_attributes(*key, &[AttributeType::Id]).unwrap().pop() {
+            Some(Attribute::Id(id)) => id,
+            other => panic!("CKA_ID is {other:?}"),
+        };
+        keys.iter().map(id).collect()
+    };
+    let (so_pin, pin) = (AuthPin::new("house-so-pin".into()), std::env::var("SUBJECT_PIN").unwrap());
+    module.init_token(slot, &so_pin, &std::env::var("SUBJECT_TOKEN").unwrap()).unwrap();
+    {
+        let session = module.open_rw_session(slot).unwrap();
+        session.login(UserType::So, Some(&so_pin)).unwrap();
+        session.init_pin(&AuthPin::new(pin.clone().into())).unwrap();
+    }
+    let session = logged_in(&module, slot, &pin);
+    for id in ids {
+        let curve = Attribute::EcParams(vec![0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07]);
+        let public = [curve, Attribute::Token(true), Attribute::Verify(true), Attribute::Id(id.clone())];
+        let private = [Attribute::Token(true), Attribute::Sign(true), Attribute::Id(id)];
+        session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private).unwrap();
+    }
+}
+
+fn tell_private_keys() {
+    let (module, slot) = the_token();
     let session = module.open_ro_session(slot).unwrap();
     session.login(UserType::User, Some(&AuthPin::new("house-pin-1234".into()))).unwrap();
     let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Token(true)];

@@ -26,3 +26,4 @@ mod renew;
 mod serve;
 mod shim;
 mod strangers;
+mod tokens;

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use keyward::proto::TokenRole;
 use rustix::process::Signal;
 
 use crate::crash::{Holder, are_in_the_book};
 use crate::faults::{digest, lost_tbs, ready_again, serial, unavailable, until_unknown};
 use crate::house::wire::{Answer, Face, ServingStatus};
 use crate::house::{Body, DEADLINE, House};
-use crate::instruments::slow;
+use crate::instruments::{self, slow};
 use crate::ledger::one_outcome_each;
 
 /// EX_TEMPFAIL: restart me.
@@ -325,4 +326,51 @@ fn a_start_that_hangs_for_good_ends_with_75_or_when_it_is_asked_to() {
             });
         }
     });
+}
+
+/// Signatures made in the authority's token.
+fn signed_by_authorities(house: &House) -> usize {
+    let entries = house.entries();
+    let ids: Vec<String> = entries
+        .iter()
+        .filter_map(|body| match body {
+            Body::KeyIntended(key) if key.token() == TokenRole::Authority => Some(&key.key_id),
+            _ => None,
+        })
+        .map(|id| id.iter().map(|byte| format!("{byte:02x}")).collect())
+        .collect();
+    assert!(!ids.is_empty());
+    house.signatures().made.iter().filter(|((id, _), _)| ids.contains(id)).map(|(_, count)| count).sum()
+}
+
+/// Another process initialises the authority's token anew: same label, and for each key another one with its CKA_ID.
+#[test]
+fn a_token_that_was_initialised_under_the_daemon_signs_nothing_for_it_and_the_right_one_serves_when_it_is_back() {
+    let mut house = house();
+    let mut holder = Holder::attest(&house, "builder/1");
+    for pin in ["house-pin-1234", "another-pin-1234"] {
+        let logins = house.signatures().logins;
+        house.keep_tokens();
+        let away = takes(&house, ServingStatus::NotServing, || instruments::make_another(&house, "authority", pin));
+        let signed = signed_by_authorities(&house);
+        unavailable(holder.try_renew(&house));
+        house.keyward(&["hsm", "test"]).exits(5);
+        // Several attempts to recover have met the foreign token by now.
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(signed_by_authorities(&house), signed, "a foreign key has signed");
+        let tried = house.signatures().logins - logins;
+        let from = Instant::now();
+        house.bring_tokens_back();
+        if pin != "house-pin-1234" {
+            let status = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
+            assert_eq!((&status[0]["pin_pending"], tried), (&true.into(), 2), "one try, and the neighbour's login: {status}");
+            house.keyward(&["hsm", "unlock"]).ok();
+        }
+        house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+        let back = from.elapsed();
+        assert!(away < 2 * SOON && back < SOON, "{pin:?}: {away:?}, {back:?}");
+        eprintln!("{pin:?}: unready {:.3} s, back {:.3} s, {tried} logins", away.as_secs_f64(), back.as_secs_f64());
+        holder.try_renew(&house).unwrap();
+    }
+    holds(&mut house, &[&holder]);
 }

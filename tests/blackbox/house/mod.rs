@@ -356,6 +356,11 @@ impl House {
         token::take_away(self.dir.path());
     }
 
+    /// Whatever becomes of both tokens, [`House::bring_tokens_back`] undoes it.
+    pub fn keep_tokens(&self) {
+        token::keep(self.dir.path());
+    }
+
     /// The module has them again.
     pub fn bring_tokens_back(&self) {
         token::bring_back(self.dir.path());

@@ -131,12 +131,20 @@ pub fn take_away(dir: &Path) {
     }
 }
 
+/// The tokens stay where they are; [`bring_back`] makes them what they are now.
+pub fn keep(dir: &Path) {
+    copy(&tokens(dir), &away(dir));
+}
+
 /// The tokens that were taken away are there again.
 pub fn bring_back(dir: &Path) {
     let (here, away) = (tokens(dir), away(dir));
     match kind() {
         Kind::SoftHsm => {
-            fs::remove_dir(&here).unwrap();
+            // Not removed in place: who uses it writes to it.
+            let gone = dir.join("tokens.gone");
+            let _ = fs::remove_dir_all(&gone);
+            fs::rename(&here, gone).unwrap();
             fs::rename(away, here).unwrap();
         }
         Kind::Kryoptic => {

@@ -1,0 +1,149 @@
+//! What an operator asks of the tokens: which there are, how they are, whether they do what they are there for.
+
+use std::fs;
+
+use keyward::proto::Purpose;
+use serde_json::Value;
+
+use crate::house::wire::{Face, ServingStatus};
+use crate::house::{Body, House, Output, instrument, run};
+use crate::instruments;
+
+/// The token of a role, of `keyward hsm status`.
+fn status(house: &House, role: &str) -> Value {
+    let tokens = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
+    tokens.as_array().unwrap().iter().find(|token| token["role"] == role).expect("a token of that role").clone()
+}
+
+fn rows(output: &Output) -> Vec<Value> {
+    output.json().as_array().unwrap().clone()
+}
+
+fn key_of(house: &House, purpose: Purpose) -> Vec<u8> {
+    let intended = house.entries().into_iter().find_map(|body| match body {
+        Body::KeyIntended(key) if key.purpose() == purpose => Some(key.key_id),
+        _ => None,
+    });
+    intended.expect("a key of that purpose")
+}
+
+#[test]
+fn slots_are_shown_before_init_without_a_pin_and_without_a_login() {
+    let house = House::new().with_shim();
+    for pin in ["authority.pin", "agents.pin"] {
+        fs::remove_file(house.path(pin)).unwrap();
+    }
+    let slots = rows(&house.keyward(&["hsm", "slots", "--format", "json"]).ok());
+    for role in ["authority", "agents"] {
+        let slot = slots.iter().find(|slot| slot["label"] == role).expect("its slot");
+        assert_eq!(slot["configured"], serde_json::json!([role]), "{slot}");
+        assert_eq!((&slot["initialised"], &slot["pin"], &slot["error"]), (&true.into(), &Value::Null, &Value::Null), "{slot}");
+        assert!(!slot["serial"].as_str().unwrap().is_empty(), "{slot}");
+    }
+    let table = house.keyward(&["hsm", "slots"]).ok().stdout;
+    assert!(table.contains("CONFIGURED") && table.contains("authority") && table.contains("agents"), "{table}");
+    assert_eq!(house.signatures().logins, 0);
+    assert!(!house.state().exists(), "looking leaves nothing behind");
+    // Of a module that is given by name they are shown before there is a configuration.
+    let mut command = house.command();
+    let nowhere = house.path("nowhere.toml");
+    let arguments = ["hsm", "slots", "--format", "json", "--module"];
+    let seen = rows(&run(command.env("KEYWARD_CONFIG", nowhere).args(arguments).arg(house.module())).ok());
+    assert!(seen.iter().any(|slot| slot["label"] == "authority" && slot["configured"] == serde_json::json!([])), "{seen:?}");
+    house.keyward(&["hsm", "slots", "--module", "/nowhere.so"]).exits(1).says("/nowhere.so");
+}
+
+#[test]
+fn slots_show_a_pin_of_which_one_try_is_left_and_a_token_that_cannot_be_described() {
+    let house = House::new().with_shim();
+    for (script, expected) in [("pin_tries n=1", "one try left"), ("pin_tries n=0", "locked")] {
+        house.shim_script(script);
+        let slots = rows(&house.keyward(&["hsm", "slots", "--format", "json"]).ok());
+        let slot = slots.iter().find(|slot| slot["label"] == "authority").expect("its slot");
+        assert_eq!(slot["pin"], expected);
+    }
+    house.shim_script("fail C_GetTokenInfo rv=0x30");
+    let slots = rows(&house.keyward(&["hsm", "slots", "--format", "json"]).ok());
+    assert_eq!(slots.iter().filter(|slot| slot["error"].is_string()).count(), 1, "one must not hide the others: {slots:?}");
+    assert!(slots.iter().any(|slot| slot["configured"] != serde_json::json!([])), "{slots:?}");
+    house.shim_script("hang C_GetSlotList");
+    house.keyward(&["hsm", "slots"]).unavailable("does not answer");
+}
+
+#[test]
+fn the_status_tells_what_a_token_is_what_it_can_and_what_it_has_been_through() {
+    let mut house = House::new().with_shim().initialised().served();
+    let before = status(&house, "authority");
+    assert_eq!((&before["usable"], &before["lanes"], &before["hanging"]), (&true.into(), &2.into(), &0.into()), "{before}");
+    assert_eq!(
+        (&before["label"], &before["reconnects"], &before["pin_pending"]),
+        (&"authority".into(), &0.into(), &false.into())
+    );
+    assert_eq!(before["module"], instrument::shim().display().to_string());
+    let words =
+        |value: &Value| value.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert!(words(&before["mechanisms"]).contains(&"CKM_ECDSA".to_owned()), "{before}");
+    assert_eq!(before["capabilities"]["session_keys"], true);
+    assert!(before["signatures"].as_u64().unwrap() > 0 && before["sessions"].as_u64().unwrap() >= 3, "{before}");
+    house.shim().tell("lose");
+    house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    let away = status(&house, "authority");
+    assert_eq!(away["usable"], false);
+    assert!(!away["fault"].as_str().unwrap().is_empty(), "{away}");
+    let table = house.keyward(&["hsm", "status"]).ok().stdout;
+    assert!(table.contains("NO"), "{table}");
+    house.shim().tell("return");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    let after = status(&house, "authority");
+    assert_eq!((&after["usable"], &after["reconnects"]), (&true.into(), &1.into()), "{after}");
+    assert!(after["faults"].as_array().unwrap().iter().any(|seen| seen["count"].as_u64().unwrap() > 0), "{after}");
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_test_of_the_tokens_has_every_key_in_use_looked_up_and_sign() {
+    let house = House::serving();
+    let checks = rows(&house.keyward(&["hsm", "test", "--signatures", "5", "--format", "json"]).ok());
+    assert!(checks.iter().all(|check| check["passed"] == true && check["error"].is_null()), "{checks:?}");
+    for role in ["authority", "agents"] {
+        assert!(checks.iter().any(|check| check["role"] == role && check["check"] == "5 signatures"), "{checks:?}");
+    }
+    for purpose in [Purpose::Root, Purpose::Issuing, Purpose::Ledger, Purpose::Canary] {
+        let id: String = key_of(&house, purpose).iter().map(|byte| format!("{byte:02x}")).collect();
+        let of_key = |check: &&Value| check["check"] == format!("key {id}");
+        assert_eq!(checks.iter().filter(of_key).count(), 1, "{purpose:?}: {checks:?}");
+    }
+    let table = house.keyward(&["hsm", "test"]).ok().stdout;
+    assert!(table.contains("8 signatures") && table.contains("passed"), "{table}");
+}
+
+#[test]
+fn a_test_of_the_tokens_fails_when_a_key_is_missing() {
+    let house = House::serving();
+    let key = key_of(&house, Purpose::Issuing);
+    instruments::destroy(&house, "authority", &key);
+    let output = house.keyward(&["hsm", "test", "--format", "json"]).exits(5);
+    let failed: Vec<Value> = rows(&output).into_iter().filter(|check| check["passed"] == false).collect();
+    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(failed.iter().map(|check| &check["check"]).collect::<Vec<_>>(), [&format!("key {hex}")], "{output:?}");
+    // The rest is as it was: quarantine, the book, and the daemon itself.
+    house.quarantine("builder/1").exits(4);
+    assert_eq!(house.wire().health(Face::Operator, "hsm").unwrap(), ServingStatus::Serving);
+}
+
+#[test]
+fn a_test_of_the_tokens_fails_when_a_token_is_away_or_was_never_opened() {
+    let mut house = House::new().with_shim().initialised().served();
+    house.shim().tell("lose");
+    house.keyward(&["hsm", "test"]).exits(5).says("failed");
+    house.shim().tell("return");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    house.keyward(&["hsm", "test"]).ok();
+    assert_eq!(house.stop(), 0);
+    house.keyward(&["hsm", "test"]).exits(5);
+    house.misplace_pins();
+    house.start();
+    let checks = rows(&house.keyward(&["hsm", "test", "--format", "json"]).exits(5));
+    assert!(checks[0]["error"].as_str().unwrap().contains("PIN"), "{checks:?}");
+    assert_eq!(status(&house, "authority")["pin_pending"], true);
+}

@@ -225,6 +225,11 @@ impl Token {
         };
         tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519, session_keys, read_only_sessions,
             mechanisms = capabilities.mechanisms.len(), "token probed");
+        let (wanted, lanes) = (self.settings.token.lanes, self.lanes_of(sessions_max));
+        if lanes < wanted {
+            tracing::warn!(token = %self.settings.token.label, wanted, lanes, sessions_max,
+                "fewer lanes than configured: the token allows no more sessions");
+        }
         Ok(capabilities)
     }
 
@@ -256,14 +261,18 @@ impl Token {
     }
 
     /// As many as configured, and as the token's sessions allow beside the anchor, the admin lane and one in reserve.
-    fn lanes(&self) -> usize {
-        let most = self.capabilities().and_then(|able| able.sessions_max).map_or(usize::MAX, |most| most.saturating_sub(3));
+    fn lanes_of(&self, sessions_max: Option<usize>) -> usize {
+        let most = sessions_max.map_or(usize::MAX, |most| most.saturating_sub(3));
         self.settings.token.lanes.min(most).max(1)
     }
 
     /// Replaces threads that have died or were given up, while no more than [`ABANDONED_MAX`] hang.
     pub(super) fn top_up(self: &Arc<Self>) -> Result<(), Error> {
-        let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.lanes());
+        let (term, count, lanes) = (
+            self.term.load(Ordering::Acquire),
+            self.crew.count(),
+            self.lanes_of(self.capabilities().and_then(|able| able.sessions_max)),
+        );
         if count.hanging > ABANDONED_MAX {
             return Err(Error::Stuck);
         }

@@ -374,3 +374,71 @@ fn a_token_that_was_initialised_under_the_daemon_signs_nothing_for_it_and_the_ri
     }
     holds(&mut house, &[&holder]);
 }
+
+#[test]
+fn a_pin_of_which_one_try_is_left_is_not_tried_by_the_daemon() {
+    for (script, why) in [("pin_tries n=1", "one more wrong PIN would lock it"), ("pin_tries n=0", "the user PIN is locked")] {
+        // At the start, and in the middle of its life.
+        let mut house = House::new().with_one_token().with_shim().initialised();
+        let logins = house.signatures().logins;
+        house.shim_script(script);
+        house.start();
+        assert!(!house.daemon().was_ready());
+        house.keyward(&["status"]).exits(5);
+        assert!(house.keyward(&["hsm", "status"]).ok().stdout.contains(why), "{script}");
+        assert_eq!(house.signatures().logins, logins, "{script}");
+        house.shim().tell("clear");
+        assert!(house.daemon().is_ready());
+        assert_eq!(house.signatures().logins, logins + 1);
+        let wire = house.wire();
+        let mut health = wire.watch_health("");
+        health.becomes(ServingStatus::Serving);
+        house.shim().tell(script);
+        house.shim().tell("logout");
+        health.becomes(ServingStatus::NotServing);
+        let said = |house: &House| house.keyward(&["hsm", "status"]).ok().stdout;
+        let until = Instant::now() + DEADLINE;
+        while !said(&house).contains(why) {
+            assert!(Instant::now() < until, "{}", said(&house));
+        }
+        assert_eq!(house.signatures().logins, logins + 1, "{script}");
+        house.shim().tell("clear");
+        health.becomes(ServingStatus::Serving);
+        assert_eq!(house.signatures().logins, logins + 2);
+        house.stop_and_verify();
+    }
+}
+
+#[test]
+fn a_token_with_few_sessions_serves_with_fewer_lanes_and_says_so() {
+    let house = House::new().with_shim();
+    let config = std::fs::read_to_string(house.config()).unwrap();
+    std::fs::write(house.config(), config.replace("lanes = 2", "lanes = 8")).unwrap();
+    house.shim_script("sessions_max n=5");
+    let mut house = house.initialised().served();
+    let mut holder = Holder::attest(&house, "builder/1");
+    assert_eq!(lanes(&house), (2, 0), "an anchor, an admin lane and one in reserve are the others");
+    let status = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
+    assert_eq!(status[0]["capabilities"]["sessions_max"], 5);
+    assert!(house.log().contains("fewer lanes"), "the log says so");
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let house = &house;
+            scope.spawn(move || {
+                let mut holder = Holder::attest(house, &format!("worker/{worker}"));
+                for _ in 0..6 {
+                    holder.try_renew(house).unwrap();
+                }
+            });
+        }
+    });
+    assert!(house.shim().number("sessions") <= 10, "two tokens");
+    // All of them are opened anew.
+    house.shim().tell("logout");
+    let until = Instant::now() + DEADLINE;
+    while house.signatures().logins < 4 || holder.try_renew(&house).is_err() {
+        assert!(Instant::now() < until, "it did not recover");
+    }
+    assert_eq!(lanes(&house), (2, 0));
+    holds(&mut house, &[&holder]);
+}

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use crate::crash::{Holder, are_in_the_book};
 use crate::faults::{digest, lost_tbs, ready_again, serial, unavailable, until_unknown};
 use crate::house::wire::{Answer, Face, ServingStatus};
-use crate::house::{Body, DEADLINE, House};
+use crate::house::{Body, DEADLINE, House, Remote};
 use crate::instruments::{self, slow};
 use crate::ledger::one_outcome_each;
 
@@ -440,5 +440,45 @@ fn a_token_with_few_sessions_serves_with_fewer_lanes_and_says_so() {
         assert!(Instant::now() < until, "it did not recover");
     }
     assert_eq!(lanes(&house), (2, 0));
+    holds(&mut house, &[&holder]);
+}
+
+/// The process that has the tokens dies and is started again; the daemon stays.
+#[test]
+fn a_token_server_that_dies_and_returns_is_noticed_within_a_second_each_way() {
+    let mut house = House::new()
+        .configured("limits", "live_certificates_per_agent = 64")
+        .configured("limits", "sign_deadline_ms = 1000")
+        .with_shim()
+        .with_remote_tokens();
+    let mut remote = Some(Remote::start(&house));
+    house = house.initialised().served();
+    let mut holder = Holder::attest(&house, "builder/1");
+    let mut late = Vec::new();
+    for round in 0..if slow() { 10 } else { 3 } {
+        let away = takes(&house, ServingStatus::NotServing, || drop(remote.take()));
+        unavailable(holder.try_renew(&house));
+        // A short loss and longer ones.
+        thread::sleep(Duration::from_millis(round * 1500));
+        remote = Some(Remote::start(&house));
+        let from = Instant::now();
+        while let Err(refusal) = holder.try_renew(&house) {
+            unavailable::<()>(Err(refusal));
+            assert!(from.elapsed() < DEADLINE, "it did not recover");
+        }
+        let back = from.elapsed();
+        eprintln!("round {round}: unready {:.3} s, next certificate {:.3} s", away.as_secs_f64(), back.as_secs_f64());
+        if away > SOON || back > SOON {
+            late.push((away, back));
+        }
+        house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    }
+    // A server that hangs and goes on.
+    let server = remote.as_ref().unwrap();
+    let away = takes(&house, ServingStatus::NotServing, || server.signal(Signal::STOP));
+    let back = takes(&house, ServingStatus::Serving, || server.signal(Signal::CONT));
+    eprintln!("the server hung: unready {:.3} s, back {:.3} s", away.as_secs_f64(), back.as_secs_f64());
+    holder.try_renew(&house).unwrap();
+    assert!(away < SOON && back < SOON && late.is_empty(), "late: {late:?}");
     holds(&mut house, &[&holder]);
 }

@@ -8,6 +8,7 @@ mod agent;
 mod daemon;
 pub mod instrument;
 mod output;
+mod remote;
 mod shim;
 mod token;
 pub mod wire;
@@ -25,6 +26,7 @@ pub use daemon::Daemon;
 pub use instrument::{Control, Signatures};
 pub use keyward::proto::entry::Body;
 pub use output::{Output, run};
+pub use remote::Remote;
 pub use shim::Shim;
 
 /// Longest wait for anything that should take a second, on a busy machine.
@@ -42,6 +44,7 @@ pub struct House {
     settings: Vec<(&'static str, String)>,
     one_token: bool,
     shim: bool,
+    remote: bool,
     preload: bool,
     daemon: Option<Daemon>,
 }
@@ -56,6 +59,7 @@ impl House {
             settings: Vec::new(),
             one_token: false,
             shim: false,
+            remote: false,
             preload: false,
             daemon: None,
         };
@@ -88,6 +92,13 @@ impl House {
     /// With the fault module before the token: it counts, and fails as it is told.
     pub fn with_shim(mut self) -> Self {
         self.shim = true;
+        self.write_config();
+        self
+    }
+
+    /// With the tokens in another process: the module is p11-kit's client, and [`Remote`] has to run.
+    pub fn with_remote_tokens(mut self) -> Self {
+        self.remote = true;
         self.write_config();
         self
     }
@@ -239,7 +250,8 @@ impl House {
     pub fn lend_tokens<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command
             .envs([self.module_environment()])
-            .env("KEYWARD_SHIM_MODULE", token::module())
+            .env("KEYWARD_SHIM_MODULE", if self.remote { remote::client() } else { token::module() })
+            .env("P11_KIT_SERVER_ADDRESS", format!("unix:path={}", self.path("p11-kit.sock").display()))
             .env("KEYWARD_SHIM_LOG", self.path("shim.log"))
             .env("KEYWARD_SHIM_SOCKET", self.path("shim.sock"))
             .env("KEYWARD_SHIM_SCRIPT", self.path("shim.script"))
@@ -372,7 +384,11 @@ impl House {
     }
 
     fn write_config(&self) {
-        let module = if self.shim { instrument::shim() } else { token::module() };
+        let module = match () {
+            () if self.shim => instrument::shim(),
+            () if self.remote => remote::client(),
+            () => token::module(),
+        };
         let mut text = String::new();
         for (section, lines) in [
             ("trust", format!("domain = {DOMAIN:?}\n")),

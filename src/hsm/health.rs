@@ -16,6 +16,8 @@ use crate::model::KeyId;
 
 /// How often the watch looks, and how long a token may be idle before it is asked for a canary signature.
 const LOOK: Duration = Duration::from_millis(200);
+/// A slow token may be idle for as many signatures' time: canaries are not what it is there for.
+const LOOK_PACES: u32 = 4;
 /// Shortest and longest time that a canary is given: nothing else was signed since the last look when it was asked for. With the look
 /// and a second canary through a spare lane it makes 0.8 s from a silent token to an unready daemon: some are left for a busy machine.
 const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(300), Duration::from_secs(2));
@@ -63,7 +65,7 @@ async fn watch(token: &Arc<Token>) {
             }
             Err(error) => tracing::warn!(%error, "a lane is missing"),
         }
-        if token.idle_for() >= LOOK {
+        if token.idle_for() >= LOOK.max(token.admission.pace() * LOOK_PACES) {
             look(token).await;
         }
     }
@@ -105,9 +107,9 @@ async fn look(token: &Arc<Token>) {
     }
 }
 
-/// As long as every lane before it needs, where the device serves one at a time.
+/// As long as every lane before it needs, where the device serves one at a time: those of its other tokens, too.
 fn canary_deadline(token: &Token) -> Duration {
-    let lanes = u32::try_from(token.settings.token.lanes).unwrap_or(u32::MAX);
+    let lanes = u32::try_from(token.module.lanes()).unwrap_or(u32::MAX);
     let turn = token.admission.pace().saturating_mul(lanes.saturating_add(1));
     turn.clamp(CANARY_DEADLINE.0, CANARY_DEADLINE.1).min(token.settings.sign_deadline)
 }

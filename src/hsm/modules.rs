@@ -137,6 +137,11 @@ impl Module {
         self.tokens.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(token));
     }
 
+    /// Lanes of all its tokens.
+    pub(super) fn lanes(&self) -> usize {
+        self.tokens().iter().map(|token| token.settings.token.lanes).sum()
+    }
+
     /// Whether another token of this module is in service.
     pub(super) fn serves_besides(&self, token: *const Token) -> bool {
         self.tokens().iter().any(|other| Arc::as_ptr(other) != token && other.is_usable())

@@ -25,8 +25,8 @@ const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(300), Durat
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts: a token that is back is in service within a second.
 const BACK_OFF_MAX: Duration = Duration::from_millis(500);
-/// Where other tokens behind the same module are in service, it is restarted under them after the first of these times, after twice
-/// that, and so on, but for the last: who was away for a short time is back in a short time, and who stays away is no burden.
+/// Where other tokens behind the same module are in service, it is restarted under them only after as long a time again as this one
+/// has been away, between these two: who was away for a short time is back in a short time, and who stays away is no burden.
 const RESTART_SHARED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// A call may take this much longer than a signature's deadline before its lane is given up.
 const GRACE: Duration = Duration::from_secs(1);
@@ -124,16 +124,14 @@ pub(super) async fn sing(token: &Arc<Token>, canary: &Arc<Bound>, patience: Dura
 async fn recover(token: &Arc<Token>) {
     let mut back_off = BACK_OFF;
     let mut told = None;
-    let (mut restarted, mut patience) = (None::<Instant>, RESTART_SHARED.0);
+    let (lost, mut restarted, mut patience) = (Instant::now(), None::<Instant>, RESTART_SHARED.0);
     while !token.is_stopping() {
         let shared = token.module.serves_besides(Arc::as_ptr(token));
         let early = restarted.is_some_and(|at| at.elapsed() < patience);
         let remedy = if shared && early { Remedy::LogIn } else { token.remedy() };
         if remedy == Remedy::Restart {
-            if shared && restarted.is_some() {
-                patience = (patience * 2).min(RESTART_SHARED.1);
-            }
             restarted = Some(Instant::now());
+            patience = lost.elapsed().clamp(RESTART_SHARED.0, RESTART_SHARED.1);
         }
         let error = match attempt(token, remedy).await {
             Ok(()) => return,
@@ -146,7 +144,7 @@ async fn recover(token: &Arc<Token>) {
         token.suspend(&error.to_string(), Remedy::Restart);
         token.note_fault(&error.to_string(), matches!(error, Error::Stuck));
         token.history.note(&error);
-        if error.needs_operator() {
+        if matches!(error, Error::PinPending { .. } | Error::PinIncorrect { .. }) {
             // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
             restarted = None;
         }

@@ -352,6 +352,7 @@ fn a_token_that_was_initialised_under_the_daemon_signs_nothing_for_it_and_the_ri
         let logins = house.signatures().logins;
         house.keep_tokens();
         let away = takes(&house, ServingStatus::NotServing, || instruments::make_another(&house, "authority", pin));
+        let gone = Instant::now();
         let signed = signed_by_authorities(&house);
         unavailable(holder.try_renew(&house));
         house.keyward(&["hsm", "test"]).exits(5);
@@ -359,7 +360,7 @@ fn a_token_that_was_initialised_under_the_daemon_signs_nothing_for_it_and_the_ri
         thread::sleep(Duration::from_millis(1500));
         assert_eq!(signed_by_authorities(&house), signed, "a foreign key has signed");
         let tried = house.signatures().logins - logins;
-        let from = Instant::now();
+        let (from, absent) = (Instant::now(), gone.elapsed());
         house.bring_tokens_back();
         if pin != "house-pin-1234" {
             let status = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
@@ -368,7 +369,8 @@ fn a_token_that_was_initialised_under_the_daemon_signs_nothing_for_it_and_the_ri
         }
         house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
         let back = from.elapsed();
-        assert!(away < 2 * SOON && back < SOON, "{pin:?}: {away:?}, {back:?}");
+        // Where a module has to start afresh to see it (Kryoptic), its neighbour's service is spared: at most as long again.
+        assert!(away < 2 * SOON && back < SOON + absent, "{pin:?}: {away:?}, {back:?} after {absent:?}");
         eprintln!("{pin:?}: unready {:.3} s, back {:.3} s, {tried} logins", away.as_secs_f64(), back.as_secs_f64());
         holder.try_renew(&house).unwrap();
     }

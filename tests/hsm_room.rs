@@ -6,6 +6,13 @@
 #[expect(dead_code, reason = "some is for the other tests")]
 mod token;
 
+#[path = "blackbox/house/shim.rs"]
+#[expect(dead_code, reason = "some is for the other tests")]
+mod shim;
+
+#[path = "hsm_room/faults.rs"]
+mod faults;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -76,7 +83,16 @@ fn itself(name: &str, house: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([name, "--exact", "--nocapture", "--test-threads=1"]);
     command.env(HOUSE, house).envs([token::environment(house)]);
+    command.env("KEYWARD_SHIM_MODULE", token::module()).env("KEYWARD_SHIM_LOG", house.join("shim.log"));
+    command.env("KEYWARD_SHIM_SOCKET", house.join("shim.sock"));
     command
+}
+
+/// The fault module, built beside the binary.
+fn shim_module() -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_keyward")).with_file_name("examples").join("libp11shim.so");
+    assert!(built.exists(), "{} is missing: cargo build --examples, with the profile of the tests", built.display());
+    built
 }
 
 async fn new_key(hsm: &Hsm, algorithm: Algorithm) -> SigningKey {

@@ -14,17 +14,22 @@ const WAITING_BYTES_MAX: usize = 16 * 1024;
 ///
 /// A flush asks for another poll and is done there, when the task finds nothing more to read: every task that drives an HTTP/2
 /// connection reads until then. What waits is written before the stream is shut down, and never more than a record's worth waits.
+///
+/// Nothing is written before the peer has spoken: a client's preface waits for nothing (RFC 9113 §3.4), and our settings, the window and
+/// the acknowledgement of its settings then leave together.
 pub(super) struct Gathered<Io> {
     io: Io,
     waiting: Vec<u8>,
     written: usize,
     /// A flush was asked for and not done.
     flush: bool,
+    /// Something was read.
+    heard: bool,
 }
 
 impl<Io: AsyncWrite + Unpin> Gathered<Io> {
     pub(super) fn new(io: Io) -> Self {
-        Self { io, waiting: Vec::new(), written: 0, flush: false }
+        Self { io, waiting: Vec::new(), written: 0, flush: false, heard: false }
     }
 
     /// Writes what waits.
@@ -54,10 +59,13 @@ impl<Io: AsyncWrite + Unpin> Gathered<Io> {
 impl<Io: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gathered<Io> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // What has arrived is read first: its answer joins what waits.
+        let before = buffer.filled().len();
         let read = Pin::new(&mut self.io).poll_read(context, buffer);
+        self.heard |= buffer.filled().len() > before;
         // The socket may be full: this task is polled again when there is room.
         if read.is_pending()
             && self.flush
+            && self.heard
             && let Poll::Ready(Err(error)) = self.poll_flush_now(context)
         {
             return Poll::Ready(Err(error));
@@ -119,8 +127,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nothing_is_written_before_the_peer_has_spoken() {
+        let (mut near, mut far) = pair(1024);
+        near.write_all(b"settings").await.unwrap();
+        near.flush().await.unwrap();
+        let waiting = tokio::spawn(async move {
+            near.read_u8().await.unwrap();
+            near.write_all(b"ack").await.unwrap();
+            near.flush().await.unwrap();
+            near.read_u8().await
+        });
+        let mut heard = [0; 16];
+        let early = tokio::time::timeout(std::time::Duration::from_millis(20), far.read(&mut heard)).await;
+        assert!(early.is_err(), "it was written before the peer spoke");
+        far.write_u8(7).await.unwrap();
+        assert_eq!(far.read(&mut heard).await.unwrap(), 11);
+        assert_eq!(&heard[..11], b"settingsack");
+        far.write_u8(8).await.unwrap();
+        assert_eq!(waiting.await.unwrap().unwrap(), 8);
+    }
+
+    #[tokio::test]
     async fn two_flushes_of_one_poll_are_written_together_at_the_next() {
         let (mut near, mut far) = pair(1024);
+        far.write_u8(1).await.unwrap();
+        near.read_u8().await.unwrap();
         near.write_all(b"head").await.unwrap();
         near.flush().await.unwrap();
         near.write_all(b"tail").await.unwrap();

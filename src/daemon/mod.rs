@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
@@ -99,6 +99,9 @@ async fn run(config: Config) -> Result<Cause, String> {
     let config = Arc::new(config);
     let modules = Modules::new();
     let rooms = rooms::open(&config).await?;
+    // Before a supervisor hears anything: it may answer with a signal.
+    let signals = signal(SignalKind::terminate()).and_then(|terminate| Ok((terminate, signal(SignalKind::interrupt())?)));
+    let signals = signals.map_err(|error| format!("signals cannot be received: {error}"))?;
     let (stop, stopping) = watch::channel(None::<Cause>);
     let stop = Arc::new(stop);
     let serving = vec![
@@ -106,7 +109,7 @@ async fn run(config: Config) -> Result<Cause, String> {
         tokio::spawn(rooms::serve_agents(rooms.clone(), modules, Arc::clone(&stop))),
     ];
     let duties = [tokio::spawn(duties::ledger(rooms.clone())), tokio::spawn(duties::health(rooms.clone(), Arc::clone(&stop)))];
-    let cause = until_stopped(&stop, stopping).await;
+    let cause = until_stopped(&stop, stopping, signals).await;
     tracing::info!(cause = %cause.text(), "stopping");
     notify::stopping();
     if cause == Cause::LedgerFailed {
@@ -129,10 +132,11 @@ async fn run(config: Config) -> Result<Cause, String> {
 }
 
 /// A signal, or a room that cannot go on.
-async fn until_stopped(stop: &watch::Sender<Option<Cause>>, mut stopping: watch::Receiver<Option<Cause>>) -> Cause {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        return Cause::Transport("signals cannot be received".to_owned());
-    };
+async fn until_stopped(
+    stop: &watch::Sender<Option<Cause>>,
+    mut stopping: watch::Receiver<Option<Cause>>,
+    (mut terminate, mut interrupt): (Signal, Signal),
+) -> Cause {
     let cause = tokio::select! {
         _ = terminate.recv() => Cause::Signal("SIGTERM"),
         _ = interrupt.recv() => Cause::Signal("SIGINT"),

@@ -36,6 +36,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
             mark.inside(|| Token::discard(spoilt));
         }
     }
+    token.leave(mark, session);
 }
 
 impl Token {

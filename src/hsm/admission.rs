@@ -15,6 +15,9 @@ const WAIT: Duration = Duration::from_millis(10);
 /// Longest wait in a burst.
 const BURST: Duration = Duration::from_millis(250);
 
+/// Signatures in a round.
+const ROUND: u64 = 64;
+
 /// Acts on their way to a signature and back, and the token's pace.
 pub(super) struct Admission {
     lanes: usize,
@@ -24,8 +27,9 @@ pub(super) struct Admission {
     inside: AtomicUsize,
     /// Microseconds since `started` when somebody last found a free lane.
     calm_at: AtomicU64,
-    /// Nanoseconds that one signature takes the token, at its best of late: what the scheduler adds is not the token's.
-    pace: AtomicU64,
+    /// Nanoseconds of the fastest signature of this and of the last round: what a busy machine adds to the others is not the token's.
+    fastest: [AtomicU64; 2],
+    signatures: AtomicU64,
     turned_away: AtomicU64,
 }
 
@@ -37,7 +41,8 @@ impl Admission {
             started: Instant::now(),
             inside: AtomicUsize::new(0),
             calm_at: AtomicU64::new(0),
-            pace: AtomicU64::new(0),
+            fastest: [const { AtomicU64::new(u64::MAX) }; 2],
+            signatures: AtomicU64::new(0),
             turned_away: AtomicU64::new(0),
         }
     }
@@ -74,16 +79,17 @@ impl Admission {
 
     /// A signature took so long.
     pub(super) fn note(&self, took: Duration) {
-        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let pace = self.pace.load(Ordering::Relaxed);
-        // Two lanes that meet here lose one of two notes.
-        let next = if pace == 0 || took < pace { took } else { pace + (took - pace) / 64 };
-        self.pace.store(next, Ordering::Relaxed);
+        let [this, last] = &self.fastest;
+        this.fetch_min(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        if self.signatures.fetch_add(1, Ordering::Relaxed) % ROUND == ROUND - 1 {
+            last.store(this.swap(u64::MAX, Ordering::Relaxed), Ordering::Relaxed);
+        }
     }
 
     /// What one signature takes the token, zero before the first.
     pub(super) fn pace(&self) -> Duration {
-        Duration::from_nanos(self.pace.load(Ordering::Relaxed))
+        let fastest = self.fastest.iter().map(|round| round.load(Ordering::Relaxed)).min().unwrap_or(u64::MAX);
+        if fastest == u64::MAX { Duration::ZERO } else { Duration::from_nanos(fastest) }
     }
 
     pub(super) fn turned_away(&self) -> u64 {
@@ -129,10 +135,14 @@ mod tests {
     }
 
     #[test]
-    fn the_pace_falls_at_once_and_rises_slowly() {
+    fn the_pace_is_that_of_the_fastest_of_the_last_rounds() {
         let admission = of_pace(1, Duration::from_millis(1));
+        for _ in 0..2 * ROUND - 2 {
+            admission.note(Duration::from_millis(65));
+            assert_eq!(admission.pace(), Duration::from_millis(1));
+        }
         admission.note(Duration::from_millis(65));
-        assert_eq!(admission.pace(), Duration::from_millis(2));
+        assert_eq!(admission.pace(), Duration::from_millis(65));
         admission.note(Duration::from_micros(100));
         assert_eq!(admission.pace(), Duration::from_micros(100));
     }

@@ -83,7 +83,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
             return; // another lane has taken its place
         }
     }
-    // The session is forgotten, not closed: its module is being finalized.
+    token.leave(mark, session);
 }
 
 /// One attempt with the lane's session, opened if there is none; kept only if it may be used again.

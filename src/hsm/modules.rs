@@ -178,13 +178,9 @@ impl Module {
         self.reinitialize(lifecycle)
     }
 
-    /// The token's threads come out of the module, its sessions are forgotten: what a new login on a module that stays needs.
+    /// The token's threads come out of the module: what a new login on a module that stays needs.
     pub(super) fn come_out(&self, token: &Arc<Token>) -> Result<(), Error> {
-        if !token.wait_until_out(COME_OUT) {
-            return Err(Error::Stuck);
-        }
-        token.forget_sessions();
-        Ok(())
+        if token.wait_until_out(COME_OUT) { Ok(()) } else { Err(Error::Stuck) }
     }
 
     /// C_Finalize, C_Initialize. A failure of the first is no news (the library may have lost itself); the second decides.

@@ -19,7 +19,7 @@ use super::lanes::{self, Job};
 use super::modules::{Lifecycle, Module};
 use super::objects::{self, Wanted};
 use super::pin::{Marker, Pin};
-use super::queue::{Crew, Queue};
+use super::queue::{Crew, Mark, Queue};
 use super::{Capabilities, Settings, der};
 use crate::model::{Algorithm, KeyId, Meter};
 
@@ -34,7 +34,7 @@ const ABANDONED_MAX: usize = 2;
 struct Connection {
     slot: Slot,
     read_only_sessions: bool,
-    _anchor: Session,
+    anchor: Session,
 }
 
 /// Whether signatures can be had, and why not.
@@ -138,7 +138,10 @@ impl Token {
             }
         };
         let _ = self.serial.set(info.serial_number().into());
-        *self.connection() = Some(Connection { slot, read_only_sessions, _anchor: anchor });
+        // Not before the new one is logged in: the last session to close takes the login along.
+        if let Some(old) = self.connection().replace(Connection { slot, read_only_sessions, anchor }) {
+            Self::discard(old.anchor);
+        }
         self.start_threads()
     }
 
@@ -307,6 +310,17 @@ impl Token {
     pub(super) fn discard(session: Session) {
         if let Err(error) = session.close() {
             tracing::debug!(?error, "C_CloseSession");
+        }
+    }
+
+    /// A thread goes home. Its session is closed if the module stays: devices have few. It is forgotten where the module is being
+    /// finalized, since its number may soon name another.
+    pub(super) fn leave(&self, mark: &Mark, session: Option<Session>) {
+        if self.remedy() == Remedy::LogIn
+            && !self.is_stopping()
+            && let Some(session) = session
+        {
+            mark.inside(|| Self::discard(session));
         }
     }
 

@@ -72,7 +72,7 @@ fn slots_show_a_pin_of_which_one_try_is_left_and_a_token_that_cannot_be_describe
 
 #[test]
 fn the_status_tells_what_a_token_is_what_it_can_and_what_it_has_been_through() {
-    let mut house = House::new().with_shim().initialised().served();
+    let mut house = House::new().with_one_token().with_shim().initialised().served();
     let before = status(&house, "authority");
     assert_eq!((&before["usable"], &before["lanes"], &before["hanging"]), (&true.into(), &2.into(), &0.into()), "{before}");
     assert_eq!(

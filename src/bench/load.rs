@@ -55,25 +55,33 @@ impl Renewer {
     }
 }
 
-/// Agents that have nothing under way. Whoever has waited longest is next, so that all renew about equally often.
+/// Agents that have nothing under way. Whoever has waited longest is next.
 #[derive(Clone, Default)]
-pub(super) struct Pool(Arc<Mutex<VecDeque<Renewer>>>);
+pub(super) struct Pool(Arc<Mutex<Agents>>);
+
+#[derive(Default)]
+struct Agents {
+    idle: VecDeque<Renewer>,
+    /// Without a request left. They stay connected.
+    spent: Vec<Renewer>,
+}
 
 impl Pool {
     pub(super) fn of(agents: Vec<Renewer>) -> Self {
-        Self(Arc::new(Mutex::new(agents.into())))
+        Self(Arc::new(Mutex::new(Agents { idle: agents.into(), spent: Vec::new() })))
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Renewer>> {
+    fn lock(&self) -> MutexGuard<'_, Agents> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self) -> Option<Renewer> {
-        self.lock().pop_front()
+        self.lock().idle.pop_front()
     }
 
     fn give(&self, agent: Renewer) {
-        self.lock().push_back(agent);
+        let mut agents = self.lock();
+        if agent.asks.is_empty() { agents.spent.push(agent) } else { agents.idle.push_back(agent) }
     }
 }
 

@@ -168,13 +168,14 @@ pub async fn overload(plan: &OverloadPlan, mut progress: impl FnMut(&str)) -> Re
     })
 }
 
-/// Requests for each agent: what the device can make in the time, evenly, and a tenth more.
+/// Requests for each agent: what the device can make in the time, and room for chance, which decides who is admitted. An agent that has
+/// none left is not asked any more.
 #[expect(clippy::cast_precision_loss, reason = "an estimate")]
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate above zero")]
 fn renewals_each(plan: &OverloadPlan, capacity: f64) -> Result<usize, Failed> {
     let half = (WARM_UP.as_secs() + plan.half_seconds) as f64 / 2.0;
-    let all = capacity * (half + plan.seconds as f64) * 1.1;
-    let each = (all / plan.connections.max(1) as f64) as usize + 2;
+    let mean = capacity * (half + plan.seconds as f64) * 1.05 / plan.connections.max(1) as f64;
+    let each = (mean + 3.0 * mean.sqrt()) as usize + 1;
     // One is the attested one.
     if each < LIVE_CERTIFICATES {
         return Ok(each);

@@ -1,8 +1,9 @@
-//! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign.
+//! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign. A lane
+//! does nothing but sign: whoever asked verifies, here in [`ask`], while the lane has the device busy with the next.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
@@ -28,7 +29,15 @@ pub(super) struct Job {
     message: Arc<[u8]>,
     deadline: Instant,
     claim: Arc<AtomicU8>,
-    reply: oneshot::Sender<Result<Vec<u8>, Failed>>,
+    reply: oneshot::Sender<Result<Unverified, Failed>>,
+}
+
+/// What a lane hands to its asker, and nobody beyond [`ask`] sees.
+struct Unverified {
+    signature: Vec<u8>,
+    took: Duration,
+    /// Set if it does not verify: the lane closes its session.
+    spoilt: Arc<AtomicBool>,
 }
 
 /// What became of an attempt, and what may follow.
@@ -55,7 +64,7 @@ impl Job {
     }
 
     /// An asker that has gone meanwhile has counted this as unknown.
-    fn answer(self, result: Result<Vec<u8>, Failed>) {
+    fn answer(self, result: Result<Unverified, Failed>) {
         let _ = self.reply.send(result);
     }
 
@@ -68,8 +77,14 @@ impl Job {
 /// A lane's working life: one term of the queue.
 pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     let mut session: Option<Session> = None;
+    let spoilt = Arc::new(AtomicBool::new(false));
     while let Some(job) = token.jobs.next(term) {
         let Some(job) = job.claim() else { continue };
+        if spoilt.swap(false, Ordering::AcqRel)
+            && let Some(session) = session.take()
+        {
+            mark.inside(|| Token::discard(session));
+        }
         if session.is_none() {
             match mark.inside(|| token.open_session(false)) {
                 Ok(opened) => session = Some(opened),
@@ -82,7 +97,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
             }
         }
         let Some(open) = session.as_ref() else { continue };
-        let result = mark.inside(|| attempt(token, open, &job));
+        let result = mark.inside(|| attempt(token, open, &job, &spoilt));
         if let Err(failed) = &result
             && !failed.error.verdict().keep_session
             && let Some(spoilt) = session.take()
@@ -101,29 +116,35 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     // The session is forgotten, not closed: its module is being finalized.
 }
 
-fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Failed> {
-    let (key, meter) = (&job.key, &token.meter);
+fn attempt(token: &Token, session: &Session, job: &Job, spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
+    let key = &job.key;
     let from = Instant::now();
-    let signed = meter.sign.measure(|| objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id));
-    let checked = signed.and_then(|signature| {
-        let good = meter.verify_own.measure(|| key.verifies(&job.message, &signature));
-        if good { Ok(signature) } else { Err(Error::Corrupt(key.id)) }
-    });
-    match checked {
-        Ok(signature) => {
-            token.report_signature(from.elapsed());
-            Ok(signature)
-        }
-        Err(error) => {
-            token.report(&error);
-            if matches!(error, Error::Corrupt(_)) {
-                tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
-                token.epoch_ends_if_handle(key, job.handle);
-            }
-            let outcome = error.verdict().outcome;
-            Err(Failed { error, outcome })
-        }
+    let sign = || objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id);
+    match token.meter.sign.measure(sign) {
+        Ok(signature) => Ok(Unverified { signature, took: from.elapsed(), spoilt: Arc::clone(spoilt) }),
+        Err(error) => Err(failed(token, key, job.handle, error)),
     }
+}
+
+/// A signature that verifies, or none.
+fn verified(token: &Token, key: &Bound, handle: ObjectHandle, message: &[u8], made: Unverified) -> Result<Vec<u8>, Failed> {
+    if token.meter.verify_own.measure(|| key.verifies(message, &made.signature)) {
+        token.report_signature(made.took);
+        return Ok(made.signature);
+    }
+    made.spoilt.store(true, Ordering::Release);
+    Err(failed(token, key, handle, Error::Corrupt(key.id)))
+}
+
+/// Counts the error, and says what may follow.
+fn failed(token: &Token, key: &Bound, handle: ObjectHandle, error: Error) -> Failed {
+    token.report(&error);
+    if matches!(error, Error::Corrupt(_)) {
+        tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
+        token.epoch_ends_if_handle(key, handle);
+    }
+    let outcome = error.verdict().outcome;
+    Failed { error, outcome }
 }
 
 /// Withdraws the job when its asker stops waiting, so that no lane begins what nobody will record.
@@ -142,7 +163,7 @@ impl Drop for Withdraw {
     }
 }
 
-/// One attempt, until `deadline`.
+/// One attempt, until `deadline`. The signature is verified here.
 async fn ask(
     token: &Token,
     key: &Arc<Bound>,
@@ -161,7 +182,7 @@ async fn ask(
         })
     })?;
     match tokio::time::timeout_at(deadline.into(), answer).await {
-        Ok(Ok(result)) => result,
+        Ok(Ok(result)) => result.and_then(|made| verified(token, key, handle, message, made)),
         // The lane died, or its term ended, without a word; or it has not come back in time.
         ended => {
             let error = if ended.is_err() { Error::Deadline } else { token.unusable() };

@@ -19,12 +19,12 @@ const DELAY: Duration = Duration::from_millis(10);
 /// About three seconds.
 const RAW_SIGNATURES: usize = 2400;
 /// At half load, before anything is counted.
-const WARM_UP: Duration = Duration::from_secs(3);
+const WARM_UP: Duration = Duration::from_secs(5);
 /// The most that can be configured: every certificate of a run stays alive.
 const LIVE_CERTIFICATES: usize = 64;
 /// Attestations at once: fewer than are turned away.
 const ATTESTING: usize = 8;
-const RSS_EVERY: Duration = Duration::from_millis(250);
+const RSS_EVERY: Duration = Duration::from_secs(1);
 const SHED_P99_MS_MAX: f64 = 5.0;
 const ACCEPTED_P99_RATIO_MAX: f64 = 2.5;
 const RSS_GROWTH_MIB_MAX: f64 = 8.0;
@@ -75,6 +75,8 @@ pub struct Load {
     pub rss_mib_start: f64,
     /// The largest seen.
     pub rss_mib_max: f64,
+    /// Each second.
+    pub rss_mib: Vec<f64>,
 }
 
 /// Everything of one run.
@@ -184,16 +186,16 @@ fn renewals_each(plan: &OverloadPlan, capacity: f64) -> Result<usize, Failed> {
 }
 
 async fn load(pool: &Pool, running: &mut Running, per_second: f64, time: Duration) -> Result<Load, Failed> {
-    let rss_start = running.rss_kib()?;
-    let mut rss_max = rss_start;
+    let mut rss_mib = vec![mib(running.rss_kib()?)];
     let mut offered = std::pin::pin!(offer(pool, per_second, time));
     let mut every = tokio::time::interval(RSS_EVERY);
     let offered = loop {
         tokio::select! {
             offered = &mut offered => break offered?,
-            _ = every.tick() => rss_max = rss_max.max(running.rss_kib()?),
+            _ = every.tick() => rss_mib.push(mib(running.rss_kib()?)),
         }
     };
+    rss_mib.push(mib(running.rss_kib()?));
     let Offered { issued, turned_away, lag, without_agent, .. } = offered;
     #[expect(clippy::cast_precision_loss, reason = "figures, not accounts")]
     let accepted_per_second = issued.len() as f64 / time.as_secs_f64();
@@ -207,8 +209,9 @@ async fn load(pool: &Pool, running: &mut Running, per_second: f64, time: Duratio
         shed_latency: Latency::of(turned_away),
         generator_lag: Latency::of(lag),
         without_agent,
-        rss_mib_start: mib(rss_start),
-        rss_mib_max: mib(rss_max),
+        rss_mib_start: rss_mib.first().copied().unwrap_or_default(),
+        rss_mib_max: rss_mib.iter().copied().fold(0.0, f64::max),
+        rss_mib,
     })
 }
 

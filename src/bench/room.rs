@@ -57,16 +57,17 @@ pub struct Asked<'a> {
 /// # Errors
 /// When the token cannot be used, or one signature fails.
 pub fn sign(asked: &Asked<'_>) -> Result<RoomSignatures, Failed> {
+    let pin_file = asked.pin_file.canonicalize()?;
     let settings = Settings {
+        state: pin_file.parent().unwrap_or(Path::new("/")).into(),
         token: Token {
             module: asked.module.into(),
             label: LABEL.into(),
             serial: None,
-            pin: PinSource::File(asked.pin_file.into()),
+            pin: PinSource::File(pin_file),
             lanes: asked.lanes,
         },
         role: TokenRole::Authority,
-        state: asked.pin_file.parent().unwrap_or(Path::new(".")).into(),
         queue: asked.outstanding.max(16),
         sign_deadline: SIGN_DEADLINE,
     };

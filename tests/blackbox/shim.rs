@@ -405,8 +405,8 @@ fn a_device_of_one_operation_at_a_time_takes_turns() {
                 scope.spawn(|| sign_anew(ground, key).unwrap());
             }
         });
-        // Each asks for the length first.
-        assert!(from.elapsed() >= Duration::from_millis(4 * 73), "{:?}", from.elapsed());
+        // Each asks for the length first, which takes no time.
+        assert!(from.elapsed() >= Duration::from_millis(2 * 73), "{:?}", from.elapsed());
     });
 }
 

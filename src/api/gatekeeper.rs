@@ -11,6 +11,7 @@ use tower::{Layer, Service};
 use crate::authn::Connection;
 use crate::model::{Reason, Refusal};
 
+use super::headers::unindexed;
 use super::refusal::status_of;
 
 /// Open without a client certificate. Not Health/Watch: its streams would cost a stranger nothing and stay.
@@ -48,9 +49,10 @@ where
         let stranger = request.extensions().get::<Arc<Connection>>().is_none_or(|connection| connection.is_stranger());
         if stranger && !OPEN.contains(&request.uri().path()) {
             let refusal = Refusal::new(Reason::Unauthenticated, "present a client certificate");
-            let refused = status_of(&refusal).into_http();
+            let refused = unindexed(status_of(&refusal).into_http());
             return Box::pin(std::future::ready(Ok(refused)));
         }
-        Box::pin(self.0.call(request))
+        let answer = self.0.call(request);
+        Box::pin(async move { answer.await.map(unindexed) })
     }
 }

@@ -8,6 +8,7 @@ mod agent;
 mod convert;
 mod gatekeeper;
 mod gather;
+mod headers;
 mod health;
 mod listen;
 mod operator;

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::Failed;
+use super::load::Renewer;
 use crate::client::JoinFile;
 use crate::client::agent::Connection;
 use crate::client::request::Key;
@@ -172,6 +173,19 @@ impl Fleet {
             all.extend(took);
         }
         Ok(all)
+    }
+
+    /// The agents with their standing connections, and a request for each key that is left: each claims the sequence after the one
+    /// before.
+    pub(super) fn into_renewers(self) -> Result<Vec<Renewer>, Failed> {
+        let renewer = |member: Member| {
+            let agent = member.join.agent.to_string();
+            let claim = |sequence| Claim::BoundKey(BoundKeyClaim { agent: agent.clone(), sequence });
+            let asks = member.keys.iter().zip(member.sequence..).map(|(ready, sequence)| ready.ask(claim(sequence))).collect();
+            let connection = member.standing.ok_or("there is no standing connection")?;
+            Ok(Renewer::new(connection, asks, member.sequence))
+        };
+        self.members.into_iter().map(renewer).collect()
     }
 }
 

@@ -52,12 +52,27 @@ impl Site {
     }
 }
 
+/// In what a house differs from the stock one.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Wants<'a> {
+    /// Key pairs in the authority token that nobody uses.
+    pub keys_in_token: usize,
+    /// The fault module, to stand before the real one.
+    pub fault_module: Option<&'a Path>,
+    /// Of the authority token.
+    pub lanes: Option<usize>,
+    /// Of an agent at once.
+    pub live_certificates: Option<usize>,
+}
+
 /// One daemon's directory and configuration.
 pub(super) struct House {
     dir: PathBuf,
     runtime: PathBuf,
     binary: PathBuf,
     pub module: PathBuf,
+    /// Behind `module`, if that is the fault module.
+    real: Option<PathBuf>,
     pub config: Config,
 }
 
@@ -69,8 +84,8 @@ impl Drop for House {
 }
 
 impl House {
-    /// Tokens, configuration, `keyward init`. The authority token holds `keys_in_token` other key pairs.
-    pub(super) async fn build(site: &Site, name: &str, binary: &Path, keys_in_token: usize) -> Result<Self, Failed> {
+    /// Tokens, configuration, `keyward init`.
+    pub(super) async fn build(site: &Site, name: &str, binary: &Path, wants: Wants<'_>) -> Result<Self, Failed> {
         let unique = format!("{name}-{}", std::process::id());
         let dir = site.work.join(&unique);
         // The path of a socket has at most 107 bytes; the work directory may be deeper than that.
@@ -79,19 +94,24 @@ impl House {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(made)?;
         }
         let dir = dir.canonicalize()?;
-        if keys_in_token > 0 {
-            copy(&filled(site, binary, keys_in_token).await?, &dir)?;
+        if wants.keys_in_token > 0 {
+            copy(&filled(site, binary, wants.keys_in_token).await?, &dir)?;
         } else {
             empty_token_directory(&dir)?;
             add_token(&dir, "authority").await?;
         }
         write_softhsm_conf(&dir)?;
         add_token(&dir, "agents").await?;
-        let text = configuration(&dir, &runtime, &site.module);
+        let module = wants.fault_module.map_or(Ok(site.module.clone()), Path::canonicalize)?;
+        let real = wants.fault_module.map(|_| site.module.clone());
+        let text = configuration(&dir, &runtime, &module, wants);
         let path = dir.join("keyward.toml");
         fs::write(&path, text)?;
         let config = Config::load(&path).map_err(|errors| errors.to_string())?;
-        let house = Self { dir, runtime, binary: binary.to_path_buf(), module: site.module.clone(), config };
+        let house = Self { dir, runtime, binary: binary.to_path_buf(), module, real, config };
+        if house.real.is_some() {
+            house.delay_signatures(Duration::ZERO)?;
+        }
         ran(house.command().arg("init")).await?;
         Ok(house)
     }
@@ -118,8 +138,26 @@ impl House {
             .env_clear()
             .env("SOFTHSM2_CONF", self.dir.join("softhsm2.conf"))
             .env("KEYWARD_CONFIG", self.dir.join("keyward.toml"));
+        if let Some(real) = &self.real {
+            command.env("KEYWARD_SHIM_MODULE", real).env("KEYWARD_SHIM_SCRIPT", self.fault_script());
+        }
         command.stdin(Stdio::null()).kill_on_drop(true);
         command
+    }
+
+    /// Processes started from now on have a device that needs so much longer for a signature. Only with a fault module.
+    pub(super) fn delay_signatures(&self, by: Duration) -> Result<(), Failed> {
+        let script = format!("delay C_Sign ms={}\n", by.as_secs_f64() * 1e3);
+        Ok(fs::write(self.fault_script(), script)?)
+    }
+
+    /// Where the fault module of one process listens.
+    pub(super) fn fault_socket(&self) -> PathBuf {
+        self.runtime.join("faults.sock")
+    }
+
+    fn fault_script(&self) -> PathBuf {
+        self.dir.join("faults")
     }
 
     /// `keyward serve`, ready.
@@ -214,8 +252,8 @@ async fn add_token(dir: &Path, label: &str) -> Result<(), Failed> {
     ran(&mut tool).await.map(drop)
 }
 
-/// Nothing but what has no default: the stock limits are what is measured.
-fn configuration(dir: &Path, runtime: &Path, module: &Path) -> String {
+/// Nothing but what has no default and what is wanted: the stock limits are what is measured.
+fn configuration(dir: &Path, runtime: &Path, module: &Path, wants: Wants<'_>) -> String {
     let mut text = String::from("[trust]\ndomain = \"bench.example\"\n[listen]\ntcp = \"127.0.0.1:0\"\n");
     let _ = write!(text, "[paths]\nstate = \"{}\"\nruntime = \"{}\"\n", dir.join("state").display(), runtime.display());
     for role in ["authority", "agents"] {
@@ -226,6 +264,12 @@ fn configuration(dir: &Path, runtime: &Path, module: &Path) -> String {
             module.display(),
             pin.display()
         );
+        if let Some(lanes) = wants.lanes.filter(|_| role == "authority") {
+            let _ = writeln!(text, "lanes = {lanes}");
+        }
+    }
+    if let Some(most) = wants.live_certificates {
+        let _ = writeln!(text, "[limits]\nlive_certificates_per_agent = {most}");
     }
     text
 }

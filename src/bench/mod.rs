@@ -1,15 +1,20 @@
 //! What issuing costs: `keyward bench`.
 //!
-//! Owns: throw-away daemons with throw-away tokens, agents by the thousand, figures. Promises: stock configuration; the floor and
-//! what is held against it come from one run; keys and requests are made before the clock starts; variants alternate, with the
-//! same thing twice beside them. Never: touches a token or a daemon that it has not made, or runs inside the daemon.
+//! Owns: throw-away daemons with throw-away tokens, agents by the thousand, figures. Promises: stock configuration, or the report
+//! says in what it differs; the floor and what is held against it come from one run; keys and requests are made before the clock
+//! starts; variants alternate, with the same thing twice beside them; under an open load a latency counts from when its request was
+//! due. Never: touches a token or a daemon that it has not made, or runs inside the daemon.
 
 mod disk;
 mod figures;
 mod fleet;
 mod house;
+mod load;
+mod overload;
 mod phase;
 mod report;
+pub mod room;
+mod slow;
 pub mod token;
 
 use std::path::{Path, PathBuf};
@@ -18,9 +23,11 @@ use std::time::Instant;
 use disk::Fsync;
 use figures::{Paired, median};
 use fleet::{Fleet, Step};
-use house::{House, Running, Site, ran};
+use house::{House, Running, Site, Wants, ran};
+pub use overload::{OverloadPlan, OverloadReport, overload};
 use phase::{Measured, Phase};
-pub use report::{Comparison, Crowd, Goal, Report};
+pub use report::{Comparison, Crowd, Goal, Ground, Report, Side};
+pub use slow::{SlowPlan, SlowReport, slow_hsm};
 use token::RawSignatures;
 
 /// Any reason why a run ended without figures.
@@ -92,7 +99,7 @@ pub async fn issue(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report
         None
     };
     let fsync_after = disk::fsync(&plan.work)?;
-    Ok(alone.report(plan, comparisons, crowd, fsync_before, fsync_after))
+    Ok(alone.report(plan, comparisons, crowd, (fsync_before, fsync_after)))
 }
 
 /// What one daemon by itself showed.
@@ -109,8 +116,8 @@ struct Alone {
 }
 
 async fn alone(plan: &Plan, site: &Site, binary: &Path) -> Result<Alone, Failed> {
-    let house = House::build(site, "alone", binary, 0).await?;
-    let raw = raw_signatures(&house).await?;
+    let house = House::build(site, "alone", binary, Wants::default()).await?;
+    let raw = raw_signatures(&house, RAW_SIGNATURES).await?;
     let mut running = house.start().await?;
     let rss_empty_mib = mib(running.rss_kib()?);
     let start_to_ready_seconds = running.ready_after.as_secs_f64();
@@ -129,14 +136,7 @@ async fn alone(plan: &Plan, site: &Site, binary: &Path) -> Result<Alone, Failed>
 }
 
 impl Alone {
-    fn report(
-        self,
-        plan: &Plan,
-        comparisons: Vec<Comparison>,
-        crowd: Option<Crowd>,
-        fsync_before: Fsync,
-        fsync_after: Fsync,
-    ) -> Report {
+    fn report(self, plan: &Plan, comparisons: Vec<Comparison>, crowd: Option<Crowd>, fsync: (Fsync, Fsync)) -> Report {
         let ratio = |phase: &Phase| phase.server_cpu_us_per_certificate / (phase.floor_cpu_us + phase.handshake_cpu_us);
         let (standing, own) = (&self.standing, &self.own);
         let mut goals = vec![
@@ -149,6 +149,7 @@ impl Alone {
         goals.extend(comparisons.iter().filter(|comparison| comparison.bound.is_some()).map(|comparison| Goal {
             name: format!("CPU with {} in the token to CPU without", comparison.what),
             value: comparison.paired.ratio,
+            may_be: Side::AtMost,
             bound: KEYS_RATIO_MAX,
             met: comparison.paired.meets(KEYS_RATIO_MAX),
         }));
@@ -178,14 +179,7 @@ impl Alone {
             comparisons,
             crowd,
             goals,
-            fsync_before,
-            fsync_after,
-            configuration: self.config.effective(),
-            configuration_sha256: self.config.hash.to_string(),
-            version: env!("CARGO_PKG_VERSION"),
-            revision: plan.revision.clone(),
-            optimised: !cfg!(debug_assertions),
-            cores: std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+            ground: Ground::new(fsync, &self.config, plan.revision.clone()),
         }
     }
 }
@@ -205,7 +199,8 @@ struct Ready {
 
 impl Ready {
     async fn new(plan: &Plan, site: &Site, name: &str, variant: &Variant<'_>) -> Result<Self, Failed> {
-        let house = House::build(site, name, variant.binary, variant.keys_in_token).await?;
+        let wants = Wants { keys_in_token: variant.keys_in_token, ..Wants::default() };
+        let house = House::build(site, name, variant.binary, wants).await?;
         let running = house.start().await?;
         let mut fleet = Fleet::enrol(&running.operator, plan.connections, 1 + COMPARED_RENEWALS_MAX).await?;
         fleet.all(Step::Attest, plan.outstanding).await?;
@@ -247,7 +242,7 @@ async fn compare(plan: &Plan, site: &Site, what: String, a: &Variant<'_>, b: &Va
 
 /// Many agents, and a start with them.
 async fn with_crowd(plan: &Plan, site: &Site, binary: &Path) -> Result<Crowd, Failed> {
-    let house = House::build(site, "crowd", binary, 0).await?;
+    let house = House::build(site, "crowd", binary, Wants::default()).await?;
     let running = house.start().await?;
     let from = Instant::now();
     fleet::enrol_many(&house.socket(), plan.crowd).await?;
@@ -261,11 +256,11 @@ async fn with_crowd(plan: &Plan, site: &Site, binary: &Path) -> Result<Crowd, Fa
     Ok(Crowd { agents: plan.crowd, enrolments_per_second, start_to_ready_seconds: ready.as_secs_f64(), rss_mib })
 }
 
-/// The bare module with this house's authority token, before the daemon has it.
-async fn raw_signatures(house: &House) -> Result<RawSignatures, Failed> {
+/// The bare module with this house's authority token, as many threads as lanes, in a process of its own.
+async fn raw_signatures(house: &House, count: usize) -> Result<RawSignatures, Failed> {
     let mut command = house.command();
     command.args(["bench", "token", "sign", "--threads", &house.config.authority.lanes.to_string()]);
-    command.args(["--count", &RAW_SIGNATURES.to_string()]);
+    command.args(["--count", &count.to_string()]);
     command.arg("--module").arg(&house.module).arg("--pin-file").arg(house.pin_file());
     Ok(serde_json::from_slice(&ran(&mut command).await?)?)
 }

@@ -8,6 +8,7 @@ use super::disk::Fsync;
 use super::figures::Paired;
 use super::phase::Phase;
 use super::token::RawSignatures;
+use crate::config::Config;
 
 /// One goal and whether it was reached.
 #[derive(Debug, Clone, Serialize)]
@@ -16,17 +17,105 @@ pub struct Goal {
     pub name: String,
     /// What came out.
     pub value: f64,
-    /// The most it may be.
+    /// Which side of the bound is good.
+    pub may_be: Side,
+    /// The most or the least it may be.
     pub bound: f64,
     /// Whether it is.
     pub met: bool,
+}
+
+/// Of a bound.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// The bound or less.
+    AtMost,
+    /// The bound or more.
+    AtLeast,
 }
 
 impl Goal {
     /// `value` may be `bound` at most.
     #[must_use]
     pub fn at_most(name: &str, value: f64, bound: f64) -> Self {
-        Self { name: name.to_owned(), value, bound, met: value <= bound }
+        Self { name: name.to_owned(), value, may_be: Side::AtMost, bound, met: value <= bound }
+    }
+
+    /// `value` may be `bound` at least.
+    #[must_use]
+    pub fn at_least(name: &str, value: f64, bound: f64) -> Self {
+        Self { name: name.to_owned(), value, may_be: Side::AtLeast, bound, met: value >= bound }
+    }
+}
+
+/// A line for each.
+pub(super) fn goals_text(goals: &[Goal]) -> String {
+    let line = |goal: &Goal| {
+        let verdict = if goal.met { "met   " } else { "MISSED" };
+        let side = match goal.may_be {
+            Side::AtMost => "at most",
+            Side::AtLeast => "at least",
+        };
+        format!("{verdict} {:<52} {:>9.3}  {side} {:.2}\n", goal.name, goal.value, goal.bound)
+    };
+    goals.iter().map(line).collect()
+}
+
+/// On what a run was made.
+#[derive(Debug, Clone, Serialize)]
+pub struct Ground {
+    /// Of the disk, before.
+    pub fsync_before: Fsync,
+    /// And after.
+    pub fsync_after: Fsync,
+    /// The effective configuration.
+    pub configuration: String,
+    /// Its SHA-256.
+    pub configuration_sha256: String,
+    /// Of this build.
+    pub version: &'static str,
+    /// The source's, where known.
+    pub revision: Option<String>,
+    /// Whether this is a build to be measured.
+    pub optimised: bool,
+    /// Cores that daemon and generator share.
+    pub cores: usize,
+}
+
+impl Ground {
+    pub(super) fn new(fsync: (Fsync, Fsync), config: &Config, revision: Option<String>) -> Self {
+        Self {
+            fsync_before: fsync.0,
+            fsync_after: fsync.1,
+            configuration: config.effective(),
+            configuration_sha256: config.hash.to_string(),
+            version: env!("CARGO_PKG_VERSION"),
+            revision,
+            optimised: !cfg!(debug_assertions),
+            cores: std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
+        }
+    }
+
+    pub(super) fn disk_text(&self) -> String {
+        let (before, after) = (self.fsync_before, self.fsync_after);
+        format!(
+            "disk        4 KiB + fdatasync p50 {:.2} ms, p99 {:.2} ms before; {:.2} and {:.2} after\n",
+            before.p50_ms, before.p99_ms, after.p50_ms, after.p99_ms
+        )
+    }
+
+    pub(super) fn build_text(&self) -> String {
+        let mut text = format!(
+            "\nkeyward {} ({}), configuration {}\n",
+            self.version,
+            self.revision.as_deref().unwrap_or("revision unknown"),
+            self.configuration_sha256.get(..16).unwrap_or_default()
+        );
+        if !self.optimised {
+            text.push_str("This is a debug build: its figures mean nothing.\n");
+        }
+        text
     }
 }
 
@@ -104,22 +193,9 @@ pub struct Report {
     pub crowd: Option<Crowd>,
     /// Each with its bound.
     pub goals: Vec<Goal>,
-    /// Of the disk, before.
-    pub fsync_before: Fsync,
-    /// And after.
-    pub fsync_after: Fsync,
-    /// The effective configuration.
-    pub configuration: String,
-    /// Its SHA-256.
-    pub configuration_sha256: String,
-    /// Of this build.
-    pub version: &'static str,
-    /// The source's, where known.
-    pub revision: Option<String>,
-    /// Whether this is a build to be measured.
-    pub optimised: bool,
-    /// Cores that daemon and generator share.
-    pub cores: usize,
+    /// Disk, configuration, build.
+    #[serde(flatten)]
+    pub ground: Ground,
 }
 
 impl Report {
@@ -136,11 +212,7 @@ impl Report {
             self.floor_cpu_us,
             self.handshake_cpu_us
         );
-        let _ = writeln!(
-            text,
-            "disk        4 KiB + fdatasync p50 {:.2} ms, p99 {:.2} ms before; {:.2} and {:.2} after\n",
-            self.fsync_before.p50_ms, self.fsync_before.p99_ms, self.fsync_after.p50_ms, self.fsync_after.p99_ms
-        );
+        let _ = writeln!(text, "{}", self.ground.disk_text());
         self.phases_text(&mut text);
         for comparison in &self.comparisons {
             let paired = &comparison.paired;
@@ -157,22 +229,7 @@ impl Report {
                 crowd.agents, crowd.enrolments_per_second, crowd.start_to_ready_seconds, crowd.rss_mib
             );
         }
-        let _ = writeln!(text);
-        for goal in &self.goals {
-            let verdict = if goal.met { "met   " } else { "MISSED" };
-            let _ = writeln!(text, "{verdict} {:<52} {:>9.2}  at most {:.2}", goal.name, goal.value, goal.bound);
-        }
-        let _ = writeln!(
-            text,
-            "\nkeyward {} ({}), configuration {}",
-            self.version,
-            self.revision.as_deref().unwrap_or("revision unknown"),
-            self.configuration_sha256.get(..16).unwrap_or_default()
-        );
-        if !self.optimised {
-            let _ = writeln!(text, "This is a debug build: its figures mean nothing.");
-        }
-        text
+        text + "\n" + &goals_text(&self.goals) + &self.ground.build_text()
     }
 
     fn phases_text(&self, text: &mut String) {

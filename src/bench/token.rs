@@ -1,6 +1,7 @@
 //! The module by itself, in a process of its own: C_Sign without anything around it, and filling a token.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ use crate::model::{Digest, SecretBytes, process_cpu_nanos};
 /// CKA_EC_PARAMS of P-256: the OID 1.2.840.10045.3.1.7 in DER.
 const P256_PARAMS: [u8; 10] = [0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
 /// The label of the token in a house.
-const LABEL: &str = "authority";
+pub(super) const LABEL: &str = "authority";
 
 /// What the module can do.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -57,18 +58,23 @@ pub fn sign(module: &Path, pin_file: &Path, threads: usize, signatures: usize) -
     let key = *anchor.find_objects(&wanted)?.first().ok_or("the token holds no P-256 key")?;
     let slot = anchor.get_session_info()?.slot_id();
     let sessions = (0..threads).map(|_| context.open_ro_session(slot)).collect::<Result<Vec<_>, _>>()?;
-    let each = signatures.div_ceil(threads.max(1));
+    // Taken from one heap: a thread that was held up must not leave the others idle at the end.
+    let taken = Arc::new(AtomicUsize::new(0));
     let barrier = Arc::new(Barrier::new(threads + 1));
     let workers: Vec<_> = sessions
         .into_iter()
         .map(|session| {
-            let barrier = Arc::clone(&barrier);
+            let (barrier, taken) = (Arc::clone(&barrier), Arc::clone(&taken));
             std::thread::spawn(move || {
                 barrier.wait();
-                (0..each).try_for_each(|count| {
-                    let digest = Digest::of(&count.to_be_bytes());
-                    session.sign(&Mechanism::Ecdsa, key, &digest.0).map(drop)
-                })
+                loop {
+                    let number = taken.fetch_add(1, Ordering::Relaxed);
+                    if number >= signatures {
+                        return Ok::<_, cryptoki::error::Error>(());
+                    }
+                    let digest = Digest::of(&number.to_be_bytes());
+                    session.sign(&Mechanism::Ecdsa, key, &digest.0)?;
+                }
             })
         })
         .collect();
@@ -79,7 +85,7 @@ pub fn sign(module: &Path, pin_file: &Path, threads: usize, signatures: usize) -
         worker.join().map_err(|_| "a thread died in the module")??;
     }
     let seconds = from.elapsed().as_secs_f64();
-    Ok(RawSignatures { threads, signatures: each * threads, seconds, cpu_nanos: process_cpu_nanos().saturating_sub(cpu) })
+    Ok(RawSignatures { threads, signatures, seconds, cpu_nanos: process_cpu_nanos().saturating_sub(cpu) })
 }
 
 /// Makes `count` P-256 token key pairs that nobody uses.

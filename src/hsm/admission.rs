@@ -1,7 +1,9 @@
 //! Admission: who would wait too long is turned away before anything was recorded or computed for them.
 //!
 //! A burst is taken in: it is worked off within [`BURST`]. A queue that *stands*, because more is asked for than the token makes, is
-//! of no use to anybody: it is cut to about [`WAIT`], so that those who are admitted are served as if there were no crowd.
+//! of no use to anybody: it is cut to about [`WAIT`], so that those who are admitted are served as if there were no crowd. A crowd is
+//! over when nobody had to be turned away for [`OVER`]: a free lane now and then, because the disk paused, does not let in a burst
+//! upon a burst.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -12,8 +14,10 @@ use super::faults::Error;
 const STANDS: Duration = Duration::from_millis(100);
 /// Longest wait in a queue that stands, or once the token's pace if that is longer.
 const WAIT: Duration = Duration::from_millis(10);
-/// Longest wait in a burst.
-const BURST: Duration = Duration::from_millis(250);
+/// Longest wait in a burst. Those who wait in the first one are served late: fewer than one in a hundred of a crowd that stays.
+const BURST: Duration = Duration::from_millis(100);
+/// Longer than those who are turned away are told to stay away, so that a crowd that comes back is the same crowd.
+const OVER: Duration = Duration::from_secs(1);
 
 /// Signatures in a round.
 const ROUND: u64 = 64;
@@ -27,6 +31,8 @@ pub(super) struct Admission {
     inside: AtomicUsize,
     /// Microseconds since `started` when somebody last found a free lane.
     calm_at: AtomicU64,
+    /// Microseconds since `started` when somebody was last turned away; zero: nobody yet.
+    turned_away_at: AtomicU64,
     /// Nanoseconds of the fastest signature of this and of the last round: what a busy machine adds to the others is not the token's.
     fastest: [AtomicU64; 2],
     signatures: AtomicU64,
@@ -41,6 +47,7 @@ impl Admission {
             started: Instant::now(),
             inside: AtomicUsize::new(0),
             calm_at: AtomicU64::new(0),
+            turned_away_at: AtomicU64::new(0),
             fastest: [const { AtomicU64::new(u64::MAX) }; 2],
             signatures: AtomicU64::new(0),
             turned_away: AtomicU64::new(0),
@@ -55,11 +62,11 @@ impl Admission {
             self.calm_at.store(now, Ordering::Relaxed);
             return Ok(());
         }
-        let unrest = Duration::from_micros(now.saturating_sub(self.calm_at.load(Ordering::Relaxed)));
-        if inside <= self.most(unrest) {
+        if inside <= self.most(self.stands(now)) {
             return Ok(());
         }
         self.leave();
+        self.turned_away_at.store(now.max(1), Ordering::Relaxed);
         self.turned_away.fetch_add(1, Ordering::Relaxed);
         Err(Error::QueueFull)
     }
@@ -68,10 +75,18 @@ impl Admission {
         self.inside.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// How many may be inside when nobody has found a free lane for so long.
-    fn most(&self, unrest: Duration) -> usize {
+    /// Whether there is a crowd: nobody has found a free lane for a while, or somebody was turned away a short while ago.
+    fn stands(&self, now: u64) -> bool {
+        let since = |at: u64| Duration::from_micros(now.saturating_sub(at));
+        let turned_away_at = self.turned_away_at.load(Ordering::Relaxed);
+        let crowd = turned_away_at > 0 && since(turned_away_at) < OVER;
+        crowd || since(self.calm_at.load(Ordering::Relaxed)) > STANDS.max(self.pace() * 4)
+    }
+
+    /// How many may be inside.
+    fn most(&self, stands: bool) -> usize {
         let pace = self.pace();
-        let wait = if unrest > STANDS.max(pace * 4) { WAIT } else { BURST };
+        let wait = if stands { WAIT } else { BURST };
         let rounds =
             wait.as_nanos().checked_div(pace.as_nanos()).map_or(usize::MAX, |rounds| rounds.try_into().unwrap_or(usize::MAX));
         self.lanes.saturating_add(self.lanes.saturating_mul(rounds.max(1)).min(self.queue))
@@ -107,21 +122,32 @@ mod tests {
         admission
     }
 
+    const MILLI: u64 = 1000;
+
     #[test]
     fn a_burst_is_taken_in_and_a_queue_that_stands_is_cut() {
         let slow = of_pace(8, Duration::from_millis(10));
-        assert_eq!(slow.most(Duration::from_millis(50)), 8 + 8 * 25);
-        assert_eq!(slow.most(Duration::from_millis(150)), 8 + 8);
+        assert!(!slow.stands(50 * MILLI) && slow.stands(150 * MILLI));
+        assert_eq!((slow.most(false), slow.most(true)), (8 + 8 * 10, 8 + 8));
         let fast = of_pace(4, Duration::from_micros(100));
-        assert_eq!(fast.most(Duration::from_millis(50)), 4 + 1024);
-        assert_eq!(fast.most(Duration::from_millis(150)), 4 + 4 * 100);
+        assert_eq!((fast.most(false), fast.most(true)), (4 + 1024, 4 + 4 * 100));
+    }
+
+    #[test]
+    fn a_crowd_is_over_when_nobody_is_turned_away_any_more_and_not_at_the_first_free_lane() {
+        let slow = of_pace(8, Duration::from_millis(10));
+        slow.turned_away_at.store(200 * MILLI, Ordering::Relaxed);
+        slow.calm_at.store(300 * MILLI, Ordering::Relaxed);
+        assert!(slow.stands(310 * MILLI));
+        slow.calm_at.store(1250 * MILLI, Ordering::Relaxed);
+        assert!(!slow.stands(1260 * MILLI));
     }
 
     #[test]
     fn a_device_of_a_second_still_admits_one_more_for_each_lane() {
         let slow = of_pace(2, Duration::from_secs(1));
-        assert_eq!(slow.most(Duration::from_secs(3)), 4);
-        assert_eq!(slow.most(Duration::from_secs(9)), 4);
+        assert!(!slow.stands(3000 * MILLI) && slow.stands(5000 * MILLI));
+        assert_eq!((slow.most(false), slow.most(true)), (4, 4));
     }
 
     #[test]

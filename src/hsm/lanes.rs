@@ -1,8 +1,9 @@
-//! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign.
+//! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign. A lane
+//! does nothing but sign: whoever asked verifies, here in [`ask`], while the lane has the device busy with the next.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
@@ -28,7 +29,15 @@ pub(super) struct Job {
     message: Arc<[u8]>,
     deadline: Instant,
     claim: Arc<AtomicU8>,
-    reply: oneshot::Sender<Result<Vec<u8>, Failed>>,
+    reply: oneshot::Sender<Result<Unverified, Failed>>,
+}
+
+/// What a lane hands to its asker, and nobody beyond [`ask`] sees.
+struct Unverified {
+    signature: Vec<u8>,
+    took: Duration,
+    /// Set if it does not verify: the lane closes its session.
+    spoilt: Arc<AtomicBool>,
 }
 
 /// What became of an attempt, and what may follow.
@@ -55,7 +64,7 @@ impl Job {
     }
 
     /// An asker that has gone meanwhile has counted this as unknown.
-    fn answer(self, result: Result<Vec<u8>, Failed>) {
+    fn answer(self, result: Result<Unverified, Failed>) {
         let _ = self.reply.send(result);
     }
 
@@ -68,12 +77,13 @@ impl Job {
 /// A lane's working life: one term of the queue.
 pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     let mut session: Option<Session> = None;
+    let spoilt = Arc::new(AtomicBool::new(false));
     while let Some(job) = token.jobs.next(term) {
         let Some(job) = job.claim() else { continue };
-        let mut result = mark.inside(|| with_session(token, &mut session, &job));
+        let mut result = mark.inside(|| with_session(token, &mut session, &job, &spoilt));
         if result.as_ref().is_err_and(|failed| failed.outcome == Outcome::Again) {
             // Certain that nothing was signed, and that session is gone: once more with another.
-            result = mark.inside(|| with_session(token, &mut session, &job));
+            result = mark.inside(|| with_session(token, &mut session, &job, &spoilt));
         }
         job.answer(result);
         if mark.is_given_up() {
@@ -87,7 +97,17 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
 }
 
 /// One attempt with the lane's session, opened if there is none; kept only if it may be used again.
-fn with_session(token: &Token, session: &mut Option<Session>, job: &Job) -> Result<Vec<u8>, Failed> {
+fn with_session(
+    token: &Token,
+    session: &mut Option<Session>,
+    job: &Job,
+    spoilt: &Arc<AtomicBool>,
+) -> Result<Unverified, Failed> {
+    if spoilt.swap(false, Ordering::AcqRel)
+        && let Some(session) = session.take()
+    {
+        Token::discard(session);
+    }
     let open = match session.take() {
         Some(open) => open,
         None => token.open_session(false).map_err(|error| {
@@ -96,7 +116,7 @@ fn with_session(token: &Token, session: &mut Option<Session>, job: &Job) -> Resu
             Failed { error, outcome }
         })?,
     };
-    let result = attempt(token, &open, job);
+    let result = attempt(token, &open, job, spoilt);
     if result.as_ref().map_or_else(|failed| failed.error.verdict().keep_session, |_| true) {
         *session = Some(open);
     } else {
@@ -106,29 +126,35 @@ fn with_session(token: &Token, session: &mut Option<Session>, job: &Job) -> Resu
     result
 }
 
-fn attempt(token: &Token, session: &Session, job: &Job) -> Result<Vec<u8>, Failed> {
-    let (key, meter) = (&job.key, &token.meter);
+fn attempt(token: &Token, session: &Session, job: &Job, spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
+    let key = &job.key;
     let from = Instant::now();
-    let signed = meter.sign.measure(|| objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id));
-    let checked = signed.and_then(|signature| {
-        let good = meter.verify_own.measure(|| key.verifies(&job.message, &signature));
-        if good { Ok(signature) } else { Err(Error::Corrupt(key.id)) }
-    });
-    match checked {
-        Ok(signature) => {
-            token.report_signature(from.elapsed());
-            Ok(signature)
-        }
-        Err(error) => {
-            token.report(&error);
-            if matches!(error, Error::Corrupt(_)) {
-                tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
-                token.epoch_ends_if_handle(key, job.handle);
-            }
-            let outcome = error.verdict().outcome;
-            Err(Failed { error, outcome })
-        }
+    let sign = || objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id);
+    match token.meter.sign.measure(sign) {
+        Ok(signature) => Ok(Unverified { signature, took: from.elapsed(), spoilt: Arc::clone(spoilt) }),
+        Err(error) => Err(failed(token, key, job.handle, error)),
     }
+}
+
+/// A signature that verifies, or none.
+fn verified(token: &Token, key: &Bound, handle: ObjectHandle, message: &[u8], made: Unverified) -> Result<Vec<u8>, Failed> {
+    if token.meter.verify_own.measure(|| key.verifies(message, &made.signature)) {
+        token.report_signature(made.took);
+        return Ok(made.signature);
+    }
+    made.spoilt.store(true, Ordering::Release);
+    Err(failed(token, key, handle, Error::Corrupt(key.id)))
+}
+
+/// Counts the error, and says what may follow.
+fn failed(token: &Token, key: &Bound, handle: ObjectHandle, error: Error) -> Failed {
+    token.report(&error);
+    if matches!(error, Error::Corrupt(_)) {
+        tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
+        token.epoch_ends_if_handle(key, handle);
+    }
+    let outcome = error.verdict().outcome;
+    Failed { error, outcome }
 }
 
 /// Withdraws the job when its asker stops waiting, so that no lane begins what nobody will record.
@@ -147,7 +173,7 @@ impl Drop for Withdraw {
     }
 }
 
-/// One attempt, until `deadline`.
+/// One attempt, until `deadline`. The signature is verified here.
 async fn ask(
     token: &Token,
     key: &Arc<Bound>,
@@ -166,7 +192,7 @@ async fn ask(
         })
     })?;
     match tokio::time::timeout_at(deadline.into(), answer).await {
-        Ok(Ok(result)) => result,
+        Ok(Ok(result)) => result.and_then(|made| verified(token, key, handle, message, made)),
         // The lane died, or its term ended, without a word; or it has not come back in time.
         ended => {
             let error = if ended.is_err() { Error::Deadline } else { token.unusable() };

@@ -7,6 +7,9 @@ use crate::proto::QuarantineCause;
 
 use super::agent::{Agent, Asked, Bound, Certified, Ending, Evidence, Live, Quarantine, Token, Verdict};
 
+/// Room for as many more certificates of an agent is made at once.
+const LIVE_GROWS_BY: usize = 4;
+
 /// What an intent for an agent adds to the book.
 #[derive(Debug, Clone)]
 pub(super) struct Wanted {
@@ -135,6 +138,10 @@ impl Book {
             bound.previous = bound.newest.take().map(|certified| certified.key);
             bound.newest = Some(Certified { key: asked.key, not_after: asked.not_after });
             agent.sequence = asked.sequence + 1;
+        }
+        if bound.live.len() == bound.live.capacity() {
+            // Not doubled: this is most of what an agent costs in memory.
+            bound.live.reserve_exact(LIVE_GROWS_BY);
         }
         bound.live.push(Live {
             serial: wanted.serial,

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! fail C_Sign rv=0x30 [nth=3] [count=1|all] [after]     the real function is not called; after: its answer is lost
-//! delay C_Sign ms=2.0                                   every call takes longer; ms=0: no more
+//! delay C_Sign ms=2.0 [queries]                         every call takes longer; ms=0: no more. A device's time goes by signing:
+//!                                                       asking C_Sign or C_SignFinal for a length (null buffer) is free, unless `queries`
 //! hang C_Sign [nth=1] [count=1]                         parks the call
 //! release / hanging / await hanging=1                   lets all go on / how many / waits for so many
 //! corrupt C_Sign [nth=1] [count=1|all]                  flips a bit of the signature
@@ -180,14 +181,14 @@ fn carry_out(line: &str) -> Result<String, String> {
             faults::direct(rule)?;
         }
         "delay" => {
-            let (on, by) = (words.function()?, words.millis()?);
+            let (on, by, queries) = (words.function()?, words.millis()?, words.flag("queries"));
             words.end()?;
-            faults::delay(on, by);
+            faults::delay(on, by, queries);
         }
         "slow_keygen" => {
             let by = words.millis()?;
             words.end()?;
-            faults::delay(Some(Function::C_GenerateKeyPair), by);
+            faults::delay(Some(Function::C_GenerateKeyPair), by, false);
         }
         "await" => {
             let (hanging, faults) = (words.number("hanging")?, words.number("faults")?);

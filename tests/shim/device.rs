@@ -46,16 +46,16 @@ pub fn preset(name: &str) -> Result<(), String> {
         "yubihsm" => {
             set_sessions_max(16);
             faults::take_turns();
-            faults::delay(Some(Function::C_Sign), Duration::from_millis(73));
+            faults::delay(Some(Function::C_Sign), Duration::from_millis(73), false);
         }
         "cloudhsm" => {
             refuse_read_only_sessions();
             refuse_second_ids();
-            faults::delay(Some(Function::C_Sign), Duration::from_millis(2));
+            faults::delay(Some(Function::C_Sign), Duration::from_millis(2), false);
         }
         "tpm" => {
             refuse_session_keys();
-            faults::delay(Some(Function::C_Sign), Duration::from_millis(200));
+            faults::delay(Some(Function::C_Sign), Duration::from_millis(200), false);
         }
         _ => return Err(format!("no preset {name:?}: yubihsm, cloudhsm, tpm")),
     }

@@ -116,11 +116,19 @@ struct Armed {
     remap: bool,
 }
 
-struct Delays([Duration; COUNT]);
+/// How much longer calls of a function take, and whether those that only ask for a length do too.
+struct Delays([(Duration, bool); COUNT]);
 
 impl Default for Delays {
     fn default() -> Self {
-        Self([Duration::ZERO; COUNT])
+        Self([(Duration::ZERO, false); COUNT])
+    }
+}
+
+impl Delays {
+    fn of(&self, function: Function, answers: bool) -> Duration {
+        let (delay, queries) = self.0[function as usize];
+        if answers || queries { delay } else { Duration::ZERO }
     }
 }
 
@@ -144,7 +152,7 @@ fn change(how: impl FnOnce(&mut Armed)) {
 }
 
 fn note_armed(state: &Armed) {
-    let delays = state.delays.0.iter().any(|delay| !delay.is_zero());
+    let delays = state.delays.0.iter().any(|(delay, _)| !delay.is_zero());
     let armed = !state.rules.is_empty() || delays || state.dice.is_some() || state.in_turn || state.gone || state.remap;
     ARMED.store(armed, Ordering::Relaxed);
 }
@@ -160,11 +168,11 @@ pub fn direct(rule: Rule) -> Result<(), String> {
     Ok(())
 }
 
-/// From now on calls of a function (`None`: of all) take so much longer.
-pub fn delay(on: Option<Function>, by: Duration) {
+/// From now on calls of a function (`None`: of all) take so much longer; those that only ask for a length if `queries`.
+pub fn delay(on: Option<Function>, by: Duration, queries: bool) {
     change(|state| match on {
-        Some(function) => state.delays.0[function as usize] = by,
-        None => state.delays.0 = [by; COUNT],
+        Some(function) => state.delays.0[function as usize] = (by, queries),
+        None => state.delays.0 = [(by, queries); COUNT],
     });
 }
 
@@ -218,7 +226,7 @@ pub fn plan(function: Function, answers: bool) -> Plan {
     if state.gone {
         return Plan { gone: true, ..Plan::default() };
     }
-    let mut plan = Plan { in_turn: state.in_turn, delay: state.delays.0[function as usize], ..Plan::default() };
+    let mut plan = Plan { in_turn: state.in_turn, delay: state.delays.of(function, answers), ..Plan::default() };
     let mut met = 0;
     state.rules.retain_mut(|rule| {
         let counted = answers || !matches!(rule.deed, Deed::Lose(_) | Deed::Corrupt);

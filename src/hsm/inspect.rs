@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::faults::{Error, Place, SignError};
+use super::error::{Error, SignError};
+use super::faults::Place;
 use super::keyring::Place as KeyPlace;
 use super::modules::Modules;
 use super::{ADMIN_DEADLINE, Hsm, health, objects};

@@ -8,7 +8,8 @@ use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use tokio::sync::oneshot;
 
-use super::faults::{Error, Health, Outcome, Remedy, SignError};
+use super::error::{Error, SignError};
+use super::faults::{Condition, Outcome, Remedy};
 use super::keyring::{Bound, Place};
 use super::objects;
 use super::queue::{Mark, Refused};
@@ -252,11 +253,11 @@ impl Token {
     pub(super) fn report(&self, error: &Error) {
         self.history.note(error);
         match error.verdict().token {
-            Health::Fine => {}
-            Health::Suspect if !self.suspect_again() => {}
-            Health::Suspect | Health::Lost => self.suspend(&error.to_string(), Remedy::Restart),
+            Condition::Fine => {}
+            Condition::Suspect if !self.suspect_again() => {}
+            Condition::Suspect | Condition::Lost => self.suspend(&error.to_string(), Remedy::Restart),
             // What took this login took those of its neighbours.
-            Health::LoggedOut => self.module.suspend_all(self, &error.to_string()),
+            Condition::LoggedOut => self.module.suspend_all(self, &error.to_string()),
         }
     }
 }

@@ -9,6 +9,7 @@
 mod admin;
 mod admission;
 mod der;
+mod error;
 mod faults;
 mod health;
 mod history;
@@ -27,7 +28,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use faults::{Error, Place, SignError};
+pub use error::{Error, SignError};
+pub use faults::Place;
 pub use history::FaultSeen;
 pub use inspect::{Check, SlotSeen, TokenSeen};
 pub use modules::{Modules, harden};

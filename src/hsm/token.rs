@@ -12,7 +12,8 @@ use tokio::sync::{Notify, watch};
 
 use super::admin::{self, Errand};
 use super::admission::Admission;
-use super::faults::{Class, Error, Place, Remedy, class};
+use super::error::Error;
+use super::faults::{Class, Place, Remedy, class};
 use super::history::History;
 use super::keyring::{Bound, Keyring};
 use super::lanes::{self, Job};

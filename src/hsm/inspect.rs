@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::error::{Error, SignError};
 use super::faults::Place;
 use super::history::FaultSeen;
-use super::keyring::Place as KeyPlace;
+use super::keyring::Location;
 use super::modules::Modules;
 use super::probe::Capabilities;
 use super::{ADMIN_DEADLINE, Hsm, health, objects};
@@ -181,7 +181,7 @@ impl Hsm {
             let (from, wanted) = (Instant::now(), key.clone());
             let found = token.errand(from + ADMIN_DEADLINE, move |session| objects::resolve(session, &wanted)).await;
             if matches!(found, Err(Error::KeyLost(_))) {
-                key.set_place(KeyPlace::Lost { epoch: token.epoch() });
+                key.set_location(Location::Lost { epoch: token.epoch() });
             }
             checks.push(Check { name: format!("key {}", key.id), outcome: found.map(|_| from.elapsed()) });
         }

@@ -152,7 +152,7 @@ impl Hsm {
         self.check_usable()?;
         let key = self.0.keyring.bind(id, pinned)?;
         // An explicit question is worth a new look, also at a key that was missing before.
-        key.set_place(keyring::Place::Unknown);
+        key.set_location(keyring::Location::Unknown);
         self.0.handle_of(&key, Instant::now() + self.0.settings.sign_deadline).await?;
         Ok(SigningKey { token: Arc::clone(&self.0), key })
     }

@@ -1,4 +1,5 @@
-//! One token: found, logged in to once, probed, served by its threads.
+//! One token: its connection, the threads that serve it, and whether it is usable. What its threads do is in `lanes.rs` (signatures),
+//! `admin.rs` (objects) and `health.rs` (the watch and recovery).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

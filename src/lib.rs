@@ -22,7 +22,7 @@
 //! | [`api`] | gRPC: translate, call one act, translate back |
 //! | [`client`] | the Rust client of an agent and of an operator |
 //! | [`daemon`] | builds the rooms left to right, serves, drains |
-//! | [`bench`] | what issuing costs |
+//! | [`bench`](mod@bench) | what issuing costs |
 //! | [`cli`] | the command line, one file per noun |
 //!
 //! # The promises

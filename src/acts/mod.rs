@@ -19,6 +19,7 @@ mod release;
 mod server_certificate;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
@@ -36,6 +37,9 @@ pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use keys::{Keys, Tokens, reconcile};
 pub use server_certificate::ServerCertificate;
+
+/// When a caller may ask again whom the token could not serve.
+const HSM_RETRY: Duration = Duration::from_millis(500);
 
 /// Everything an act needs. Built once by the daemon.
 pub struct Acts {
@@ -117,8 +121,10 @@ impl Acts {
 
 /// What a caller is told when the token could not be asked.
 fn hsm_refusal(error: hsm::Error) -> Refusal {
-    let reason = if error.is_overload() { Reason::Overloaded } else { Reason::HsmUnavailable };
-    Refusal::new(reason, "the token is not available now; ask again in a moment")
-        .because(error)
-        .retry_after(std::time::Duration::from_millis(500))
+    let (reason, told) = if error.is_overload() {
+        (Reason::Overloaded, "more is asked of the token than it can do; ask again in a moment")
+    } else {
+        (Reason::HsmUnavailable, "the token is not available now; ask again in a moment")
+    };
+    Refusal::new(reason, told).because(error).retry_after(HSM_RETRY)
 }

@@ -8,11 +8,12 @@ use serde::Serialize;
 
 use super::agents::Daemon;
 use super::failure::EXIT_UNAVAILABLE;
-use super::render::{pairs, table, time};
+use super::hsm_status::{Token, role};
+use super::render::table;
 use super::{Failure, Global, Output, status};
 use crate::config;
-use crate::hsm::{Modules, SlotSeen};
-use crate::proto::{TestTokensRequest, TokenCapabilities, TokenCheck, TokenRole, TokenStatus};
+use crate::hsm::{self, Modules, SlotSeen};
+use crate::proto::{TestTokensRequest, TokenCheck, TokenRole};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -59,47 +60,6 @@ pub(super) enum Which {
     Agents,
     /// Both.
     All,
-}
-
-/// One token, as JSON has it.
-#[derive(Serialize)]
-pub(super) struct Token {
-    role: &'static str,
-    module: String,
-    label: String,
-    serial: String,
-    usable: bool,
-    fault: Option<String>,
-    lanes: u32,
-    queued: u32,
-    signatures: u64,
-    reconnects: u64,
-    pin_pending: bool,
-    mechanisms: Vec<String>,
-    off: Vec<String>,
-    hanging: u32,
-    sessions: u32,
-    pace_micros: u64,
-    turned_away: u64,
-    faults: Vec<Fault>,
-    capabilities: Option<Capabilities>,
-}
-
-/// A fault that was met lately.
-#[derive(Serialize)]
-struct Fault {
-    fault: String,
-    count: u64,
-    last: String,
-}
-
-/// What was found out about a token when it was opened.
-#[derive(Serialize)]
-struct Capabilities {
-    ed25519: bool,
-    session_keys: bool,
-    read_only_sessions: bool,
-    sessions_max: Option<u64>,
 }
 
 pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
@@ -157,7 +117,9 @@ async fn slots(module: Option<PathBuf>, global: &Global, output: &mut Output) ->
     let rows = match tokio::time::timeout(SLOTS_DEADLINE, looked).await {
         Ok(Ok(rows)) => rows?,
         Ok(Err(error)) => return Err(Failure::error(error.to_string())),
-        Err(_) => return Err(Failure::new(EXIT_UNAVAILABLE, "the module does not answer")),
+        Err(_) => {
+            return Err(Failure::new(EXIT_UNAVAILABLE, format!("the PKCS#11 module does not answer within {SLOTS_DEADLINE:?}")));
+        }
     };
     Ok(output.show(&rows, |rows| {
         let cells: Vec<_> = rows.iter().map(Slot::cells).collect();
@@ -247,14 +209,6 @@ async fn test(signatures: u32, global: &Global, output: &mut Output) -> Result<(
     }
 }
 
-fn role(role: TokenRole) -> &'static str {
-    match role {
-        TokenRole::Authority => "authority",
-        TokenRole::Agents => "agents",
-        TokenRole::Unspecified => "unknown",
-    }
-}
-
 #[derive(Serialize)]
 struct Unlocked {
     unlocked: Vec<&'static str>,
@@ -263,101 +217,15 @@ struct Unlocked {
 fn unlock(which: Which, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let state = global.load()?.paths.state;
     let mut unlocked = Vec::new();
-    for (name, token) in [("authority", Which::Authority), ("agents", Which::Agents)] {
-        if which != Which::All && which != token {
-            continue;
-        }
-        let marker = state.join(format!("pin-pending-{name}"));
-        match std::fs::remove_file(&marker) {
-            Ok(()) => unlocked.push(name),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Failure::error(format!("{}: {error}", marker.display()))),
+    for (token, of) in [(Which::Authority, TokenRole::Authority), (Which::Agents, TokenRole::Agents)] {
+        let wanted = which == Which::All || which == token;
+        let failed = |error| Failure::error(format!("the marker in {} cannot be removed: {error}", state.display()));
+        if wanted && hsm::unlock(&state, of).map_err(failed)? {
+            unlocked.push(role(of));
         }
     }
-    // Durable, or a crash would bring the lock back after the PIN was put right.
-    std::fs::File::open(&state).and_then(|directory| directory.sync_all())?;
     output.say(if unlocked.is_empty() { "no login was locked" } else { "the daemon may log in again" });
     Ok(output.show(&Unlocked { unlocked }, |unlocked| unlocked.unlocked.iter().map(|name| format!("{name}\n")).collect())?)
-}
-
-impl From<TokenStatus> for Token {
-    fn from(token: TokenStatus) -> Self {
-        Self {
-            role: role(token.role()),
-            module: token.module,
-            label: token.label,
-            serial: token.serial,
-            usable: token.usable,
-            fault: (!token.fault.is_empty()).then_some(token.fault),
-            lanes: token.lanes,
-            queued: token.queued,
-            signatures: token.signatures,
-            reconnects: token.reconnects,
-            pin_pending: token.pin_pending,
-            mechanisms: token.mechanisms,
-            off: token.off,
-            hanging: token.hanging,
-            sessions: token.sessions,
-            pace_micros: token.pace_micros,
-            turned_away: token.turned_away,
-            faults: token
-                .faults
-                .into_iter()
-                .map(|seen| Fault { fault: seen.fault, count: seen.count, last: time(seen.last_unix_seconds) })
-                .collect(),
-            capabilities: token.capabilities.map(Capabilities::from),
-        }
-    }
-}
-
-impl From<TokenCapabilities> for Capabilities {
-    fn from(told: TokenCapabilities) -> Self {
-        Self {
-            ed25519: told.ed25519,
-            session_keys: told.session_keys,
-            read_only_sessions: told.read_only_sessions,
-            sessions_max: (told.sessions_max > 0).then_some(told.sessions_max),
-        }
-    }
-}
-
-impl Capabilities {
-    fn text(&self) -> String {
-        let has =
-            [(self.ed25519, "Ed25519"), (self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
-        let mut words: Vec<String> = has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })).collect();
-        words.push(self.sessions_max.map_or_else(|| "any number of sessions".into(), |most| format!("{most} sessions")));
-        words.join(", ")
-    }
-}
-
-impl Token {
-    pub(super) fn text(&self) -> String {
-        // A token that was never reached has not told its serial.
-        let serial = if self.serial.is_empty() { "-" } else { &self.serial };
-        let mut lines = vec![
-            ("token", format!("{} ({}, serial {})", self.role, self.label, serial)),
-            ("module", self.module.clone()),
-            ("usable", if self.usable { "yes" } else { "NO" }.into()),
-        ];
-        lines.extend(self.fault.iter().map(|fault| ("newest fault", fault.clone())));
-        if self.pin_pending {
-            lines.push(("login", "locked after a failed one: check the PIN, then `keyward hsm unlock`".into()));
-        }
-        let hanging = if self.hanging > 0 { format!(", {} HANGING", self.hanging) } else { String::new() };
-        lines.push(("lanes", format!("{}{hanging}, {} sessions, {} queued", self.lanes, self.sessions, self.queued)));
-        lines.push((
-            "signatures",
-            format!("{}, {} µs each at best, {} turned away", self.signatures, self.pace_micros, self.turned_away),
-        ));
-        lines.push(("reconnects", self.reconnects.to_string()));
-        lines.extend(self.capabilities.iter().map(|able| ("capabilities", able.text())));
-        lines.extend(self.faults.iter().map(|seen| ("fault", format!("{}, {} times: {}", seen.last, seen.count, seen.fault))));
-        if !self.off.is_empty() {
-            lines.push(("switched off", self.off.join(", ")));
-        }
-        pairs(&lines)
-    }
 }
 
 #[cfg(test)]

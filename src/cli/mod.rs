@@ -16,6 +16,7 @@ mod describe;
 mod duration;
 mod failure;
 mod hsm;
+mod hsm_status;
 mod ledger;
 mod ledger_verify;
 mod quarantine;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::agents::Daemon;
-use super::hsm::Token;
+use super::hsm_status::Token;
 use super::render::pairs;
 use super::{EXIT_UNAVAILABLE, Failure, Global, Output, duration};
 use crate::model::hex;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use cryptoki::session::Session;
 use tokio::sync::oneshot;
 
-use super::faults::Error;
+use super::error::Error;
 use super::queue::{Mark, Refused};
 use super::token::Token;
 

@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::faults::Error;
+use super::error::Error;
 
 /// A queue that has not been empty for this long, and for four times the token's pace, stands.
 const STANDS: Duration = Duration::from_millis(100);

@@ -1,11 +1,16 @@
-//! What to do about a CKR code: one table, code → class, and (place, class) → verdict.
+//! What to do about a CKR code: one table, to be held against PKCS#11 2.40 §5.1 line by line.
+//!
+//! A row holds the codes that say the same of the world. Its columns are what follows for the request, where it was met before
+//! C_SignInit and at C_SignInit, for the session, and for the token. C_Sign has no column: whatever it answers, a signature may exist, so
+//! nobody asks again ([`Outcome::Unknown`]) and the session is closed.
+//!
+//! Two faults have no code. A call that does not come back: its lane is given up and replaced, and once too many hang only a new process
+//! helps ([`super::Error::Stuck`], exit 75). A signature that does not verify: as C_Sign with a vague code, and all handles are looked
+//! up anew.
 
-use std::path::PathBuf;
+use std::fmt;
 
-use cryptoki::context::Function;
-use cryptoki::error::{Error as Cryptoki, RvError};
-
-use crate::model::{InvalidKey, KeyId};
+use cryptoki::error::RvError;
 
 /// Which call failed. A code means another thing after C_Sign than before it: whatever C_Sign answers, the token may have signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +33,36 @@ pub enum Place {
     Sign,
 }
 
-/// What a code says about the world.
+impl fmt::Display for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Module => "the PKCS#11 module",
+            Self::OpenSession => "C_OpenSession",
+            Self::Login => "C_Login",
+            Self::Search => "the search for a key",
+            Self::Generate => "C_GenerateKeyPair",
+            Self::Destroy => "C_DestroyObject",
+            Self::SignInit => "C_SignInit",
+            Self::Sign => "C_Sign",
+        })
+    }
+}
+
+/// A code by the name that PKCS#11 gives it, and by its number where cryptoki knows no name: what a vendor's manual can be searched for.
+pub(super) fn name(code: RvError) -> String {
+    match code {
+        RvError::VendorDefined(number) | RvError::UnknownErrorCode(number) => format!("CKR {number:#x}"),
+        known => format!("{known:?}").chars().fold("CKR".to_owned(), |mut name, letter| {
+            if letter.is_ascii_uppercase() {
+                name.push('_');
+            }
+            name.push(letter.to_ascii_uppercase());
+            name
+        }),
+    }
+}
+
+/// What a code says about the world: the name of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
     /// This session is of no more use; another one will do.
@@ -52,19 +86,21 @@ pub(super) enum Class {
 /// What follows for the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Certain that nothing was signed; one more attempt on a fresh session is allowed.
+    /// Retry: certain that nothing was signed; one more attempt on another session is allowed.
     Again,
-    /// Certain that nothing was signed; one more attempt after the key's handle is looked up anew.
+    /// Retry: certain that nothing was signed; one more attempt after the key's handle is looked up anew.
     Resolve,
-    /// Certain that nothing was signed; no other attempt.
+    /// Shed: certain that nothing was signed; the token is well, the caller is told to come back.
+    Shed,
+    /// Refuse: certain that nothing was signed; no other attempt.
     NotSigned,
-    /// It may have been signed. Never asked again.
+    /// Never retry: it may have been signed.
     Unknown,
 }
 
 /// What follows for the token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Health {
+pub(super) enum Condition {
     /// Nothing.
     Fine,
     /// Counted; the third in a row is `Lost`.
@@ -84,369 +120,233 @@ pub(super) enum Remedy {
     Restart,
 }
 
-/// The whole answer of the table. The session that met the error is closed, except after `Class::Capacity` before C_Sign.
+/// One row of the table.
+struct Row {
+    class: Class,
+    codes: &'static [RvError],
+    /// For the request, where the call came before C_SignInit.
+    before: Outcome,
+    /// For the request, at C_SignInit.
+    sign_init: Outcome,
+    /// Whether the session that met it is still good.
+    keep_session: bool,
+    token: Condition,
+}
+
+/// CKR_TOKEN_RESOURCE_EXCEEDED of PKCS#11 3.1, of which cryptoki knows the number alone.
+const TOKEN_RESOURCE_EXCEEDED: RvError = RvError::UnknownErrorCode(0x201);
+
+/// The table.
+const TABLE: [Row; 7] = [
+    Row {
+        class: Class::Session,
+        codes: &[
+            RvError::SessionHandleInvalid,
+            RvError::SessionClosed,
+            RvError::SessionReadOnly,
+            RvError::OperationActive,
+            RvError::OperationNotInitialized,
+        ],
+        before: Outcome::Again,
+        sign_init: Outcome::Again,
+        keep_session: false,
+        token: Condition::Fine,
+    },
+    Row {
+        class: Class::Handle,
+        codes: &[RvError::ObjectHandleInvalid, RvError::KeyHandleInvalid],
+        before: Outcome::Resolve,
+        sign_init: Outcome::Resolve,
+        keep_session: false,
+        token: Condition::Fine,
+    },
+    Row {
+        class: Class::Login,
+        codes: &[RvError::UserNotLoggedIn],
+        before: Outcome::NotSigned,
+        sign_init: Outcome::NotSigned,
+        keep_session: false,
+        token: Condition::LoggedOut,
+    },
+    Row {
+        class: Class::Token,
+        codes: &[
+            RvError::DeviceError,
+            RvError::DeviceRemoved,
+            RvError::TokenNotPresent,
+            RvError::TokenNotRecognized,
+            RvError::SlotIdInvalid,
+            RvError::CryptokiNotInitialized,
+        ],
+        before: Outcome::NotSigned,
+        sign_init: Outcome::NotSigned,
+        keep_session: false,
+        token: Condition::Lost,
+    },
+    Row {
+        class: Class::Capacity,
+        codes: &[RvError::SessionCount, RvError::DeviceMemory, RvError::HostMemory, TOKEN_RESOURCE_EXCEEDED],
+        before: Outcome::Shed,
+        sign_init: Outcome::Shed,
+        keep_session: true,
+        token: Condition::Fine,
+    },
+    Row {
+        class: Class::Pin,
+        codes: &[
+            RvError::PinIncorrect,
+            RvError::PinInvalid,
+            RvError::PinLenRange,
+            RvError::PinExpired,
+            RvError::PinLocked,
+            RvError::UserPinNotInitialized,
+            RvError::UserAnotherAlreadyLoggedIn,
+        ],
+        before: Outcome::NotSigned,
+        sign_init: Outcome::NotSigned,
+        keep_session: false,
+        token: Condition::Fine,
+    },
+    Row {
+        class: Class::Permanent,
+        codes: &[
+            RvError::ActionProhibited,
+            RvError::AttributeReadOnly,
+            RvError::AttributeSensitive,
+            RvError::AttributeTypeInvalid,
+            RvError::AttributeValueInvalid,
+            RvError::CurveNotSupported,
+            RvError::DataInvalid,
+            RvError::DataLenRange,
+            RvError::DomainParamsInvalid,
+            RvError::FunctionNotSupported,
+            RvError::KeyFunctionNotPermitted,
+            RvError::KeySizeRange,
+            RvError::KeyTypeInconsistent,
+            RvError::MechanismInvalid,
+            RvError::MechanismParamInvalid,
+            RvError::TemplateIncomplete,
+            RvError::TemplateInconsistent,
+            RvError::TokenWriteProtected,
+        ],
+        before: Outcome::NotSigned,
+        sign_init: Outcome::NotSigned,
+        keep_session: false,
+        token: Condition::Fine,
+    },
+];
+
+/// The last row: these, and every code that no other row names, a vendor's own among them.
+const VAGUE: Row = Row {
+    class: Class::Vague,
+    codes: &[RvError::GeneralError, RvError::FunctionFailed, RvError::FunctionCanceled, RvError::ArgumentsBad],
+    before: Outcome::Again,
+    // Some answer so where the handle is dead (Kryoptic: CKR_GENERAL_ERROR).
+    sign_init: Outcome::Resolve,
+    keep_session: false,
+    token: Condition::Suspect,
+};
+
+fn row(code: RvError) -> &'static Row {
+    TABLE.iter().find(|row| row.codes.contains(&code)).unwrap_or(&VAGUE)
+}
+
+/// The row of a code.
+pub(super) fn class(code: RvError) -> Class {
+    row(code).class
+}
+
+/// What follows from a code, by where it was met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Verdict {
     pub(super) outcome: Outcome,
-    pub(super) token: Health,
+    pub(super) token: Condition,
     pub(super) keep_session: bool,
 }
 
-/// The class of a code. PKCS#11 3.x codes that cryptoki does not know arrive as numbers.
-pub(super) fn class(code: RvError) -> Class {
-    use RvError as R;
-    match code {
-        R::SessionHandleInvalid | R::SessionClosed | R::OperationActive | R::OperationNotInitialized | R::SessionReadOnly => {
-            Class::Session
-        }
-        R::ObjectHandleInvalid | R::KeyHandleInvalid => Class::Handle,
-        R::DeviceError
-        | R::DeviceRemoved
-        | R::TokenNotPresent
-        | R::TokenNotRecognized
-        | R::SlotIdInvalid
-        | R::CryptokiNotInitialized => Class::Token,
-        R::UserNotLoggedIn => Class::Login,
-        R::SessionCount | R::DeviceMemory | R::HostMemory | R::UnknownErrorCode(0x201) => Class::Capacity,
-        R::PinIncorrect
-        | R::PinInvalid
-        | R::PinLenRange
-        | R::PinExpired
-        | R::PinLocked
-        | R::UserPinNotInitialized
-        | R::UserAnotherAlreadyLoggedIn => Class::Pin,
-        R::ActionProhibited
-        | R::AttributeReadOnly
-        | R::AttributeSensitive
-        | R::AttributeTypeInvalid
-        | R::AttributeValueInvalid
-        | R::CurveNotSupported
-        | R::DataInvalid
-        | R::DataLenRange
-        | R::DomainParamsInvalid
-        | R::FunctionNotSupported
-        | R::KeyFunctionNotPermitted
-        | R::KeySizeRange
-        | R::KeyTypeInconsistent
-        | R::MechanismInvalid
-        | R::MechanismParamInvalid
-        | R::TemplateIncomplete
-        | R::TemplateInconsistent
-        | R::TokenWriteProtected => Class::Permanent,
-        _ => Class::Vague,
-    }
-}
-
-/// The table.
+/// What the table says.
 pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
-    let class = class(code);
-    let token = match class {
-        Class::Token => Health::Lost,
-        Class::Login => Health::LoggedOut,
-        Class::Vague => Health::Suspect,
-        Class::Session | Class::Handle | Class::Capacity | Class::Pin | Class::Permanent => Health::Fine,
+    let row = row(code);
+    let outcome = match place {
+        Place::Sign => Outcome::Unknown,
+        Place::SignInit => row.sign_init,
+        Place::Module | Place::OpenSession | Place::Login | Place::Search | Place::Generate | Place::Destroy => row.before,
     };
-    let outcome = match (place, class) {
-        (Place::Sign, _) => Outcome::Unknown,
-        (_, Class::Handle) => Outcome::Resolve,
-        // Some answer so where the handle is dead (Kryoptic: CKR_GENERAL_ERROR).
-        (Place::SignInit, Class::Vague) => Outcome::Resolve,
-        (_, Class::Session | Class::Vague) => Outcome::Again,
-        (_, Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent) => Outcome::NotSigned,
-    };
-    Verdict { outcome, token, keep_session: class == Class::Capacity && place != Place::Sign }
-}
-
-/// What went wrong in the HSM room. Never holds a PIN.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The module could not be loaded.
-    #[error("the PKCS#11 module {path} cannot be loaded: {cause}")]
-    Module {
-        /// As configured.
-        path: PathBuf,
-        /// Why.
-        cause: String,
-    },
-    /// The process could not be hardened before the module was loaded.
-    #[error("the process cannot be kept from dumping core: {0}")]
-    Harden(std::io::Error),
-    /// No token, or more than one, fits the configured label and serial.
-    #[error("{matches} tokens are labelled {label:?}{serial}; the module shows: {found}")]
-    TokenNotFound {
-        /// As configured.
-        label: String,
-        /// ` with serial "…"`, or empty.
-        serial: String,
-        /// How many fit.
-        matches: usize,
-        /// What is there instead.
-        found: String,
-    },
-    /// The PIN source cannot be read, or is not private.
-    #[error("the PIN cannot be taken from {from}: {cause}")]
-    PinSource {
-        /// Where it was to come from.
-        from: String,
-        /// Why not.
-        cause: String,
-    },
-    /// An earlier login did not succeed, or did not end. No login is tried until an operator says so.
-    #[error("an earlier login to token {label:?} failed ({path} is there); check the PIN, then `keyward hsm unlock`")]
-    PinPending {
-        /// Token label.
-        label: String,
-        /// The marker file.
-        path: PathBuf,
-    },
-    /// The token refused the PIN. It is not tried again until an operator says so.
-    #[error("token {label:?} refused the PIN; correct it, then `keyward hsm unlock`")]
-    PinIncorrect {
-        /// Token label.
-        label: String,
-    },
-    /// The token itself says that a login would be the last one, or is not possible.
-    #[error("token {label:?}: {state}; no login is tried")]
-    PinState {
-        /// Token label.
-        label: String,
-        /// What the token's flags say.
-        state: &'static str,
-    },
-    /// The marker file could not be written: without it no login is tried.
-    #[error("the marker {path} cannot be written: {cause}")]
-    PinMarker {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        cause: std::io::Error,
-    },
-    /// A PKCS#11 call failed.
-    #[error("{place:?}: {code:?}")]
-    Token {
-        /// Which call.
-        place: Place,
-        /// What it answered.
-        code: RvError,
-    },
-    /// The wrapper around PKCS#11 could not make sense of an answer.
-    #[error("{place:?}: {cause}")]
-    Answer {
-        /// Which call.
-        place: Place,
-        /// What is wrong.
-        cause: String,
-    },
-    /// The token has no such key.
-    #[error("key {0} is not in the token")]
-    KeyLost(KeyId),
-    /// The token has several private keys of that id.
-    #[error("key {id} is in the token {count} times")]
-    KeyAmbiguous {
-        /// CKA_ID.
-        id: KeyId,
-        /// How many private keys have it.
-        count: usize,
-    },
-    /// The key in the token is not the pinned one.
-    #[error("key {0} in the token is not the pinned key")]
-    KeyMismatch(KeyId),
-    /// An attribute is not what the room promises.
-    #[error("key {id}: {attribute} is {found}, wanted {wanted}")]
-    Attribute {
-        /// CKA_ID.
-        id: KeyId,
-        /// CKA_…
-        attribute: &'static str,
-        /// What the token says; `None`: nothing.
-        found: String,
-        /// What it has to be.
-        wanted: bool,
-    },
-    /// The token's public key is not one that is accepted.
-    #[error("the token's public key: {0}")]
-    InvalidKey(#[from] InvalidKey),
-    /// The token cannot make or use such keys.
-    #[error("token {label:?} has no {what}")]
-    Incapable {
-        /// Token label.
-        label: String,
-        /// What it lacks.
-        what: &'static str,
-    },
-    /// The signature does not verify against the pinned key. It was thrown away.
-    #[error("the token's signature does not verify against the pinned key {0}")]
-    Corrupt(KeyId),
-    /// As many requests wait as may.
-    #[error("the queue to the token is full")]
-    QueueFull,
-    /// Not done in time.
-    #[error("the token did not answer in time")]
-    Deadline,
-    /// The token is not usable at present.
-    #[error("the token is not usable: {0}")]
-    Unusable(String),
-    /// A call hangs inside the module: nothing but a new process helps.
-    #[error("a call hangs inside the module; the process has to be restarted")]
-    Stuck,
-    /// The room is closed.
-    #[error("the HSM room is shut down")]
-    ShutDown,
-    /// The system would not give a thread.
-    #[error("no thread for the token: {0}")]
-    Thread(std::io::Error),
-}
-
-impl Error {
-    /// Whether it is a matter of load alone: the token is well, the caller came at a bad moment.
-    #[must_use]
-    pub fn is_overload(&self) -> bool {
-        matches!(self, Self::QueueFull)
-    }
-
-    /// From the wrapper's error of a call other than C_Sign.
-    pub(super) fn at(place: Place, error: Cryptoki) -> Self {
-        match error {
-            Cryptoki::Pkcs11(code, _) => Self::Token { place, code },
-            other => Self::Answer { place, cause: other.to_string() },
-        }
-    }
-
-    /// From the error of the wrapper's `sign`, which tells C_SignInit from C_Sign. What it does not tell is taken as C_Sign.
-    pub(super) fn signing(error: Cryptoki) -> Self {
-        match error {
-            Cryptoki::Pkcs11(code, Function::SignInit) => Self::Token { place: Place::SignInit, code },
-            other => Self::at(Place::Sign, other),
-        }
-    }
-
-    /// What the table says. Errors without a code: those of C_Sign are unknown, the rest is final.
-    pub(super) fn verdict(&self) -> Verdict {
-        match self {
-            Self::Token { place, code } => verdict(*place, *code),
-            Self::Answer { place: Place::Sign, .. } | Self::Corrupt(_) => {
-                Verdict { outcome: Outcome::Unknown, token: Health::Suspect, keep_session: false }
-            }
-            Self::Answer { .. } => Verdict { outcome: Outcome::NotSigned, token: Health::Suspect, keep_session: false },
-            _ => Verdict { outcome: Outcome::NotSigned, token: Health::Fine, keep_session: true },
-        }
-    }
-
-    /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
-    #[must_use]
-    pub fn needs_operator(&self) -> bool {
-        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::PinState { .. })
-    }
-}
-
-/// A signature that was not returned.
-#[derive(Debug, thiserror::Error)]
-pub enum SignError {
-    /// Certain that C_Sign was not reached: nothing was signed.
-    #[error("not signed: {0}")]
-    NotSigned(#[source] Error),
-    /// C_Sign was or may have been reached: a signature may exist.
-    #[error("may have been signed: {0}")]
-    Unknown(#[source] Error),
+    Verdict { outcome, token: row.token, keep_session: row.keep_session && place != Place::Sign }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const CODES: &[(RvError, Class)] = &[
-        (RvError::SessionHandleInvalid, Class::Session),
-        (RvError::SessionClosed, Class::Session),
-        (RvError::OperationActive, Class::Session),
-        (RvError::OperationNotInitialized, Class::Session),
-        (RvError::SessionReadOnly, Class::Session),
-        (RvError::ObjectHandleInvalid, Class::Handle),
-        (RvError::KeyHandleInvalid, Class::Handle),
-        (RvError::DeviceError, Class::Token),
-        (RvError::DeviceRemoved, Class::Token),
-        (RvError::TokenNotPresent, Class::Token),
-        (RvError::TokenNotRecognized, Class::Token),
-        (RvError::SlotIdInvalid, Class::Token),
-        (RvError::CryptokiNotInitialized, Class::Token),
-        (RvError::UserNotLoggedIn, Class::Login),
-        (RvError::GeneralError, Class::Vague),
-        (RvError::FunctionFailed, Class::Vague),
-        (RvError::FunctionCanceled, Class::Vague),
-        (RvError::ArgumentsBad, Class::Vague),
-        (RvError::VendorDefined(0x8000_0001), Class::Vague),
-        (RvError::UnknownErrorCode(0x204), Class::Vague),
-        (RvError::SessionCount, Class::Capacity),
-        (RvError::DeviceMemory, Class::Capacity),
-        (RvError::HostMemory, Class::Capacity),
-        (RvError::UnknownErrorCode(0x201), Class::Capacity),
-        (RvError::PinIncorrect, Class::Pin),
-        (RvError::PinLocked, Class::Pin),
-        (RvError::PinExpired, Class::Pin),
-        (RvError::PinInvalid, Class::Pin),
-        (RvError::PinLenRange, Class::Pin),
-        (RvError::UserPinNotInitialized, Class::Pin),
-        (RvError::MechanismInvalid, Class::Permanent),
-        (RvError::TemplateInconsistent, Class::Permanent),
-        (RvError::TemplateIncomplete, Class::Permanent),
-        (RvError::AttributeValueInvalid, Class::Permanent),
-        (RvError::KeyFunctionNotPermitted, Class::Permanent),
-        (RvError::DataLenRange, Class::Permanent),
-        (RvError::KeySizeRange, Class::Permanent),
+    const PLACES: [Place; 8] = [
+        Place::Module,
+        Place::OpenSession,
+        Place::Login,
+        Place::Search,
+        Place::Generate,
+        Place::Destroy,
+        Place::SignInit,
+        Place::Sign,
     ];
 
+    fn codes() -> impl Iterator<Item = RvError> {
+        TABLE.iter().chain([&VAGUE]).flat_map(|row| row.codes).copied()
+    }
+
     #[test]
-    fn every_code_has_its_class() {
-        for (code, expected) in CODES {
-            assert_eq!(class(*code), *expected, "{code:?}");
+    fn no_code_is_in_two_rows() {
+        for code in codes() {
+            assert_eq!(codes().filter(|other| *other == code).count(), 1, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_code_that_no_row_names_may_mean_anything() {
+        for code in [RvError::VendorDefined(0x8000_0001), RvError::UnknownErrorCode(0x204), RvError::MutexBad] {
+            assert_eq!(class(code), Class::Vague, "{code:?}");
         }
     }
 
     #[test]
     fn whatever_c_sign_answers_the_outcome_is_unknown_and_the_session_goes() {
-        for (code, _) in CODES {
-            let verdict = verdict(Place::Sign, *code);
+        for code in codes() {
+            let verdict = verdict(Place::Sign, code);
             assert_eq!(verdict.outcome, Outcome::Unknown, "{code:?}");
             assert!(!verdict.keep_session, "{code:?}");
         }
     }
 
     #[test]
-    fn before_c_sign_a_session_or_vague_error_is_tried_again_and_a_dead_handle_looked_up() {
-        for (code, class) in CODES {
-            for place in [Place::OpenSession, Place::Search, Place::SignInit] {
-                let expected = match class {
-                    Class::Vague if place == Place::SignInit => Outcome::Resolve,
-                    Class::Session | Class::Vague => Outcome::Again,
-                    Class::Handle => Outcome::Resolve,
-                    Class::Login | Class::Token | Class::Capacity | Class::Pin | Class::Permanent => Outcome::NotSigned,
-                };
-                assert_eq!(verdict(place, *code).outcome, expected, "{place:?} {code:?}");
+    fn nothing_is_tried_again_on_a_token_that_is_gone_or_asks_for_a_pin_or_can_never_do_it() {
+        let hopeless = [Class::Login, Class::Token, Class::Pin, Class::Permanent];
+        for code in codes().filter(|code| hopeless.contains(&class(*code))) {
+            for place in PLACES.into_iter().filter(|place| *place != Place::Sign) {
+                assert_eq!(verdict(place, code).outcome, Outcome::NotSigned, "{place:?} {code:?}");
             }
         }
     }
 
     #[test]
-    fn a_lost_login_costs_one_login_and_a_lost_token_a_restart_of_the_module() {
-        for (code, class) in CODES {
-            let expected = match class {
-                Class::Token => Health::Lost,
-                Class::Login => Health::LoggedOut,
-                Class::Vague => Health::Suspect,
-                _ => Health::Fine,
+    fn a_lost_login_costs_one_login_and_a_lost_token_a_restart_of_the_module_wherever_it_was_met() {
+        for code in codes() {
+            let expected = match class(code) {
+                Class::Token => Condition::Lost,
+                Class::Login => Condition::LoggedOut,
+                Class::Vague => Condition::Suspect,
+                Class::Session | Class::Handle | Class::Capacity | Class::Pin | Class::Permanent => Condition::Fine,
             };
-            for place in [Place::SignInit, Place::Sign, Place::Search, Place::Generate, Place::OpenSession] {
-                assert_eq!(verdict(place, *code).token, expected, "{place:?} {code:?}");
+            for place in PLACES {
+                assert_eq!(verdict(place, code).token, expected, "{place:?} {code:?}");
             }
         }
     }
 
     #[test]
-    fn the_wrapper_tells_c_sign_init_from_c_sign() {
-        let init = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::SignInit));
-        assert_eq!(init.verdict().outcome, Outcome::Resolve);
-        let sign = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::Sign));
-        assert_eq!(sign.verdict().outcome, Outcome::Unknown);
-        let unclear = Error::signing(Cryptoki::InvalidValue);
-        assert_eq!(unclear.verdict().outcome, Outcome::Unknown);
+    fn a_code_is_told_by_the_name_that_pkcs11_gives_it() {
+        assert_eq!(name(RvError::DeviceError), "CKR_DEVICE_ERROR");
+        assert_eq!(name(RvError::SlotIdInvalid), "CKR_SLOT_ID_INVALID");
+        assert_eq!(name(RvError::UnknownErrorCode(0x201)), "CKR 0x201");
+        assert_eq!(name(RvError::VendorDefined(0x8000_0001)), "CKR 0x80000001");
     }
 }

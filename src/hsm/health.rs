@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::ADMIN_DEADLINE;
-use super::faults::{Error, Remedy, SignError};
+use super::error::{Error, SignError};
+use super::faults::Remedy;
 use super::keyring::Bound;
 use super::lanes;
 use super::queue::Mark;

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::faults::Error;
+use super::error::Error;
 use crate::model::UnixTime;
 
 /// As many different faults are kept; the one that was last seen longest ago makes room.

@@ -1,12 +1,60 @@
-//! Looking at a token on an operator's request: what a module shows, and whether a token does what it is there for.
+//! Looking at a token on an operator's request: its state, what a module shows, and whether a token does what it is there for.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::faults::{Error, Place, SignError};
-use super::keyring::Place as KeyPlace;
+use super::error::{Error, SignError};
+use super::faults::Place;
+use super::history::FaultSeen;
+use super::keyring::Location;
 use super::modules::Modules;
+use super::probe::Capabilities;
 use super::{ADMIN_DEADLINE, Hsm, health, objects};
+use crate::proto::TokenRole;
+
+/// A token's state, for `keyward status`.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// As opened.
+    pub role: TokenRole,
+    /// As configured.
+    pub module: PathBuf,
+    /// CK_TOKEN_INFO label.
+    pub label: String,
+    /// CK_TOKEN_INFO serialNumber.
+    pub serial: String,
+    /// Signatures can be had.
+    pub usable: bool,
+    /// The newest fault; stays after it has passed.
+    pub fault: Option<String>,
+    /// Sign lanes that serve.
+    pub lanes: usize,
+    /// Lanes given up: hanging inside the module.
+    pub hanging: usize,
+    /// Sessions at most in use: one per thread, and the one that keeps the login.
+    pub sessions: usize,
+    /// Signatures waiting for a lane.
+    pub queued: usize,
+    /// Names of the mechanisms, CKM_…
+    pub mechanisms: Vec<String>,
+    /// Signatures made and verified since start, canaries among them.
+    pub signatures: u64,
+    /// How often the token was lost and came back.
+    pub reconnects: u64,
+    /// A login is held back until `keyward hsm unlock`.
+    pub pin_pending: bool,
+    /// Features switched off because of this token.
+    pub off: Vec<String>,
+    /// What one signature takes the token, at its best of late; zero before the first.
+    pub pace: Duration,
+    /// Requests that were turned away because too many waited.
+    pub turned_away: u64,
+    /// The last few different faults, the newest first.
+    pub faults: Vec<FaultSeen>,
+    /// As probed when the token was opened.
+    pub capabilities: Capabilities,
+}
 
 /// A slot as its module shows it (CK_SLOT_INFO, CK_TOKEN_INFO).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +126,36 @@ impl Modules {
 }
 
 impl Hsm {
+    /// The token's state now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let (token, health) = (&self.0, self.0.health().borrow().clone());
+        let capabilities = self.capabilities();
+        let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
+        let count = token.crew.count();
+        Status {
+            role: token.settings.role,
+            module: token.settings.token.module.clone(),
+            label: token.settings.token.label.clone(),
+            serial: token.serial().into(),
+            usable: health.usable,
+            fault: health.fault,
+            lanes: count.serving,
+            hanging: count.hanging,
+            sessions: token.sessions_open(),
+            queued: token.jobs.waiting(),
+            mechanisms: capabilities.mechanisms.clone(),
+            signatures: token.signatures(),
+            reconnects: token.reconnects.load(Ordering::Relaxed),
+            pin_pending: token.pin_pending(),
+            off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
+            pace: token.admission.pace(),
+            turned_away: token.admission.turned_away(),
+            faults: token.history.newest_first(),
+            capabilities: capabilities.clone(),
+        }
+    }
+
     /// Has the token do what it is there for: `signatures` canaries through the lanes, and every key that is in use looked up anew,
     /// with its attributes read back and a test signature. The longest canary is the one that is told.
     pub async fn test(&self, signatures: usize) -> Vec<Check> {
@@ -103,7 +181,7 @@ impl Hsm {
             let (from, wanted) = (Instant::now(), key.clone());
             let found = token.errand(from + ADMIN_DEADLINE, move |session| objects::resolve(session, &wanted)).await;
             if matches!(found, Err(Error::KeyLost(_))) {
-                key.set_place(KeyPlace::Lost { epoch: token.epoch() });
+                key.set_location(Location::Lost { epoch: token.epoch() });
             }
             checks.push(Check { name: format!("key {}", key.id), outcome: found.map(|_| from.elapsed()) });
         }

@@ -14,14 +14,14 @@ pub(super) struct Bound {
     pub(super) id: KeyId,
     pub(super) public: PublicKey,
     verifier: ParsedPublicKey,
-    place: Mutex<Place>,
+    location: Mutex<Location>,
     /// One lookup at a time: the rest of a burst waits for its result.
     pub(super) lookup: tokio::sync::Mutex<()>,
 }
 
 /// Where a key is, as far as this process knows.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
+pub(super) enum Location {
     /// Not looked up yet.
     Unknown,
     /// Found in this epoch.
@@ -33,15 +33,15 @@ pub(super) enum Place {
 impl Bound {
     pub(super) fn new(id: KeyId, public: PublicKey) -> Result<Self, InvalidKey> {
         let verifier = public.verifier().ok_or(InvalidKey::NotOnCurve)?;
-        Ok(Self { id, public, verifier, place: Mutex::new(Place::Unknown), lookup: tokio::sync::Mutex::new(()) })
+        Ok(Self { id, public, verifier, location: Mutex::new(Location::Unknown), lookup: tokio::sync::Mutex::new(()) })
     }
 
-    pub(super) fn place(&self) -> Place {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn location(&self) -> Location {
+        *self.location.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn set_place(&self, place: Place) {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    pub(super) fn set_location(&self, location: Location) {
+        *self.location.lock().unwrap_or_else(PoisonError::into_inner) = location;
     }
 
     /// Whether `signature` is the pinned key's over `message`.

@@ -9,8 +9,9 @@ use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use tokio::sync::oneshot;
 
-use super::faults::{Error, Health, Outcome, Remedy, SignError};
-use super::keyring::{Bound, Place};
+use super::error::{Error, SignError};
+use super::faults::{Condition, Outcome, Remedy};
+use super::keyring::{Bound, Location};
 use super::objects;
 use super::queue::{Mark, Refused};
 use super::token::Token;
@@ -225,9 +226,9 @@ pub(super) async fn sign(
 impl Token {
     /// The key's handle of the current epoch; looked up on the admin lane if there is none.
     pub(super) async fn handle_of(self: &Arc<Self>, key: &Arc<Bound>, deadline: Instant) -> Result<(u64, ObjectHandle), Error> {
-        let known = |epoch| match key.place() {
-            Place::At { epoch: at, handle } if at == epoch => Some(Ok((epoch, handle))),
-            Place::Lost { epoch: at } if at == epoch => Some(Err(Error::KeyLost(key.id))),
+        let known = |epoch| match key.location() {
+            Location::At { epoch: at, handle } if at == epoch => Some(Ok((epoch, handle))),
+            Location::Lost { epoch: at } if at == epoch => Some(Err(Error::KeyLost(key.id))),
             _ => None,
         };
         if let Some(answer) = known(self.epoch()) {
@@ -254,12 +255,12 @@ impl Token {
                     // A test signature was part of it: the first idea of what a signature takes, corrected by the next.
                     self.admission.note(from.elapsed());
                 }
-                key.set_place(Place::At { epoch, handle });
+                key.set_location(Location::At { epoch, handle });
                 Ok((epoch, handle))
             }
             Err(error) => {
                 if matches!(error, Error::KeyLost(_)) {
-                    key.set_place(Place::Lost { epoch });
+                    key.set_location(Location::Lost { epoch });
                 }
                 Err(error)
             }
@@ -267,7 +268,7 @@ impl Token {
     }
 
     fn epoch_ends_if_handle(&self, key: &Bound, handle: ObjectHandle) {
-        if let Place::At { epoch, handle: current } = key.place()
+        if let Location::At { epoch, handle: current } = key.location()
             && current == handle
         {
             self.epoch_ends(epoch);
@@ -278,11 +279,11 @@ impl Token {
     pub(super) fn report(&self, error: &Error) {
         self.history.note(error);
         match error.verdict().token {
-            Health::Fine => {}
-            Health::Suspect if !self.suspect_again() => {}
-            Health::Suspect | Health::Lost => self.suspend(&error.to_string(), Remedy::Restart),
+            Condition::Fine => {}
+            Condition::Suspect if !self.suspect_again() => {}
+            Condition::Suspect | Condition::Lost => self.suspend(&error.to_string(), Remedy::Restart),
             // What took this login took those of its neighbours.
-            Health::LoggedOut => self.module.suspend_all(self, &error.to_string()),
+            Condition::LoggedOut => self.module.suspend_all(self, &error.to_string()),
         }
     }
 }

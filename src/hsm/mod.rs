@@ -9,15 +9,18 @@
 mod admin;
 mod admission;
 mod der;
+mod error;
 mod faults;
 mod health;
 mod history;
 mod inspect;
 mod keyring;
 mod lanes;
+mod login;
 mod modules;
 mod objects;
 mod pin;
+mod probe;
 mod queue;
 mod token;
 
@@ -27,11 +30,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-pub use faults::{Error, Place, SignError};
+pub use error::{Error, SignError};
+pub use faults::Place;
 pub use history::FaultSeen;
-pub use inspect::{Check, SlotSeen, TokenSeen};
+pub use inspect::{Check, SlotSeen, Status, TokenSeen};
 pub use modules::{Modules, harden};
 pub use pin::{pin_pending, unlock};
+pub use probe::Capabilities;
 pub use token::Health;
 
 use crate::config;
@@ -59,23 +64,6 @@ pub struct Settings {
     pub sign_deadline: Duration,
 }
 
-/// What a token can do, found out when it was opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Capabilities {
-    /// Ed25519 key pairs: tried with a session key pair; where those are refused, as the mechanism list says.
-    pub ed25519: bool,
-    /// Key pairs that die with their session.
-    pub session_keys: bool,
-    /// Read-only sessions (CloudHSM has none).
-    pub read_only_sessions: bool,
-    /// Sessions at once, where the token names a limit (CK_TOKEN_INFO ulMaxSessionCount).
-    pub sessions_max: Option<usize>,
-    /// Names of the mechanisms, CKM_…
-    pub mechanisms: Vec<String>,
-    /// The form of CKA_EC_PARAMS that this token takes for Ed25519.
-    ed25519_params: Option<&'static [u8]>,
-}
-
 /// One object of a CKA_ID.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
@@ -83,49 +71,6 @@ pub struct Found {
     pub private: bool,
     /// The key of a CKO_PUBLIC_KEY, if it is of a kind that is accepted.
     pub public: Option<PublicKey>,
-}
-
-/// A token's state, for `keyward status`.
-#[derive(Debug, Clone)]
-pub struct Status {
-    /// As opened.
-    pub role: TokenRole,
-    /// As configured.
-    pub module: PathBuf,
-    /// CK_TOKEN_INFO label.
-    pub label: String,
-    /// CK_TOKEN_INFO serialNumber.
-    pub serial: String,
-    /// Signatures can be had.
-    pub usable: bool,
-    /// The newest fault; stays after it has passed.
-    pub fault: Option<String>,
-    /// Sign lanes that serve.
-    pub lanes: usize,
-    /// Lanes given up: hanging inside the module.
-    pub hanging: usize,
-    /// Sessions at most in use: one per thread, and the one that keeps the login.
-    pub sessions: usize,
-    /// Signatures waiting for a lane.
-    pub queued: usize,
-    /// Names of the mechanisms, CKM_…
-    pub mechanisms: Vec<String>,
-    /// Signatures made and verified since start, canaries among them.
-    pub signatures: u64,
-    /// How often the token was lost and came back.
-    pub reconnects: u64,
-    /// A login is held back until `keyward hsm unlock`.
-    pub pin_pending: bool,
-    /// Features switched off because of this token.
-    pub off: Vec<String>,
-    /// What one signature takes the token, at its best of late; zero before the first.
-    pub pace: Duration,
-    /// Requests that were turned away because too many waited.
-    pub turned_away: u64,
-    /// The last few different faults, the newest first.
-    pub faults: Vec<FaultSeen>,
-    /// As probed when the token was opened.
-    pub capabilities: Capabilities,
 }
 
 /// One token, logged in to. Clones share it; it serves until [`Hsm::shut_down`], whatever is dropped.
@@ -207,7 +152,7 @@ impl Hsm {
         self.check_usable()?;
         let key = self.0.keyring.bind(id, pinned)?;
         // An explicit question is worth a new look, also at a key that was missing before.
-        key.set_place(keyring::Place::Unknown);
+        key.set_location(keyring::Location::Unknown);
         self.0.handle_of(&key, Instant::now() + self.0.settings.sign_deadline).await?;
         Ok(SigningKey { token: Arc::clone(&self.0), key })
     }
@@ -227,36 +172,6 @@ impl Hsm {
     #[must_use]
     pub fn health(&self) -> watch::Receiver<Health> {
         self.0.health()
-    }
-
-    /// The token's state now.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        let (token, health) = (&self.0, self.0.health().borrow().clone());
-        let capabilities = self.capabilities();
-        let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
-        let count = token.crew.count();
-        Status {
-            role: token.settings.role,
-            module: token.settings.token.module.clone(),
-            label: token.settings.token.label.clone(),
-            serial: token.serial().into(),
-            usable: health.usable,
-            fault: health.fault,
-            lanes: count.serving,
-            hanging: count.hanging,
-            sessions: token.sessions_open(),
-            queued: token.jobs.waiting(),
-            mechanisms: capabilities.mechanisms.clone(),
-            signatures: token.signatures(),
-            reconnects: token.reconnects.load(std::sync::atomic::Ordering::Relaxed),
-            pin_pending: token.pin_pending(),
-            off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
-            pace: token.admission.pace(),
-            turned_away: token.admission.turned_away(),
-            faults: token.history.newest_first(),
-            capabilities: capabilities.clone(),
-        }
     }
 
     /// What this token can do.

@@ -13,7 +13,8 @@ use cryptoki::error::{Error as Cryptoki, RvError};
 use cryptoki::slot::{Slot, TokenInfo};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
-use super::faults::{Error, Place, Remedy};
+use super::error::Error;
+use super::faults::{Place, Remedy};
 use super::token::Token;
 use crate::config;
 

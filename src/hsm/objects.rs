@@ -7,7 +7,8 @@ use cryptoki::session::{Session, SessionState};
 
 use super::Found;
 use super::der;
-use super::faults::{Error, Place};
+use super::error::Error;
+use super::faults::Place;
 use super::keyring::Bound;
 use crate::model::{Algorithm, Digest, KeyId, PublicKey};
 

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use cryptoki::types::RawAuthPin;
 use zeroize::Zeroizing;
 
-use super::faults::Error;
+use super::error::Error;
 use crate::config::PinSource;
 use crate::model::SecretBytes;
 use crate::proto::TokenRole;

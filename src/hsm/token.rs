@@ -1,27 +1,27 @@
-//! One token: found, logged in to once, probed, served by its threads.
+//! One token: its connection, the threads that serve it, and whether it is usable. What its threads do is in `lanes.rs` (signatures),
+//! `admin.rs` (objects) and `health.rs` (the watch and recovery).
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use cryptoki::error::{Error as Cryptoki, RvError};
-use cryptoki::mechanism::MechanismType;
-use cryptoki::session::{Session, SessionState, UserType};
-use cryptoki::slot::{Limit, Slot, TokenInfo};
+use cryptoki::session::Session;
+use cryptoki::slot::{Slot, TokenInfo};
 use tokio::sync::{Notify, watch};
 
+use super::Settings;
 use super::admin::{self, Errand};
 use super::admission::Admission;
-use super::faults::{Class, Error, Place, Remedy, class};
+use super::error::Error;
+use super::faults::{Place, Remedy};
 use super::history::History;
 use super::keyring::{Bound, Keyring};
 use super::lanes::{self, Job};
+use super::login::Login;
 use super::modules::{Lifecycle, Module};
-use super::objects::{self, Wanted};
-use super::pin::{Marker, Pin};
+use super::probe::{self, Capabilities};
 use super::queue::{Crew, Mark, Queue};
-use super::{Capabilities, Settings, der};
-use crate::model::{Algorithm, KeyId, Meter};
+use crate::model::Meter;
 
 /// Errands that may wait at once.
 const ERRANDS_MAX: usize = 1024;
@@ -70,8 +70,7 @@ pub(super) struct Token {
     restart: AtomicBool,
     capabilities: OnceLock<Capabilities>,
     serial: OnceLock<String>,
-    pin: Pin,
-    marker: Marker,
+    login: Login,
     connection: Mutex<Option<Connection>>,
     generation: AtomicU64,
     term: AtomicU64,
@@ -89,8 +88,7 @@ impl Token {
         Arc::new(Self {
             jobs: Queue::new(settings.queue),
             errands: Queue::new(ERRANDS_MAX),
-            pin: Pin::new(settings.token.pin.clone()),
-            marker: Marker::new(&settings.state, settings.role),
+            login: Login::new(&settings),
             module,
             meter,
             keyring: Keyring::default(),
@@ -124,13 +122,14 @@ impl Token {
 
     // --- connecting ---------------------------------------------------------------------------------------------------
 
-    /// Finds the token, logs in once, probes it the first time, and starts its threads. The caller holds the module's lifecycle.
+    /// Opens the anchor session on the token that was found, logs in once, probes it the first time, and starts its threads. The caller
+    /// holds the module's lifecycle.
     pub(super) fn connect(self: &Arc<Self>, found: (Slot, TokenInfo)) -> Result<(), Error> {
         let (slot, info) = found;
         self.generation.store(self.module.generation(), Ordering::Release);
         let context = self.module.context();
         let anchor = context.open_rw_session_no_drop(slot).map_err(|error| Error::at(Place::OpenSession, error))?;
-        let read_only_sessions = match self.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
+        let read_only_sessions = match self.login.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
             Ok(capabilities) => capabilities.read_only_sessions,
             Err(error) => {
                 Self::discard(anchor);
@@ -145,48 +144,7 @@ impl Token {
         self.start_threads()
     }
 
-    /// One C_Login, and none at all while an earlier one has not succeeded or the token warns.
-    fn log_in(&self, anchor: &Session, info: &TokenInfo) -> Result<(), Error> {
-        let label = || self.settings.token.label.clone();
-        let logged_in = anchor.get_session_info().map_err(|error| Error::at(Place::OpenSession, error))?;
-        if matches!(logged_in.session_state(), SessionState::RoUser | SessionState::RwUser) {
-            return Ok(());
-        }
-        let pending = || Error::PinPending { label: label(), path: self.marker.path().into() };
-        if self.marker.is_set() {
-            return Err(pending());
-        }
-        let flags = [
-            (!info.user_pin_initialized(), "the user PIN is not initialised"),
-            (info.user_pin_locked(), "the user PIN is locked"),
-            (info.user_pin_final_try(), "one more wrong PIN would lock it"),
-            (info.user_pin_to_be_changed(), "the user PIN has to be changed first"),
-        ];
-        if let Some((_, state)) = flags.iter().find(|(set, _)| *set) {
-            return Err(Error::PinState { label: label(), state });
-        }
-        let pin = self.pin.read()?;
-        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
-            std::io::ErrorKind::AlreadyExists => pending(),
-            _ => Error::PinMarker { path: self.marker.path().into(), cause },
-        })?;
-        // A crash from here on leaves the marker: the try may have been counted.
-        let answer = anchor.login_with_raw(UserType::User, &pin);
-        drop(pin);
-        let judged = match answer {
-            Ok(()) | Err(Cryptoki::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
-            Err(Cryptoki::Pkcs11(RvError::PinIncorrect, _)) => return Err(Error::PinIncorrect { label: label() }),
-            Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
-                return Err(Error::Token { place: Place::Login, code });
-            }
-            // The PIN was not what was wrong: no try was counted.
-            Err(other) => Err(Error::at(Place::Login, other)),
-        };
-        self.marker.clear().map_err(|cause| Error::PinMarker { path: self.marker.path().into(), cause })?;
-        judged
-    }
-
-    /// What this token can do, found out at the first connection by doing it with keys that die with their session.
+    /// Found out at the first connection; the token stays what it is.
     fn probe_once(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<&Capabilities, Error> {
         if let Some(known) = self.capabilities.get() {
             return Ok(known);
@@ -196,37 +154,10 @@ impl Token {
     }
 
     fn probe(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<Capabilities, Error> {
-        // CloudHSM has no read-only sessions.
-        let read_only_sessions = self.module.context().open_ro_session_no_drop(slot).map(Self::discard).is_ok();
-        let list = self.module.context().get_mechanism_list(slot).map_err(|error| Error::at(Place::Module, error))?;
-        let has = |kind: MechanismType| list.contains(&kind);
-        if !has(MechanismType::ECDSA) || !has(MechanismType::ECC_KEY_PAIR_GEN) {
-            return Err(Error::Incapable { label: self.settings.token.label.clone(), what: "ECDSA on P-256" });
-        }
-        let session_keys = self.try_algorithm(anchor, Algorithm::P256, &der::P256_PARAMS);
-        let listed = has(MechanismType::EDDSA) && has(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN);
-        let forms = [&der::ED25519_PARAMS[..], &der::ED25519_PARAMS_NAME[..]];
-        let form = match (listed, session_keys) {
-            (false, _) => None,
-            (true, true) => forms.into_iter().find(|form| self.try_algorithm(anchor, Algorithm::Ed25519, form)),
-            (true, false) => Some(forms[0]), // cannot be tried without leaving something behind: believed
-        };
-        let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
-        mechanisms.sort_unstable();
-        mechanisms.dedup();
-        let sessions_max = match info.max_session_count() {
-            Limit::Max(most) => usize::try_from(most).ok(),
-            Limit::Unavailable | Limit::Infinite => None,
-        };
-        let capabilities = Capabilities {
-            ed25519: form.is_some(),
-            session_keys,
-            read_only_sessions,
-            sessions_max,
-            mechanisms,
-            ed25519_params: form,
-        };
-        tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519, session_keys, read_only_sessions,
+        let capabilities = probe::capabilities(&self.module, &self.settings.token.label, anchor, slot, info)?;
+        let Capabilities { session_keys, read_only_sessions, sessions_max, .. } = capabilities;
+        tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519,
+            session_keys, read_only_sessions, sessions_max,
             mechanisms = capabilities.mechanisms.len(), "token probed");
         let (wanted, lanes) = (self.settings.token.lanes, self.lanes_of(sessions_max));
         if lanes < wanted {
@@ -234,23 +165,6 @@ impl Token {
                 "fewer lanes than configured: the token allows no more sessions");
         }
         Ok(capabilities)
-    }
-
-    /// Generate, sign, verify, destroy: with a session key pair.
-    fn try_algorithm(&self, session: &Session, algorithm: Algorithm, params: &[u8]) -> bool {
-        let id = KeyId::random();
-        let wanted = Wanted { algorithm, params, id: &id.0, label: "keyward/probe", durable: false };
-        let _objects = self.module.objects();
-        let Ok((public, private)) = wanted.generate(session) else { return false };
-        let works = objects::read_public(session, public)
-            .and_then(|public| Ok(Bound::new(id, public)?))
-            .and_then(|key| objects::test_sign(session, private, &key));
-        for object in [private, public] {
-            if let Err(error) = session.destroy_object(object) {
-                tracing::debug!(?error, "a probe key stays until its session ends");
-            }
-        }
-        works.is_ok()
     }
 
     // --- threads and sessions -----------------------------------------------------------------------------------------
@@ -450,7 +364,7 @@ impl Token {
     }
 
     pub(super) fn pin_pending(&self) -> bool {
-        self.marker.is_set()
+        self.login.is_pending()
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -465,9 +379,7 @@ impl Token {
 
 /// What recovery does under the module's lifecycle lock. Blocks, for ever where the module does.
 pub(super) fn reconnect(token: &Arc<Token>, seen: u64, remedy: Remedy) -> Result<(), Error> {
-    if token.pin_pending() {
-        return Err(Error::PinPending { label: token.settings.token.label.clone(), path: token.marker.path().into() });
-    }
+    token.login.check_not_pending()?;
     let mut lifecycle = token.module.lifecycle();
     let lifecycle: &mut Lifecycle = &mut lifecycle;
     match remedy {

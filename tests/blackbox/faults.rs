@@ -60,6 +60,7 @@ fn renew_until(over: &AtomicBool, house: &House, worker: usize) -> Vec<Holder> {
 
 /// Every code at every function that the daemon calls, before it and after it; signatures spoilt; devices that restart; faults by chance.
 fn rounds() -> Vec<String> {
+    // Of each row of the fault table that a token may answer with while it signs; tests/hsm_room/faults.rs has their names.
     const CODES: [u32; 12] = [0x05, 0x06, 0x30, 0x31, 0x32, 0x60, 0x82, 0x90, 0xb3, 0xe0, 0x101, 0x8000_0001];
     let signing = CODES.iter().flat_map(|code| {
         [

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::house::{Body, DEADLINE, House, Output};
+use crate::house::{Body, DEADLINE, House, Output, PIN};
 use crate::instruments;
 
 /// The daemon recovers by itself: the call is repeated until it succeeds. There is no event to wait for outside.
@@ -135,7 +135,7 @@ fn no_pin_and_no_token_shows_in_log_arguments_or_environment() {
         let hex: String = join.token_seed.iter().map(|byte| format!("{byte:02x}")).collect();
         use base64::Engine as _;
         let base64 = base64::engine::general_purpose::STANDARD.encode(&join.token_seed);
-        for secret in ["house-pin-1234", key_body, &hex, &base64] {
+        for secret in [PIN, key_body, &hex, &base64] {
             assert!(!seen.windows(secret.len()).any(|window| window == secret.as_bytes()), "{secret} shows");
         }
     }

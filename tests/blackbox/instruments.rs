@@ -13,7 +13,7 @@ use cryptoki::object::{Attribute, AttributeType, ObjectClass};
 use cryptoki::session::UserType;
 use cryptoki::types::AuthPin;
 
-use crate::house::{Control, House, Output, instrument, run};
+use crate::house::{Control, House, Output, PIN, instrument, run};
 
 /// A state directory of its own and what the library is told about it.
 struct Bench {
@@ -257,7 +257,7 @@ fn sign() {
     let slot = module.get_slots_with_initialized_token().unwrap()[0];
     let session = module.open_rw_session(slot).unwrap();
     assert!(session.login(UserType::User, Some(&AuthPin::new("wrong".into()))).is_err());
-    session.login(UserType::User, Some(&AuthPin::new("house-pin-1234".into()))).unwrap();
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into()))).unwrap();
     let curve = Attribute::EcParams(vec![0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07]);
     let public = [curve, Attribute::Token(false), Attribute::Verify(true)];
     let key = |id: u8| {
@@ -386,7 +386,7 @@ fn make_another_token() {
 fn tell_private_keys() {
     let (module, slot) = the_token();
     let session = module.open_ro_session(slot).unwrap();
-    session.login(UserType::User, Some(&AuthPin::new("house-pin-1234".into()))).unwrap();
+    session.login(UserType::User, Some(&AuthPin::new(PIN.into()))).unwrap();
     let wanted = [Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Token(true)];
     for key in session.find_objects(&wanted).unwrap() {
         let flag = |kind: AttributeType| match session.get_attributes(key, &[kind]).unwrap()[..] {

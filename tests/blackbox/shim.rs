@@ -13,7 +13,7 @@ use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::{Limit, Slot};
 use cryptoki::types::AuthPin;
 
-use crate::house::{House, Output, Shim, Signatures, instrument, run};
+use crate::house::{House, Output, PIN, Shim, Signatures, instrument, run};
 
 /// Set for the process that uses the module.
 const OWN: &str = "KEYWARD_TEST_SHIM_PROCESS";
@@ -88,7 +88,7 @@ impl Ground {
     /// A session after the login.
     fn user(&self) -> Session {
         let session = self.session();
-        log_in(&session, "house-pin-1234").unwrap();
+        log_in(&session, PIN).unwrap();
         session
     }
 }
@@ -251,7 +251,7 @@ fn a_device_that_restarts_takes_sessions_and_login_with_it() {
         assert_eq!(ground.shim.number("sessions"), 0);
         let next = ground.session();
         assert_eq!(next.get_session_info().unwrap().session_state(), SessionState::RwPublic);
-        log_in(&next, "house-pin-1234").unwrap();
+        log_in(&next, PIN).unwrap();
         assert_eq!(next.find_objects(&[Attribute::Id(vec![1; 16])]).unwrap().len(), 2);
     });
 }
@@ -304,14 +304,14 @@ fn wrong_pins_are_counted_told_and_lock() {
         assert_eq!(flags(), (false, false, false));
         assert_eq!(code(log_in(&session, "wrong")), RvError::PinIncorrect);
         assert_eq!(flags(), (true, false, false));
-        log_in(&session, "house-pin-1234").unwrap();
+        log_in(&session, PIN).unwrap();
         session.logout().unwrap();
         assert_eq!(flags(), (false, false, false), "a right one starts anew");
         for expected in [(true, false, false), (true, true, false), (false, false, true)] {
             assert_eq!(code(log_in(&session, "wrong")), RvError::PinIncorrect);
             assert_eq!(flags(), expected);
         }
-        assert_eq!(code(log_in(&session, "house-pin-1234")), RvError::PinLocked);
+        assert_eq!(code(log_in(&session, PIN)), RvError::PinLocked);
         assert_eq!(ground.log().logins, 6);
     });
 }
@@ -429,7 +429,7 @@ fn faults_by_chance_are_the_same_for_the_same_seed() {
         // No login is ever answered with a word about the PIN; nothing hangs, nothing aborts.
         ground.tell("random seed=1 per_mille=1000");
         for _ in 0..200 {
-            if let Err(Error::Pkcs11(code, _)) = log_in(&session, "house-pin-1234") {
+            if let Err(Error::Pkcs11(code, _)) = log_in(&session, PIN) {
                 let pin = format!("{code:?}").contains("Pin");
                 assert!(!pin, "{code:?}");
             }

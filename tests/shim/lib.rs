@@ -186,7 +186,7 @@ hooks! {
     }
 }
 
-// --- signing ------------------------------------------------------------------------------------------------------------
+// --- logging in and signing ------------------------------------------------------------------------------------------------
 
 unsafe extern "C" fn login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_UTF8CHAR, pin_len: CK_ULONG) -> CK_RV {
     book::login();

@@ -28,6 +28,7 @@ pub use keyward::proto::entry::Body;
 pub use output::{Output, run};
 pub use remote::Remote;
 pub use shim::Shim;
+pub use token::PIN;
 
 /// Longest wait for anything that should take a second, on a busy machine.
 pub const DEADLINE: Duration = Duration::from_secs(30);

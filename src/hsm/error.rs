@@ -1,0 +1,225 @@
+//! What went wrong in the HSM room, as callers and operators hear it. What follows from it is in `faults.rs`.
+
+use std::path::PathBuf;
+
+use cryptoki::context::Function;
+use cryptoki::error::{Error as Cryptoki, RvError};
+
+use super::faults::{Condition, Outcome, Place, Verdict, name, verdict};
+use crate::model::{InvalidKey, KeyId};
+
+/// What went wrong in the HSM room. Never holds a PIN.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The module could not be loaded.
+    #[error("the PKCS#11 module {path} cannot be loaded: {cause}")]
+    Module {
+        /// As configured.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+    /// The process could not be hardened before the module was loaded.
+    #[error("the process cannot be kept from dumping core: {0}")]
+    Harden(std::io::Error),
+    /// No token, or more than one, fits the configured label and serial.
+    #[error("{matches} tokens are labelled {label:?}{serial}; the module shows: {found}")]
+    TokenNotFound {
+        /// As configured.
+        label: String,
+        /// ` with serial "…"`, or empty.
+        serial: String,
+        /// How many fit.
+        matches: usize,
+        /// What is there instead.
+        found: String,
+    },
+    /// The PIN source cannot be read, or is not private.
+    #[error("the PIN cannot be taken from {from}: {cause}")]
+    PinSource {
+        /// Where it was to come from.
+        from: String,
+        /// Why not.
+        cause: String,
+    },
+    /// An earlier login did not succeed, or did not end. No login is tried until an operator says so.
+    #[error("an earlier login to token {label:?} failed ({path} is there); check the PIN, then `keyward hsm unlock`")]
+    PinPending {
+        /// Token label.
+        label: String,
+        /// The marker file.
+        path: PathBuf,
+    },
+    /// The token refused the PIN. It is not tried again until an operator says so.
+    #[error("token {label:?} refused the PIN; correct it, then `keyward hsm unlock`")]
+    PinIncorrect {
+        /// Token label.
+        label: String,
+    },
+    /// The token itself says that a login would be the last one, or is not possible.
+    #[error("token {label:?}: {state}; no login is tried")]
+    PinState {
+        /// Token label.
+        label: String,
+        /// What the token's flags say.
+        state: &'static str,
+    },
+    /// The marker file could not be written: without it no login is tried.
+    #[error("the marker {path} cannot be written: {cause}")]
+    PinMarker {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: std::io::Error,
+    },
+    /// A PKCS#11 call failed.
+    #[error("{place} answered {}", name(*code))]
+    Token {
+        /// Which call.
+        place: Place,
+        /// What it answered.
+        code: RvError,
+    },
+    /// The wrapper around PKCS#11 could not make sense of an answer.
+    #[error("{place}: {cause}")]
+    Answer {
+        /// Which call.
+        place: Place,
+        /// What is wrong.
+        cause: String,
+    },
+    /// The token has no such key.
+    #[error("key {0} is not in the token")]
+    KeyLost(KeyId),
+    /// The token has several private keys of that id.
+    #[error("key {id} is in the token {count} times")]
+    KeyAmbiguous {
+        /// CKA_ID.
+        id: KeyId,
+        /// How many private keys have it.
+        count: usize,
+    },
+    /// The key in the token is not the pinned one.
+    #[error("key {0} in the token is not the pinned key")]
+    KeyMismatch(KeyId),
+    /// An attribute is not what the room promises.
+    #[error("key {id}: {attribute} is {found}, wanted {wanted}")]
+    Attribute {
+        /// CKA_ID.
+        id: KeyId,
+        /// CKA_…
+        attribute: &'static str,
+        /// What the token says; `None`: nothing.
+        found: String,
+        /// What it has to be.
+        wanted: bool,
+    },
+    /// The token's public key is not one that is accepted.
+    #[error("the token's public key: {0}")]
+    InvalidKey(#[from] InvalidKey),
+    /// The token cannot make or use such keys.
+    #[error("token {label:?} has no {what}")]
+    Incapable {
+        /// Token label.
+        label: String,
+        /// What it lacks.
+        what: &'static str,
+    },
+    /// The signature does not verify against the pinned key. It was thrown away.
+    #[error("the token's signature does not verify against the pinned key {0}")]
+    Corrupt(KeyId),
+    /// As many requests wait as may.
+    #[error("the queue to the token is full")]
+    QueueFull,
+    /// Not done in time.
+    #[error("the token did not answer in time")]
+    Deadline,
+    /// The token is not usable at present.
+    #[error("the token is not usable: {0}")]
+    Unusable(String),
+    /// A call hangs inside the module: nothing but a new process helps.
+    #[error("a call hangs inside the module; the process has to be restarted")]
+    Stuck,
+    /// The room is closed.
+    #[error("the HSM room is shut down")]
+    ShutDown,
+    /// The system would not give a thread.
+    #[error("no thread for the token: {0}")]
+    Thread(std::io::Error),
+}
+
+impl Error {
+    /// Whether it is a matter of load alone: the token is well, the caller came at a bad moment.
+    #[must_use]
+    pub fn is_overload(&self) -> bool {
+        matches!(self, Self::QueueFull) || self.verdict().outcome == Outcome::Shed
+    }
+
+    /// From the wrapper's error of a call other than C_Sign.
+    pub(super) fn at(place: Place, error: Cryptoki) -> Self {
+        match error {
+            Cryptoki::Pkcs11(code, _) => Self::Token { place, code },
+            other => Self::Answer { place, cause: other.to_string() },
+        }
+    }
+
+    /// From the error of the wrapper's `sign`, which tells C_SignInit from C_Sign. What it does not tell is taken as C_Sign.
+    pub(super) fn signing(error: Cryptoki) -> Self {
+        match error {
+            Cryptoki::Pkcs11(code, Function::SignInit) => Self::Token { place: Place::SignInit, code },
+            other => Self::at(Place::Sign, other),
+        }
+    }
+
+    /// What the table says. Errors without a code: those of C_Sign are unknown, the rest is final.
+    pub(super) fn verdict(&self) -> Verdict {
+        match self {
+            Self::Token { place, code } => verdict(*place, *code),
+            Self::Answer { place: Place::Sign, .. } | Self::Corrupt(_) => {
+                Verdict { outcome: Outcome::Unknown, token: Condition::Suspect, keep_session: false }
+            }
+            Self::Answer { .. } => Verdict { outcome: Outcome::NotSigned, token: Condition::Suspect, keep_session: false },
+            _ => Verdict { outcome: Outcome::NotSigned, token: Condition::Fine, keep_session: true },
+        }
+    }
+
+    /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
+    #[must_use]
+    pub fn needs_operator(&self) -> bool {
+        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::PinState { .. })
+    }
+}
+
+/// A signature that was not returned.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    /// Certain that C_Sign was not reached: nothing was signed.
+    #[error("not signed: {0}")]
+    NotSigned(#[source] Error),
+    /// C_Sign was or may have been reached: a signature may exist.
+    #[error("may have been signed: {0}")]
+    Unknown(#[source] Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wrapper_tells_c_sign_init_from_c_sign() {
+        let init = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::SignInit));
+        assert_eq!(init.verdict().outcome, Outcome::Resolve);
+        let sign = Error::signing(Cryptoki::Pkcs11(RvError::GeneralError, Function::Sign));
+        assert_eq!(sign.verdict().outcome, Outcome::Unknown);
+        let unclear = Error::signing(Cryptoki::InvalidValue);
+        assert_eq!(unclear.verdict().outcome, Outcome::Unknown);
+    }
+
+    #[test]
+    fn a_device_that_is_full_is_overload_until_c_sign_was_reached() {
+        let full = |place| Error::Token { place, code: RvError::DeviceMemory };
+        assert!(full(Place::SignInit).is_overload() && full(Place::OpenSession).is_overload());
+        assert!(!full(Place::Sign).is_overload());
+        assert!(!Error::Token { place: Place::SignInit, code: RvError::DeviceError }.is_overload());
+    }
+}

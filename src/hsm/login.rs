@@ -1,0 +1,78 @@
+//! The login: one C_Login for a connection, and none that could cost a second PIN try.
+
+use cryptoki::error::{Error as Cryptoki, RvError};
+use cryptoki::session::{Session, SessionState, UserType};
+use cryptoki::slot::TokenInfo;
+
+use super::Settings;
+use super::error::Error;
+use super::faults::{Class, Place, class};
+use super::pin::{Marker, Pin};
+
+/// A token's PIN and its `pin-pending` marker.
+pub(super) struct Login {
+    label: String,
+    pin: Pin,
+    marker: Marker,
+}
+
+impl Login {
+    pub(super) fn new(settings: &Settings) -> Self {
+        Self {
+            label: settings.token.label.clone(),
+            pin: Pin::new(settings.token.pin.clone()),
+            marker: Marker::new(&settings.state, settings.role),
+        }
+    }
+
+    /// Whether no login is tried until an operator says so.
+    pub(super) fn is_pending(&self) -> bool {
+        self.marker.is_set()
+    }
+
+    /// The same as an error.
+    pub(super) fn check_not_pending(&self) -> Result<(), Error> {
+        if self.is_pending() { Err(self.pending()) } else { Ok(()) }
+    }
+
+    fn pending(&self) -> Error {
+        Error::PinPending { label: self.label.clone(), path: self.marker.path().into() }
+    }
+
+    /// One C_Login, and none at all while an earlier one has not succeeded or the token warns.
+    pub(super) fn log_in(&self, anchor: &Session, info: &TokenInfo) -> Result<(), Error> {
+        let logged_in = anchor.get_session_info().map_err(|error| Error::at(Place::OpenSession, error))?;
+        if matches!(logged_in.session_state(), SessionState::RoUser | SessionState::RwUser) {
+            return Ok(());
+        }
+        self.check_not_pending()?;
+        let flags = [
+            (!info.user_pin_initialized(), "the user PIN is not initialised"),
+            (info.user_pin_locked(), "the user PIN is locked"),
+            (info.user_pin_final_try(), "one more wrong PIN would lock it"),
+            (info.user_pin_to_be_changed(), "the user PIN has to be changed first"),
+        ];
+        if let Some((_, state)) = flags.iter().find(|(set, _)| *set) {
+            return Err(Error::PinState { label: self.label.clone(), state });
+        }
+        let pin = self.pin.read()?;
+        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::AlreadyExists => self.pending(),
+            _ => Error::PinMarker { path: self.marker.path().into(), cause },
+        })?;
+        // A crash from here on leaves the marker: the try may have been counted.
+        let answer = anchor.login_with_raw(UserType::User, &pin);
+        drop(pin);
+        let judged = match answer {
+            Ok(()) | Err(Cryptoki::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+            Err(Cryptoki::Pkcs11(RvError::PinIncorrect, _)) => return Err(Error::PinIncorrect { label: self.label.clone() }),
+            Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
+                return Err(Error::Token { place: Place::Login, code });
+            }
+            // The PIN was not what was wrong: no try was counted.
+            Err(other) => Err(Error::at(Place::Login, other)),
+        };
+        self.marker.clear().map_err(|cause| Error::PinMarker { path: self.marker.path().into(), cause })?;
+        judged
+    }
+}

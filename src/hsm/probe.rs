@@ -1,0 +1,85 @@
+//! What a token can do, found out by doing it: what a mechanism list says is believed only where it cannot be tried.
+
+use cryptoki::mechanism::MechanismType;
+use cryptoki::session::Session;
+use cryptoki::slot::{Limit, Slot, TokenInfo};
+
+use super::der;
+use super::error::Error;
+use super::faults::Place;
+use super::keyring::Bound;
+use super::modules::Module;
+use super::objects::{self, Wanted};
+use super::token::Token;
+use crate::model::{Algorithm, KeyId};
+
+/// What a token can do, found out when it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Ed25519 key pairs: tried with a session key pair; where those are refused, as the mechanism list says.
+    pub ed25519: bool,
+    /// Key pairs that die with their session.
+    pub session_keys: bool,
+    /// Read-only sessions (CloudHSM has none).
+    pub read_only_sessions: bool,
+    /// Sessions at once, where the token names a limit (CK_TOKEN_INFO ulMaxSessionCount).
+    pub sessions_max: Option<usize>,
+    /// Names of the mechanisms, CKM_…
+    pub mechanisms: Vec<String>,
+    /// The form of CKA_EC_PARAMS that this token takes for Ed25519.
+    pub(super) ed25519_params: Option<&'static [u8]>,
+}
+
+/// Asks the token, and tries with keys that die with their session.
+///
+/// # Errors
+/// `Incapable` without ECDSA on P-256; when the mechanisms are not told.
+pub(super) fn capabilities(
+    module: &Module,
+    label: &str,
+    anchor: &Session,
+    slot: Slot,
+    info: &TokenInfo,
+) -> Result<Capabilities, Error> {
+    let context = module.context();
+    // CloudHSM has no read-only sessions.
+    let read_only_sessions = context.open_ro_session_no_drop(slot).map(Token::discard).is_ok();
+    let list = context.get_mechanism_list(slot).map_err(|error| Error::at(Place::Module, error))?;
+    let has = |kind: MechanismType| list.contains(&kind);
+    if !has(MechanismType::ECDSA) || !has(MechanismType::ECC_KEY_PAIR_GEN) {
+        return Err(Error::Incapable { label: label.into(), what: "ECDSA on P-256" });
+    }
+    let session_keys = try_algorithm(module, anchor, Algorithm::P256, &der::P256_PARAMS);
+    let listed = has(MechanismType::EDDSA) && has(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN);
+    let forms = [&der::ED25519_PARAMS[..], &der::ED25519_PARAMS_NAME[..]];
+    let form = match (listed, session_keys) {
+        (false, _) => None,
+        (true, true) => forms.into_iter().find(|form| try_algorithm(module, anchor, Algorithm::Ed25519, form)),
+        (true, false) => Some(forms[0]), // cannot be tried without leaving something behind: believed
+    };
+    let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
+    mechanisms.sort_unstable();
+    mechanisms.dedup();
+    let sessions_max = match info.max_session_count() {
+        Limit::Max(most) => usize::try_from(most).ok(),
+        Limit::Unavailable | Limit::Infinite => None,
+    };
+    Ok(Capabilities { ed25519: form.is_some(), session_keys, read_only_sessions, sessions_max, mechanisms, ed25519_params: form })
+}
+
+/// Generate, sign, verify, destroy: with a session key pair.
+fn try_algorithm(module: &Module, session: &Session, algorithm: Algorithm, params: &[u8]) -> bool {
+    let id = KeyId::random();
+    let wanted = Wanted { algorithm, params, id: &id.0, label: "keyward/probe", durable: false };
+    let _objects = module.objects();
+    let Ok((public, private)) = wanted.generate(session) else { return false };
+    let works = objects::read_public(session, public)
+        .and_then(|public| Ok(Bound::new(id, public)?))
+        .and_then(|key| objects::test_sign(session, private, &key));
+    for object in [private, public] {
+        if let Err(error) = session.destroy_object(object) {
+            tracing::debug!(?error, "a probe key stays until its session ends");
+        }
+    }
+    works.is_ok()
+}

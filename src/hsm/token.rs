@@ -68,6 +68,8 @@ pub(super) struct Token {
     pub(super) history: History,
     /// A login on new sessions is not enough to come back.
     restart: AtomicBool,
+    /// The newest login failed without a word about the PIN, and what the token has counted is not known.
+    login_unclear: AtomicBool,
     capabilities: OnceLock<Capabilities>,
     serial: OnceLock<String>,
     pin: Pin,
@@ -102,6 +104,7 @@ impl Token {
             admission: Admission::new(settings.token.lanes, settings.queue),
             history: History::default(),
             restart: AtomicBool::new(false),
+            login_unclear: AtomicBool::new(false),
             settings,
             capabilities: OnceLock::new(),
             serial: OnceLock::new(),
@@ -130,7 +133,7 @@ impl Token {
         self.generation.store(self.module.generation(), Ordering::Release);
         let context = self.module.context();
         let anchor = context.open_rw_session_no_drop(slot).map_err(|error| Error::at(Place::OpenSession, error))?;
-        let read_only_sessions = match self.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
+        let read_only_sessions = match self.log_in(&anchor, slot, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
             Ok(capabilities) => capabilities.read_only_sessions,
             Err(error) => {
                 Self::discard(anchor);
@@ -139,14 +142,16 @@ impl Token {
         };
         let _ = self.serial.set(info.serial_number().into());
         // Not before the new one is logged in: the last session to close takes the login along.
-        if let Some(old) = self.connection().replace(Connection { slot, read_only_sessions, anchor }) {
+        let old = self.connection().replace(Connection { slot, read_only_sessions, anchor });
+        // C_CloseSession may hang: nobody who asks for the connection waits for it.
+        if let Some(old) = old {
             Self::discard(old.anchor);
         }
         self.start_threads()
     }
 
     /// One C_Login, and none at all while an earlier one has not succeeded or the token warns.
-    fn log_in(&self, anchor: &Session, info: &TokenInfo) -> Result<(), Error> {
+    fn log_in(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<(), Error> {
         let label = || self.settings.token.label.clone();
         let logged_in = anchor.get_session_info().map_err(|error| Error::at(Place::OpenSession, error))?;
         if matches!(logged_in.session_state(), SessionState::RoUser | SessionState::RwUser) {
@@ -165,11 +170,18 @@ impl Token {
         if let Some((_, state)) = flags.iter().find(|(set, _)| *set) {
             return Err(Error::PinState { label: label(), state });
         }
+        let mark = || {
+            self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
+                std::io::ErrorKind::AlreadyExists => pending(),
+                _ => Error::PinMarker { path: self.marker.path().into(), cause },
+            })
+        };
+        if self.login_unclear.load(Ordering::Acquire) && info.user_pin_count_low() {
+            mark()?;
+            return Err(pending());
+        }
         let pin = self.pin.read()?;
-        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
-            std::io::ErrorKind::AlreadyExists => pending(),
-            _ => Error::PinMarker { path: self.marker.path().into(), cause },
-        })?;
+        mark()?;
         // A crash from here on leaves the marker: the try may have been counted.
         let answer = anchor.login_with_raw(UserType::User, &pin);
         drop(pin);
@@ -179,9 +191,21 @@ impl Token {
             Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
                 return Err(Error::Token { place: Place::Login, code });
             }
-            // The PIN was not what was wrong: no try was counted.
-            Err(other) => Err(Error::at(Place::Login, other)),
+            // Not a word about the PIN. But an answer gets lost, and some modules have no better one: a try that was counted is not
+            // repeated. A token that cannot be asked now is asked before the next login.
+            Err(other) => match self.module.context().get_token_info(slot) {
+                Ok(now) if now.user_pin_count_low() || now.user_pin_final_try() || now.user_pin_locked() => {
+                    return Err(Error::at(Place::Login, other));
+                }
+                asked => {
+                    self.login_unclear.store(asked.is_err(), Ordering::Release);
+                    Err(Error::at(Place::Login, other))
+                }
+            },
         };
+        if judged.is_ok() {
+            self.login_unclear.store(false, Ordering::Release);
+        }
         self.marker.clear().map_err(|cause| Error::PinMarker { path: self.marker.path().into(), cause })?;
         judged
     }

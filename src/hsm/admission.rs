@@ -50,18 +50,38 @@ impl Admission {
     /// One more, or [`Error::QueueFull`] at once. Whoever is admitted has to [`Admission::leave`].
     pub(super) fn enter(&self) -> Result<(), Error> {
         let inside = self.inside.fetch_add(1, Ordering::AcqRel) + 1;
-        let now = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
         if inside <= self.lanes {
-            self.calm_at.store(now, Ordering::Relaxed);
+            self.calm_at.store(self.now(), Ordering::Relaxed);
+        }
+        let room = self.room_for(inside);
+        if room.is_err() {
+            self.leave();
+        }
+        room
+    }
+
+    /// One more, whatever the crowd.
+    pub(super) fn enter_anyway(&self) {
+        self.inside.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether one more would be admitted now. Takes no place.
+    pub(super) fn look(&self) -> Result<(), Error> {
+        self.room_for(self.inside.load(Ordering::Acquire) + 1)
+    }
+
+    fn room_for(&self, inside: usize) -> Result<(), Error> {
+        let unrest = Duration::from_micros(self.now().saturating_sub(self.calm_at.load(Ordering::Relaxed)));
+        if inside <= self.lanes || inside <= self.most(unrest) {
             return Ok(());
         }
-        let unrest = Duration::from_micros(now.saturating_sub(self.calm_at.load(Ordering::Relaxed)));
-        if inside <= self.most(unrest) {
-            return Ok(());
-        }
-        self.leave();
         self.turned_away.fetch_add(1, Ordering::Relaxed);
         Err(Error::QueueFull)
+    }
+
+    /// Microseconds since `started`.
+    fn now(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     pub(super) fn leave(&self) {
@@ -129,8 +149,10 @@ mod tests {
         let slow = of_pace(1, Duration::from_secs(1));
         assert!(slow.enter().is_ok() && slow.enter().is_ok());
         assert!(matches!(slow.enter(), Err(Error::QueueFull)));
-        assert_eq!(slow.turned_away(), 1);
+        assert!(matches!(slow.look(), Err(Error::QueueFull)));
+        assert_eq!(slow.turned_away(), 2);
         slow.leave();
+        assert!(slow.look().is_ok() && slow.look().is_ok());
         assert!(slow.enter().is_ok());
     }
 

@@ -334,6 +334,18 @@ impl SigningKey {
         &self.key.public
     }
 
+    /// Whether [`SigningKey::admit`] would find a place now: asked before anything is computed for somebody who may be turned away, and
+    /// who may turn out to want no signature.
+    ///
+    /// # Errors
+    /// `QueueFull`, or the token is not usable.
+    pub fn has_room(&self) -> Result<(), Error> {
+        if !self.token.is_usable() {
+            return Err(self.token.unusable());
+        }
+        self.token.admission.look()
+    }
+
     /// A place among those who want signatures of this token. Asked for before anything is recorded: who would wait too long hears so
     /// at once, at no cost to those who wait.
     ///
@@ -345,6 +357,12 @@ impl SigningKey {
         }
         self.token.admission.enter()?;
         Ok(Admitted(Arc::clone(&self.token)))
+    }
+
+    /// A place for a signature that is recorded already, whatever the crowd: it counts for those who come after.
+    pub fn admit_after_all(&self) -> Admitted {
+        self.token.admission.enter_anyway();
+        Admitted(Arc::clone(&self.token))
     }
 
     /// A signature over `message`, verified against the pinned key. P-256: ECDSA-Sig-Value in DER over SHA-256 (RFC 5758 §3.2);

@@ -3,8 +3,8 @@
 use crate::model::{AgentId, Digest, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::{self, AgentState};
 
-use super::agent::{Agent, Ending, Live, Quarantine, Token};
-use super::{Ledger, Standing};
+use super::agent::{Agent, Ending, Live, Quarantine, Token, Verdict};
+use super::{Ledger, Standing, Subject};
 
 /// An agent, for people.
 #[derive(Debug, Clone)]
@@ -146,6 +146,18 @@ impl Ledger {
             }
         }
         denied
+    }
+
+    /// Whether the book as it stands would refuse this claim. No more than a guess: what is on its way into the book may change it, and
+    /// [`Ledger::intend`] decides.
+    #[must_use]
+    pub fn likely_refuses(&self, claim: &Subject) -> bool {
+        let (key, now) = (claim.key.digest(), self.0.clock.reckoned());
+        let gate = self.gate();
+        gate.book.named(&claim.agent).is_ok_and(|(_, found)| {
+            let weighed = found.weigh(&claim.evidence, &key, &claim.request_hash, &claim.idempotency_hash, now, self.0.live_max);
+            matches!(weighed, Verdict::Refuse(_))
+        })
     }
 
     /// Whether this very request was answered last: its intent, and what to claim next.

@@ -13,6 +13,9 @@ mod shim;
 #[path = "hsm_room/faults.rs"]
 mod faults;
 
+#[path = "hsm_room/hostile.rs"]
+mod hostile;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use rcgen::{
 use rustls::pki_types::CertificateDer;
 
 use crate::attest::{Appraisal, Ask};
-use crate::hsm::{SignError, SigningKey};
+use crate::hsm::{Admitted, SignError, SigningKey};
 use crate::ledger::{Decided, Intent, Intention, Ledger, Subject};
 use crate::model::{
     AGENT_EXTENSION_OID, AgentExtension, Csr, Digest, PublicKey, Reason, Refusal, Serial, SpiffeId, TrustDomain, UnixTime,
@@ -254,6 +254,14 @@ impl Prepared {
         };
         let intention = Intention { kind, key_id: authority.key.id(), tbs, subject: Some(subject) };
         Ok(Self { authority, intention, spiffe_id })
+    }
+
+    /// A place on the way to the signature.
+    ///
+    /// # Errors
+    /// `OVERLOADED`, `HSM_UNAVAILABLE`.
+    pub fn admit(&self) -> Result<Admitted, Refusal> {
+        self.authority.key.admit().map_err(super::hsm_refusal)
     }
 
     /// What the ledger has to record first.

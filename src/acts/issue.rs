@@ -53,7 +53,8 @@ impl Acts {
     async fn issue(&self, kind: IntentKind, contact: &Contact<'_>, ask: &Ask) -> Result<Issued, Rejected> {
         let now = self.trusted_now()?;
         // Whoever would wait too long for a signature hears so before anything is computed or recorded for them.
-        let _admitted = self.authorities()?.issuing().key().admit().map_err(super::hsm_refusal)?;
+        // A place is taken later, by whom that is known of: strangers hold none.
+        self.authorities()?.issuing().key().has_room().map_err(super::hsm_refusal)?;
         // Proof of possession inside; only the public key is taken.
         let csr = Csr::parse(ask.csr(), self.ledger.meter())?;
         // Names the identity; the evidence is bound to this key.
@@ -87,11 +88,17 @@ impl Acts {
             .meter()
             .certificate
             .measure(|| Prepared::new(&grant, csr, appraisal, ask, kind, size, &self.domain, authority))?;
+        // A place on the way to a signature, given back however this ends.
+        let place = prepared.admit()?;
         // Decided in order and durable: token spent, sequence claimed. From here on the act runs to its end.
         match self.ledger.intend(prepared.intention()).await? {
             // Once, verified against the pinned key, then the gate: denied meanwhile → withheld.
             Decided::Intent(intent) => prepared.sign(intent).await?.release(),
-            Decided::Repeat { intent, next_sequence } => self.repeat(appraisal, intent, next_sequence).await,
+            Decided::Repeat { intent, next_sequence } => {
+                // Nothing is signed for it.
+                drop(place);
+                self.repeat(appraisal, intent, next_sequence).await
+            }
         }
     }
 

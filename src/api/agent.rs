@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -13,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::acts::{Acts, Issued};
 use crate::attest::{Ask, Challenge};
 use crate::authn::Connection;
-use crate::model::{Reason, Refusal};
+use crate::model::{AgentId, Reason, Refusal};
 use crate::proto::agent_service_server::AgentService;
 use crate::proto::{self, AttestRequest, AttestResponse, RenewRequest, RenewResponse, attest_response::Step};
 
@@ -21,15 +22,24 @@ use super::convert;
 use super::refusal::status_of;
 use super::shares::{Shares, network_of};
 
+/// Renewals of one agent under way at once. One is what it needs; more are answers that it has lost.
+const RENEWALS_MAX: usize = 4;
+
 pub(super) struct Agents {
     acts: Arc<Acts>,
     strangers: Arc<Semaphore>,
     shares: Arc<Shares<IpAddr>>,
+    renewals: Arc<Shares<AgentId>>,
 }
 
 impl Agents {
     pub(super) fn new(acts: Arc<Acts>, strangers_max: usize) -> Self {
-        Self { acts, strangers: Arc::new(Semaphore::new(strangers_max)), shares: Shares::of(strangers_max / 2) }
+        Self {
+            acts,
+            strangers: Arc::new(Semaphore::new(strangers_max)),
+            shares: Shares::of(strangers_max / 2),
+            renewals: Shares::of(RENEWALS_MAX),
+        }
     }
 
     fn connection<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
@@ -104,10 +114,18 @@ impl AgentService for Agents {
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         let connection = Self::connection(&request)?;
+        // Who has no name is refused by the act.
+        let share = connection.named().map(|agent| self.renewals.take(agent.clone()));
+        if matches!(share, Some(None)) {
+            self.acts.ledger().refused_stranger(Reason::Overloaded, Some(connection.source()));
+            let refusal = Refusal::new(Reason::Overloaded, "too many renewals of this agent are under way; await an answer");
+            return Err(status_of(&refusal.retry_after(Duration::from_millis(500))));
+        }
         let acts = Arc::clone(&self.acts);
         let RenewRequest { ask, proof } = request.into_inner();
         // A task of its own: a client that goes away changes nothing.
         let renewed = tokio::spawn(async move {
+            let _share = share;
             let issued = acts.renew(&connection, Ask::parse(&ask, proof)?).await?;
             credential(&acts, issued)
         });

@@ -16,6 +16,8 @@ const STANDS: Duration = Duration::from_millis(100);
 const WAIT: Duration = Duration::from_millis(10);
 /// Longest wait in a burst. Those who wait in the first one are served late: fewer than one in a hundred of a crowd that stays.
 const BURST: Duration = Duration::from_millis(100);
+/// As many may always wait: no one agent, with the few renewals that it may have under way, takes all the places of a token of few lanes.
+const WAITING_MIN: usize = 8;
 /// Longer than those who are turned away are told to stay away, so that a crowd that comes back is the same crowd.
 const OVER: Duration = Duration::from_secs(1);
 
@@ -27,6 +29,8 @@ pub(super) struct Admission {
     lanes: usize,
     /// Most that may wait, whatever their wait.
     queue: usize,
+    /// Longest wait after which there is still time for the signature.
+    patience: Duration,
     started: Instant,
     inside: AtomicUsize,
     /// Microseconds since `started` when somebody last found a free lane.
@@ -40,10 +44,11 @@ pub(super) struct Admission {
 }
 
 impl Admission {
-    pub(super) fn new(lanes: usize, queue: usize) -> Self {
+    pub(super) fn new(lanes: usize, queue: usize, sign_deadline: Duration) -> Self {
         Self {
             lanes: lanes.max(1),
             queue,
+            patience: sign_deadline / 2,
             started: Instant::now(),
             inside: AtomicUsize::new(0),
             calm_at: AtomicU64::new(0),
@@ -56,7 +61,19 @@ impl Admission {
 
     /// One more, or [`Error::QueueFull`] at once. Whoever is admitted has to [`Admission::leave`].
     pub(super) fn enter(&self) -> Result<(), Error> {
-        let inside = self.inside.fetch_add(1, Ordering::AcqRel) + 1;
+        let room = self.room_for(self.inside.fetch_add(1, Ordering::AcqRel) + 1);
+        if room.is_err() {
+            self.leave();
+        }
+        room
+    }
+
+    /// Whether one more would be admitted now. Takes no place.
+    pub(super) fn look(&self) -> Result<(), Error> {
+        self.room_for(self.inside.load(Ordering::Acquire) + 1)
+    }
+
+    fn room_for(&self, inside: usize) -> Result<(), Error> {
         let now = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
         if inside <= self.lanes {
             self.calm_at.store(now, Ordering::Relaxed);
@@ -65,7 +82,6 @@ impl Admission {
         if inside <= self.most(self.stands(now)) {
             return Ok(());
         }
-        self.leave();
         self.turned_away_at.store(now.max(1), Ordering::Relaxed);
         self.turned_away.fetch_add(1, Ordering::Relaxed);
         Err(Error::QueueFull)
@@ -86,10 +102,12 @@ impl Admission {
     /// How many may be inside.
     fn most(&self, stands: bool) -> usize {
         let pace = self.pace();
-        let wait = if stands { WAIT } else { BURST };
-        let rounds =
-            wait.as_nanos().checked_div(pace.as_nanos()).map_or(usize::MAX, |rounds| rounds.try_into().unwrap_or(usize::MAX));
-        self.lanes.saturating_add(self.lanes.saturating_mul(rounds.max(1)).min(self.queue))
+        let within = |wait: Duration| {
+            let rounds = wait.as_nanos().checked_div(pace.as_nanos()).and_then(|rounds| usize::try_from(rounds).ok());
+            self.lanes.saturating_mul(rounds.unwrap_or(usize::MAX))
+        };
+        let waiting = within(if stands { WAIT } else { BURST }).max(self.lanes).max(WAITING_MIN);
+        self.lanes.saturating_add(waiting.min(within(self.patience).max(self.lanes)).min(self.queue))
     }
 
     /// A signature took so long.
@@ -117,7 +135,7 @@ mod tests {
     use super::*;
 
     fn of_pace(lanes: usize, pace: Duration) -> Admission {
-        let admission = Admission::new(lanes, 1024);
+        let admission = Admission::new(lanes, 1024, Duration::from_secs(5));
         admission.note(pace);
         admission
     }
@@ -144,15 +162,19 @@ mod tests {
     }
 
     #[test]
-    fn a_device_of_a_second_still_admits_one_more_for_each_lane() {
-        let slow = of_pace(2, Duration::from_secs(1));
-        assert!(!slow.stands(3000 * MILLI) && slow.stands(5000 * MILLI));
-        assert_eq!((slow.most(false), slow.most(true)), (4, 4));
+    fn a_slow_device_admits_a_few_and_never_more_than_it_can_serve_in_time() {
+        let slow = of_pace(2, Duration::from_millis(200));
+        assert!(!slow.stands(700 * MILLI) && slow.stands(900 * MILLI));
+        assert_eq!((slow.most(false), slow.most(true)), (2 + 8, 2 + 8));
+        let slower = of_pace(2, Duration::from_secs(1));
+        assert_eq!((slower.most(false), slower.most(true)), (2 + 4, 2 + 4));
+        let too_slow = of_pace(2, Duration::from_secs(3));
+        assert_eq!(too_slow.most(true), 2 + 2);
     }
 
     #[test]
     fn who_is_turned_away_is_counted_and_takes_no_place() {
-        let slow = of_pace(1, Duration::from_secs(1));
+        let slow = of_pace(1, Duration::from_secs(3));
         assert!(slow.enter().is_ok() && slow.enter().is_ok());
         assert!(matches!(slow.enter(), Err(Error::QueueFull)));
         assert_eq!(slow.turned_away(), 1);

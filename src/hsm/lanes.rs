@@ -98,12 +98,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
 }
 
 /// One attempt with the lane's session, opened if there is none; kept only if it may be used again.
-fn with_session(
-    token: &Token,
-    session: &mut Option<Session>,
-    job: &Job,
-    spoilt: &Arc<AtomicBool>,
-) -> Result<Unverified, Failed> {
+fn with_session(token: &Token, session: &mut Option<Session>, job: &Job, spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
     if spoilt.swap(false, Ordering::AcqRel)
         && let Some(session) = session.take()
     {

@@ -1,8 +1,11 @@
 //! The login: one C_Login for a connection, and none that could cost a second PIN try.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use cryptoki::context::Pkcs11;
 use cryptoki::error::{Error as Cryptoki, RvError};
 use cryptoki::session::{Session, SessionState, UserType};
-use cryptoki::slot::TokenInfo;
+use cryptoki::slot::{Slot, TokenInfo};
 
 use super::Settings;
 use super::error::Error;
@@ -14,6 +17,8 @@ pub(super) struct Login {
     label: String,
     pin: Pin,
     marker: Marker,
+    /// The newest login failed without a word about the PIN, and what the token has counted is not known.
+    unclear: AtomicBool,
 }
 
 impl Login {
@@ -22,6 +27,7 @@ impl Login {
             label: settings.token.label.clone(),
             pin: Pin::new(settings.token.pin.clone()),
             marker: Marker::new(&settings.state, settings.role),
+            unclear: AtomicBool::new(false),
         }
     }
 
@@ -39,8 +45,15 @@ impl Login {
         Error::PinPending { label: self.label.clone(), path: self.marker.path().into() }
     }
 
+    fn mark(&self, info: &TokenInfo) -> Result<(), Error> {
+        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::AlreadyExists => self.pending(),
+            _ => Error::PinMarker { path: self.marker.path().into(), cause },
+        })
+    }
+
     /// One C_Login, and none at all while an earlier one has not succeeded or the token warns.
-    pub(super) fn log_in(&self, anchor: &Session, info: &TokenInfo) -> Result<(), Error> {
+    pub(super) fn log_in(&self, context: &Pkcs11, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<(), Error> {
         let logged_in = anchor.get_session_info().map_err(|error| Error::at(Place::OpenSession, error))?;
         if matches!(logged_in.session_state(), SessionState::RoUser | SessionState::RwUser) {
             return Ok(());
@@ -55,11 +68,12 @@ impl Login {
         if let Some((_, state)) = flags.iter().find(|(set, _)| *set) {
             return Err(Error::PinState { label: self.label.clone(), state });
         }
+        if self.unclear.load(Ordering::Acquire) && info.user_pin_count_low() {
+            self.mark(info)?;
+            return Err(self.pending());
+        }
         let pin = self.pin.read()?;
-        self.marker.set(info.label(), info.serial_number()).map_err(|cause| match cause.kind() {
-            std::io::ErrorKind::AlreadyExists => self.pending(),
-            _ => Error::PinMarker { path: self.marker.path().into(), cause },
-        })?;
+        self.mark(info)?;
         // A crash from here on leaves the marker: the try may have been counted.
         let answer = anchor.login_with_raw(UserType::User, &pin);
         drop(pin);
@@ -69,9 +83,21 @@ impl Login {
             Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
                 return Err(Error::Token { place: Place::Login, code });
             }
-            // The PIN was not what was wrong: no try was counted.
-            Err(other) => Err(Error::at(Place::Login, other)),
+            // Not a word about the PIN. But an answer gets lost, and some modules have no better one: a try that was counted is not
+            // repeated. A token that cannot be asked now is asked before the next login.
+            Err(other) => match context.get_token_info(slot) {
+                Ok(now) if now.user_pin_count_low() || now.user_pin_final_try() || now.user_pin_locked() => {
+                    return Err(Error::at(Place::Login, other));
+                }
+                asked => {
+                    self.unclear.store(asked.is_err(), Ordering::Release);
+                    Err(Error::at(Place::Login, other))
+                }
+            },
         };
+        if judged.is_ok() {
+            self.unclear.store(false, Ordering::Release);
+        }
         self.marker.clear().map_err(|cause| Error::PinMarker { path: self.marker.path().into(), cause })?;
         judged
     }

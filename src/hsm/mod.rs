@@ -249,6 +249,18 @@ impl SigningKey {
         &self.key.public
     }
 
+    /// Whether [`SigningKey::admit`] would find a place now: asked before anything is computed for somebody who may be turned away, and
+    /// who may turn out to want no signature.
+    ///
+    /// # Errors
+    /// `QueueFull`, or the token is not usable.
+    pub fn has_room(&self) -> Result<(), Error> {
+        if !self.token.is_usable() {
+            return Err(self.token.unusable());
+        }
+        self.token.admission.look()
+    }
+
     /// A place among those who want signatures of this token. Asked for before anything is recorded: who would wait too long hears so
     /// at once, at no cost to those who wait.
     ///

@@ -97,7 +97,7 @@ impl Token {
             watchman: Crew::new(),
             crew: Crew::new(),
             reconnects: AtomicU64::new(0),
-            admission: Admission::new(settings.token.lanes, settings.queue),
+            admission: Admission::new(settings.token.lanes, settings.queue, settings.sign_deadline),
             history: History::default(),
             restart: AtomicBool::new(false),
             settings,
@@ -129,16 +129,19 @@ impl Token {
         self.generation.store(self.module.generation(), Ordering::Release);
         let context = self.module.context();
         let anchor = context.open_rw_session_no_drop(slot).map_err(|error| Error::at(Place::OpenSession, error))?;
-        let read_only_sessions = match self.login.log_in(&anchor, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
-            Ok(capabilities) => capabilities.read_only_sessions,
-            Err(error) => {
-                Self::discard(anchor);
-                return Err(error);
-            }
-        };
+        let read_only_sessions =
+            match self.login.log_in(context, &anchor, slot, &info).and_then(|()| self.probe_once(&anchor, slot, &info)) {
+                Ok(capabilities) => capabilities.read_only_sessions,
+                Err(error) => {
+                    Self::discard(anchor);
+                    return Err(error);
+                }
+            };
         let _ = self.serial.set(info.serial_number().into());
         // Not before the new one is logged in: the last session to close takes the login along.
-        if let Some(old) = self.connection().replace(Connection { slot, read_only_sessions, anchor }) {
+        let old = self.connection().replace(Connection { slot, read_only_sessions, anchor });
+        // C_CloseSession may hang: nobody who asks for the connection waits for it.
+        if let Some(old) = old {
             Self::discard(old.anchor);
         }
         self.start_threads()

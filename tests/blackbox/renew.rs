@@ -1,5 +1,8 @@
 //! Renewal: a new appraisal, a new key, one sequence.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+
 use keyward::proto::RenewRequest;
 use prost::Message as _;
 
@@ -111,4 +114,48 @@ fn a_repeated_request_proves_nothing_for_the_connection_it_came_over() {
     let mut next = Draft::bound("builder/1", answer.next_sequence).renewal(&holder);
     next.proof.clear();
     refused(wire.renew_over(&mut old, next), "PROOF_INVALID");
+}
+
+/// What needs no signature takes no place on the way to one: neither answers given again nor claims that are refused.
+#[test]
+fn one_agent_that_asks_without_end_keeps_nobody_from_a_slow_token() {
+    let mut house = House::new().with_shim().initialised();
+    house.shim_script("delay C_Sign ms=150\n");
+    house.serve();
+    let house = house;
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let answered = Draft::bound("builder/1", sequence).renewal(&holder);
+    let next = wire.renew(Some(&holder), answered.clone()).unwrap().next_sequence;
+    let early = Draft::bound("builder/1", next + 5).renewal(&holder);
+    let (mut other, mut due) = attested(&wire, "builder/2");
+    let (over, asked) = (&AtomicBool::new(false), &AtomicUsize::new(0));
+    let refused: Vec<_> = thread::scope(|scope| {
+        for request in [&answered, &early].repeat(24) {
+            let (house, holder) = (&house, &holder);
+            scope.spawn(move || {
+                let wire = house.wire();
+                let mut standing = wire.standing(holder);
+                while !over.load(Ordering::SeqCst) {
+                    let _ = wire.renew_over(&mut standing, request.clone());
+                    asked.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        while asked.load(Ordering::SeqCst) < 100 {
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let answers = (0..7).filter_map(|_| {
+            let draft = Draft::bound("builder/2", due);
+            let answer = wire.renew(Some(&other), draft.renewal(&other));
+            if let Ok(answer) = &answer {
+                (other, due) = (draft.identity(answer), answer.next_sequence);
+            }
+            answer.err()
+        });
+        let refused = answers.collect();
+        over.store(true, Ordering::SeqCst);
+        refused
+    });
+    assert!(refused.is_empty(), "{} of 7 were turned away: {:?}", refused.len(), refused.first());
 }

@@ -1,0 +1,106 @@
+//! A module that answers badly at the worst moment, and what must hold nevertheless.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use keyward::hsm::{Hsm, Modules, Settings, SigningKey};
+use keyward::model::Algorithm;
+
+use super::shim::Shim;
+use super::{House, in_house, new_key, until};
+
+fn behind_the_shim(house: &House, label: &str) -> Settings {
+    let mut settings = house.settings(label);
+    settings.token.module = super::shim_module();
+    settings.token.lanes = 1;
+    settings.sign_deadline = Duration::from_secs(2);
+    settings
+}
+
+fn shim(house: &House) -> Shim {
+    Shim::at(&house.0.join("shim.sock"))
+}
+
+async fn with_a_canary(hsm: &Hsm) -> SigningKey {
+    let key = new_key(hsm, Algorithm::P256).await;
+    hsm.set_canary(new_key(hsm, Algorithm::P256).await);
+    key
+}
+
+fn logins(house: &House) -> usize {
+    fs::read_to_string(house.0.join("shim.log")).unwrap().lines().filter(|line| *line == "login").count()
+}
+
+#[test]
+fn status_is_told_while_the_module_hangs_closing_an_old_session() {
+    in_house("hostile::status_is_told_while_the_module_hangs_closing_an_old_session", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        let shim = shim(&house);
+        // The login is lost. The lane closes its session, the admin lane its own, the third is the old anchor.
+        shim.tell("hang C_CloseSession nth=3");
+        shim.tell("logout");
+        shim.tell("fail C_SignInit rv=0x101");
+        assert!(key.sign(b"lost"[..].into()).await.is_err());
+        shim.tell("await hanging=1");
+        let (told, answer) = mpsc::channel();
+        let asked = hsm.clone();
+        std::thread::spawn(move || told.send(asked.status()));
+        let status = answer.recv_timeout(Duration::from_secs(3));
+        shim.tell("release");
+        assert!(!status.expect("no status while a call hangs").usable);
+        until("it is back", Duration::from_secs(10), || hsm.status().usable).await;
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+/// Some modules have no better word for a wrong PIN than that something went wrong, and the token counts it all the same.
+#[test]
+fn a_login_that_failed_for_no_clear_reason_and_was_counted_is_not_tried_again() {
+    in_house("hostile::a_login_that_failed_for_no_clear_reason_and_was_counted_is_not_tried_again", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        let shim = shim(&house);
+        let (good, before) = (fs::read(house.pin("authority")).unwrap(), logins(&house));
+        shim.tell("pin_tries n=10");
+        for code in ["0x05", "0x30", "0x80000001"] {
+            fs::write(house.pin("authority"), "wrong-pin-0815").unwrap();
+            let before = logins(&house);
+            shim.tell(&format!("fail C_Login rv={code} count=all after"));
+            shim.tell("logout");
+            shim.tell("fail C_SignInit rv=0x101");
+            assert!(key.sign(b"lost"[..].into()).await.is_err());
+            until("it waits for the operator", Duration::from_secs(5), || {
+                hsm.status().pin_pending && { hsm.status().fault.is_some_and(|fault| fault.contains("keyward hsm unlock")) }
+            })
+            .await;
+            assert_eq!(logins(&house) - before, 1, "{code}");
+            fs::write(house.pin("authority"), &good).unwrap();
+            shim.tell("clear");
+            shim.tell("pin_tries n=10");
+            assert!(keyward::hsm::unlock(&house.settings("authority").state, keyward::proto::TokenRole::Authority).unwrap());
+            until("it is back", Duration::from_secs(10), || hsm.status().usable).await;
+        }
+        assert!(logins(&house) > before);
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_login_that_never_reached_the_pin_is_tried_again() {
+    in_house("hostile::a_login_that_never_reached_the_pin_is_tried_again", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        let shim = shim(&house);
+        for code in ["0x05", "0x30", "0x80000001"] {
+            shim.tell(&format!("fail C_Login rv={code} count=2"));
+            shim.tell("logout");
+            shim.tell("fail C_SignInit rv=0x101");
+            assert!(key.sign(b"lost"[..].into()).await.is_err());
+            until("it is back", Duration::from_secs(10), || hsm.status().usable).await;
+        }
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}

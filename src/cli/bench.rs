@@ -112,7 +112,7 @@ pub(super) struct Overload {
     #[arg(long, default_value_t = 4.0, value_name = "X")]
     factor: f64,
     /// Seconds at half load.
-    #[arg(long, default_value_t = 15, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600))]
+    #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600))]
     half_seconds: u64,
     /// Seconds under overload.
     #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600))]

@@ -243,8 +243,8 @@ fn connect(path: &Path, also: OpenFlags) -> Result<Connection, StoreError> {
     connection.pragma_update(None, "foreign_keys", "ON")?;
     connection.pragma_update(None, "trusted_schema", "OFF")?;
     connection.pragma_update(None, "temp_store", "MEMORY")?;
-    // 8 MiB of pages: the ledger only appends, and 100,000 agents' rows are read once.
-    connection.pragma_update(None, "cache_size", -8192)?;
+    // 2 MiB of pages: the ledger only appends, and agents' rows are read once.
+    connection.pragma_update(None, "cache_size", -2048)?;
     Ok(connection)
 }
 

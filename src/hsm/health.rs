@@ -170,7 +170,6 @@ fn jittered(time: Duration) -> Duration {
 async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     let seen = token.generation();
     on_a_thread(token, move |token| reconnect(token, seen, remedy)).await?;
-    token.epoch_ends(token.epoch());
     for key in token.keyring.all() {
         match token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await {
             Ok(_) => {}

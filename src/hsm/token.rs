@@ -277,6 +277,10 @@ impl Token {
     fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
         let term = self.term.fetch_add(1, Ordering::AcqRel) + 1;
         self.suspicions.store(0, Ordering::Relaxed);
+        // Before anybody can use a handle of the connection that was lost.
+        self.epoch_ends(self.epoch());
+        // What made it slow, or fast, may not be what it was.
+        self.admission.forget_pace();
         self.errands.open(term);
         self.jobs.open(term);
         self.top_up()
@@ -362,17 +366,22 @@ impl Token {
         self.health.subscribe()
     }
 
-    /// In service (again), unless another token has had the module restarted meanwhile. The caller holds the lifecycle.
+    /// In service (again), unless another token has had the module restarted meanwhile, or this one was suspended again. The caller holds
+    /// the lifecycle.
     pub(super) fn resume(&self, _held: &Lifecycle) -> Result<(), Error> {
         if self.generation() != self.module.generation() || self.is_stopping() {
             return Err(self.unusable());
         }
-        self.restart.store(false, Ordering::Release);
-        self.health.send_modify(|health| {
-            health.usable = true;
-            health.stuck = false;
+        // Whoever suspends shuts the queue before he tells so: what is told here is never newer than what he tells.
+        let resumed = self.health.send_if_modified(|health| {
+            let open = self.jobs.is_open();
+            if open {
+                (health.usable, health.stuck) = (true, false);
+                self.restart.store(false, Ordering::Release);
+            }
+            open
         });
-        Ok(())
+        if resumed { Ok(()) } else { Err(self.unusable()) }
     }
 
     /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
@@ -380,9 +389,10 @@ impl Token {
         if remedy == Remedy::Restart {
             self.restart.store(true, Ordering::Release);
         }
+        let waiting = self.jobs.shut();
         let was_usable = self.health.borrow().usable;
         self.note_fault(fault, false);
-        for job in self.jobs.shut() {
+        for job in waiting {
             job.turn_away(fault);
         }
         drop(self.errands.shut());
@@ -407,7 +417,10 @@ impl Token {
     }
 
     pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
-        self.health.send_modify(|health| *health = Health { usable: false, fault: Some(fault.into()), stuck });
+        // A hang is over when the token serves again, not when somebody else has a fault to tell.
+        self.health.send_modify(|health| {
+            *health = Health { usable: false, fault: Some(fault.into()), stuck: stuck || health.stuck };
+        });
     }
 
     pub(super) fn unusable(&self) -> Error {

@@ -104,3 +104,25 @@ fn a_login_that_never_reached_the_pin_is_tried_again() {
         hsm.shut_down(Duration::from_secs(5));
     });
 }
+
+/// It fails over to a slower one, say: the pace that was learnt from the fast one must not make it look silent again and again.
+#[test]
+fn a_token_that_has_become_slow_is_called_lost_once_at_most() {
+    in_house("hostile::a_token_that_has_become_slow_is_called_lost_once_at_most", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        for _ in 0..130 {
+            key.sign(b"fast"[..].into()).await.unwrap();
+        }
+        shim(&house).tell("delay C_Sign ms=500");
+        until("it was taken for lost and is back", Duration::from_secs(10), || {
+            let status = hsm.status();
+            status.usable && status.reconnects > 0
+        })
+        .await;
+        let signed = hsm.status().signatures;
+        until("six canaries", Duration::from_secs(20), || hsm.status().signatures >= signed + 6).await;
+        assert!(hsm.status().usable && hsm.status().reconnects == 1, "{:?}", hsm.status());
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}

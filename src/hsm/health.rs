@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use super::ADMIN_DEADLINE;
 use super::faults::{Error, Remedy, SignError};
-use super::keyring::Bound;
+use super::keyring::{Bound, Place};
 use super::lanes;
 use super::queue::Mark;
 use super::token::{Token, reconnect};
@@ -19,6 +19,8 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Shortest and longest time that a canary is given: nothing else was signed since the last look when it was asked for. With the look
 /// and a second canary through a spare lane it makes less than a second from a silent token to an unready daemon.
 const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(350), Duration::from_secs(2));
+/// How often a key that was not there is looked for.
+const KEYS_AGAIN: Duration = Duration::from_secs(1);
 /// First pause between two attempts to recover.
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts: a token that is back is in service within a second.
@@ -43,8 +45,14 @@ pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
 }
 
 async fn watch(token: &Arc<Token>) {
+    let mut looked = Instant::now();
     while !token.is_stopping() {
         pause(token, LOOK).await;
+        if looked.elapsed() > KEYS_AGAIN {
+            looked = Instant::now();
+            look_for_keys(token).await;
+        }
+        token.tell_of_keys();
         if !token.is_usable() {
             recover(token).await;
             continue;
@@ -65,6 +73,14 @@ async fn watch(token: &Arc<Token>) {
         if token.idle_for() >= LOOK {
             look(token).await;
         }
+    }
+}
+
+/// Keys that were not there may be back: restored, or never gone.
+async fn look_for_keys(token: &Arc<Token>) {
+    for key in token.keyring.all().into_iter().filter(|key| token.is_usable() && key.trouble().is_some()) {
+        key.set_place(Place::Unknown);
+        let _ = token.handle_of(&key, Instant::now() + CANARY_DEADLINE.0).await;
     }
 }
 
@@ -174,7 +190,7 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
         match token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await {
             Ok(_) => {}
             // Of no concern to the other keys; asking for this one says so.
-            Err(error @ (Error::KeyLost(_) | Error::KeyMismatch(_) | Error::KeyAmbiguous { .. } | Error::Attribute { .. })) => {
+            Err(error) if error.is_of_the_key() => {
                 tracing::error!(token = %token.settings.token.label, key = %key.id, %error, "a key did not come back");
             }
             Err(error) => return Err(error),

@@ -229,11 +229,15 @@ impl Token {
                     self.admission.note(from.elapsed());
                 }
                 key.set_place(Place::At { epoch, handle });
+                key.set_trouble(None);
                 Ok((epoch, handle))
             }
             Err(error) => {
                 if matches!(error, Error::KeyLost(_)) {
                     key.set_place(Place::Lost { epoch });
+                }
+                if error.is_of_the_key() {
+                    key.set_trouble(Some(error.to_string()));
                 }
                 Err(error)
             }

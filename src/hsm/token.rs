@@ -46,6 +46,8 @@ pub struct Health {
     pub fault: Option<String>,
     /// A call hangs inside the module: recovery in process is not possible, the daemon has to be restarted.
     pub stuck: bool,
+    /// A key in use that is gone or wrong, while the token serves the others.
+    pub key: Option<String>,
 }
 
 /// The fault of a token that is closed on purpose.
@@ -116,7 +118,7 @@ impl Token {
             signatures: AtomicU64::new(0),
             started: Instant::now(),
             signed_at_ms: AtomicU64::new(0),
-            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false }),
+            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, key: None }),
             stopping: AtomicBool::new(false),
         })
     }
@@ -406,6 +408,18 @@ impl Token {
         self.alarm.notify_one();
     }
 
+    /// Says which key in use is not there, if that is news.
+    pub(super) fn tell_of_keys(&self) {
+        let key = self.keyring.all().iter().find_map(|key| key.trouble());
+        self.health.send_if_modified(|health| {
+            let news = health.key != key;
+            if news {
+                health.key = key;
+            }
+            news
+        });
+    }
+
     /// The key that tells the token's health.
     pub(super) fn canary(&self) -> Option<Arc<Bound>> {
         self.canary.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -419,7 +433,8 @@ impl Token {
     pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
         // A hang is over when the token serves again, not when somebody else has a fault to tell.
         self.health.send_modify(|health| {
-            *health = Health { usable: false, fault: Some(fault.into()), stuck: stuck || health.stuck };
+            (health.usable, health.fault) = (false, Some(fault.into()));
+            health.stuck |= stuck;
         });
     }
 

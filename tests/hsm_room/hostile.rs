@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use keyward::hsm::{Hsm, Modules, Settings, SigningKey};
+use keyward::hsm::{Error, Hsm, Modules, Settings, SignError, SigningKey};
 use keyward::model::Algorithm;
 
 use super::shim::Shim;
@@ -123,6 +123,25 @@ fn a_token_that_has_become_slow_is_called_lost_once_at_most() {
         let signed = hsm.status().signatures;
         until("six canaries", Duration::from_secs(20), || hsm.status().signatures >= signed + 6).await;
         assert!(hsm.status().usable && hsm.status().reconnects == 1, "{:?}", hsm.status());
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_key_that_was_taken_for_another_is_looked_for_until_it_is_there() {
+    in_house("hostile::a_key_that_was_taken_for_another_is_looked_for_until_it_is_there", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        key.sign(b"before"[..].into()).await.unwrap();
+        // The signature is spoilt, and then the one by which the key is to be known again.
+        shim(&house).tell("corrupt C_Sign count=2");
+        assert!(matches!(key.sign(b"spoilt"[..].into()).await, Err(SignError::Unknown(Error::Corrupt(_)))));
+        assert!(matches!(key.sign(b"another"[..].into()).await, Err(SignError::NotSigned(Error::KeyMismatch(_)))));
+        let health = hsm.health();
+        until("it is told", Duration::from_secs(1), || health.borrow().key.is_some()).await;
+        until("it is found again", Duration::from_secs(3), || health.borrow().key.is_none()).await;
+        assert!(hsm.status().usable && hsm.status().reconnects == 0, "{:?}", hsm.status());
+        key.sign(b"after"[..].into()).await.unwrap();
         hsm.shut_down(Duration::from_secs(5));
     });
 }

@@ -186,11 +186,12 @@ fn jittered(time: Duration) -> Duration {
 async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     let seen = token.generation();
     on_a_thread(token, move |token| reconnect(token, seen, remedy)).await?;
+    token.epoch_ends(token.epoch());
     for key in token.keyring.all() {
         match token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await {
             Ok(_) => {}
             // Of no concern to the other keys; asking for this one says so.
-            Err(error) if error.is_of_the_key() => {
+            Err(error @ (Error::KeyLost(_) | Error::KeyMismatch(_) | Error::KeyAmbiguous { .. } | Error::Attribute { .. })) => {
                 tracing::error!(token = %token.settings.token.label, key = %key.id, %error, "a key did not come back");
             }
             Err(error) => return Err(error),

@@ -47,7 +47,7 @@ fn status_is_told_while_the_module_hangs_closing_an_old_session() {
         shim.tell("await hanging=1");
         let (told, answer) = mpsc::channel();
         let asked = hsm.clone();
-        std::thread::spawn(move || told.send(asked.status()));
+        std::thread::spawn(move || drop(told.send(asked.status())));
         let status = answer.recv_timeout(Duration::from_secs(3));
         shim.tell("release");
         assert!(!status.expect("no status while a call hangs").usable);

@@ -19,8 +19,6 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Shortest and longest time that a canary is given: nothing else was signed since the last look when it was asked for. With the look
 /// and a second canary through a spare lane it makes less than a second from a silent token to an unready daemon.
 const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(350), Duration::from_secs(2));
-/// How often a key that was not there is looked for.
-const KEYS_AGAIN: Duration = Duration::from_secs(1);
 /// First pause between two attempts to recover.
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts: a token that is back is in service within a second.
@@ -31,6 +29,8 @@ const RESTART_SHARED: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(1);
 /// Longest time for C_Finalize, C_Initialize, C_GetSlotList, C_OpenSession and C_Login together.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(20);
+/// How often a key that was not there is looked for.
+const KEYS_AGAIN: Duration = Duration::from_secs(1);
 /// What a canary signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so.
 const CANARY_TAG: &[u8] = b"keyward/hsm/canary/v1\0";
 

@@ -251,6 +251,9 @@ fn a_key_destroyed_by_another_process_is_lost_and_the_others_go_on() {
             assert!(other.public().verifies(b"after", &signature));
         }
         assert!(hsm.status().usable && hsm.status().reconnects == 0, "{:?}", hsm.status());
+        let health = hsm.health();
+        let told = || health.borrow().key.as_ref().is_some_and(|key| key.contains(&doomed.id().to_string()));
+        until("readiness hears of it", Duration::from_secs(1), told).await;
         hsm.shut_down(Duration::from_secs(5));
     });
 }

@@ -104,14 +104,18 @@ impl Readiness {
         let checkpoint_size = String::from_utf8_lossy(&checkpoint).lines().nth(1).and_then(|line| line.parse().ok()).unwrap_or(0);
         let trusted = ledger.clock().now().is_ok();
         let (agents, quarantined, open_intents) = ledger.counts();
-        let state = self.state();
-        let mut tokens: Vec<_> = state.tokens.iter().map(|hsm| token(hsm.status())).collect();
-        tokens.extend(state.pending.iter().cloned());
+        // Copied: what looks at tokens and files is not to hold up whoever tells of health.
+        let (missing, opened, pending, listen) = {
+            let state = self.state();
+            (state.missing.clone(), state.tokens.clone(), state.pending.clone(), state.listen.clone())
+        };
+        let mut tokens: Vec<_> = opened.iter().map(|hsm| token(hsm.status())).collect();
+        tokens.extend(pending);
         proto::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             trust_domain: acts.domain().to_string(),
-            ready: state.missing.is_empty(),
-            not_ready_because: state.missing.clone(),
+            ready: missing.is_empty(),
+            not_ready_because: missing,
             uptime_seconds: self.0.started.elapsed().as_secs(),
             ledger: Some(self.ledger(ledger, checkpoint_size, open_intents)),
             tokens,
@@ -120,7 +124,7 @@ impl Readiness {
             agents: agents as u64,
             quarantined: quarantined as u64,
             config_hash: self.0.config_hash.0.to_vec(),
-            listen: state.listen.clone(),
+            listen,
         }
     }
 

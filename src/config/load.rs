@@ -242,7 +242,20 @@ fn tokens(mut section: Section<'_>, reader: &mut Reader<'_>) -> Option<(Token, T
         reader.mistake(None, "[hsm.agents] pin_fd: must differ from that of [hsm.authority]: a descriptor is read once");
         return None;
     }
+    if authority != agents && may_be_one(&authority, &agents) {
+        // Two PINs for one token, or one that is tried for each: a wrong one would cost more than one try.
+        reader.mistake(
+            None,
+            "[hsm.agents]: may be the token of [hsm.authority]: leave the section out, or tell them apart by serial",
+        );
+        return None;
+    }
     Some((authority, agents))
+}
+
+fn may_be_one(one: &Token, other: &Token) -> bool {
+    let serials = one.serial.as_ref().zip(other.serial.as_ref());
+    one.module == other.module && one.label == other.label && serials.is_none_or(|(one, other)| one == other)
 }
 
 fn token(mut section: Section<'_>, reader: &mut Reader<'_>) -> Option<Token> {

@@ -122,3 +122,13 @@ fn the_effective_values_are_a_configuration_that_means_the_same() {
     assert_eq!((again.hash, again.effective()), (config.hash, config.effective()));
     assert_eq!((again.agents, again.authority), (config.agents, config.authority));
 }
+
+#[test]
+fn one_token_has_one_section_so_that_one_wrong_pin_costs_one_try() {
+    let section = |serial: &str| {
+        format!("[hsm.agents]\nmodule = \"/usr/lib/softhsm/libsofthsm2.so\"\ntoken = \"keyward-authority\"\n{serial}pin_fd = 3\n")
+    };
+    assert!(mistakes(&format!("{MINIMAL}{}", section("")))[0].contains("may be the token of [hsm.authority]"));
+    assert!(mistakes(&format!("{MINIMAL}serial = \"1\"\n{}", section("")))[0].contains("tell them apart by serial"));
+    Config::parse(&format!("{MINIMAL}serial = \"1\"\n{}", section("serial = \"2\"\n"))).expect("two tokens");
+}

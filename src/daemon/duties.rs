@@ -159,10 +159,11 @@ async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
     let mut missing = Vec::new();
     let waiting = rooms.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
     missing.extend(waiting);
-    let hsm = !tokens.is_empty() && tokens.iter().all(|token| token.usable);
+    let hsm = !tokens.is_empty() && tokens.iter().all(|token| token.usable && token.key.is_none());
     for token in tokens.iter().filter(|token| !token.usable) {
         missing.push(format!("hsm: {}", token.fault.as_deref().unwrap_or("not usable")));
     }
+    missing.extend(tokens.iter().filter_map(|token| token.key.as_ref()).map(|key| format!("hsm: {key}")));
     let written = ledger.is_writable();
     if !written {
         missing.push("ledger: it cannot be written".to_owned());

@@ -119,6 +119,13 @@ impl Admission {
         }
     }
 
+    /// The token was connected anew: its pace has to be learnt again.
+    pub(super) fn forget_pace(&self) {
+        for round in &self.fastest {
+            round.store(u64::MAX, Ordering::Relaxed);
+        }
+    }
+
     /// What one signature takes the token, zero before the first.
     pub(super) fn pace(&self) -> Duration {
         let fastest = self.fastest.iter().map(|round| round.load(Ordering::Relaxed)).min().unwrap_or(u64::MAX);

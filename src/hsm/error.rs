@@ -183,6 +183,11 @@ impl Error {
         }
     }
 
+    /// Whether it is the key that is missing or wrong, and not the token that cannot be asked.
+    pub(super) fn is_of_the_key(&self) -> bool {
+        matches!(self, Self::KeyLost(_) | Self::KeyMismatch(_) | Self::KeyAmbiguous { .. } | Self::Attribute { .. })
+    }
+
     /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
     #[must_use]
     pub fn needs_operator(&self) -> bool {

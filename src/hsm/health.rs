@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::ADMIN_DEADLINE;
 use super::error::{Error, SignError};
 use super::faults::Remedy;
-use super::keyring::Bound;
+use super::keyring::{Bound, Location};
 use super::lanes;
 use super::queue::Mark;
 use super::token::{Token, reconnect};
@@ -33,6 +33,8 @@ const RESTART_SHARED: (Duration, Duration) = (Duration::from_secs(1), Duration::
 const GRACE: Duration = Duration::from_secs(1);
 /// Longest time for C_Finalize, C_Initialize, C_GetSlotList, C_OpenSession and C_Login together.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(20);
+/// How often a key that was not there is looked for.
+const KEYS_AGAIN: Duration = Duration::from_secs(1);
 /// What a canary signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so.
 const CANARY_TAG: &[u8] = b"keyward/hsm/canary/v1\0";
 
@@ -47,8 +49,14 @@ pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
 }
 
 async fn watch(token: &Arc<Token>) {
+    let mut looked = Instant::now();
     while !token.is_stopping() {
         pause(token, LOOK).await;
+        if looked.elapsed() > KEYS_AGAIN {
+            looked = Instant::now();
+            look_for_keys(token).await;
+        }
+        token.tell_of_keys();
         if !token.is_usable() {
             recover(token).await;
             continue;
@@ -69,6 +77,14 @@ async fn watch(token: &Arc<Token>) {
         if token.idle_for() >= LOOK.max(token.admission.pace() * LOOK_PACES) {
             look(token).await;
         }
+    }
+}
+
+/// Keys that were not there may be back: restored, or never gone.
+async fn look_for_keys(token: &Arc<Token>) {
+    for key in token.keyring.all().into_iter().filter(|key| token.is_usable() && key.trouble().is_some()) {
+        key.set_location(Location::Unknown);
+        let _ = token.handle_of(&key, Instant::now() + CANARY_DEADLINE.0).await;
     }
 }
 

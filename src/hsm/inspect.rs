@@ -183,6 +183,11 @@ impl Hsm {
             if matches!(found, Err(Error::KeyLost(_))) {
                 key.set_location(Location::Lost { epoch: token.epoch() });
             }
+            if let Err(error) = found.as_ref()
+                && error.is_of_the_key()
+            {
+                key.set_trouble(Some(error.to_string()));
+            }
             checks.push(Check { name: format!("key {}", key.id), outcome: found.map(|_| from.elapsed()) });
         }
         if checks.is_empty() {

@@ -15,6 +15,8 @@ pub(super) struct Bound {
     pub(super) public: PublicKey,
     verifier: ParsedPublicKey,
     location: Mutex<Location>,
+    /// What the newest lookup found wrong with the key itself.
+    trouble: Mutex<Option<String>>,
     /// One lookup at a time: the rest of a burst waits for its result.
     pub(super) lookup: tokio::sync::Mutex<()>,
 }
@@ -33,7 +35,14 @@ pub(super) enum Location {
 impl Bound {
     pub(super) fn new(id: KeyId, public: PublicKey) -> Result<Self, InvalidKey> {
         let verifier = public.verifier().ok_or(InvalidKey::NotOnCurve)?;
-        Ok(Self { id, public, verifier, location: Mutex::new(Location::Unknown), lookup: tokio::sync::Mutex::new(()) })
+        Ok(Self {
+            id,
+            public,
+            verifier,
+            location: Mutex::new(Location::Unknown),
+            trouble: Mutex::default(),
+            lookup: tokio::sync::Mutex::new(()),
+        })
     }
 
     pub(super) fn location(&self) -> Location {
@@ -42,6 +51,14 @@ impl Bound {
 
     pub(super) fn set_location(&self, location: Location) {
         *self.location.lock().unwrap_or_else(PoisonError::into_inner) = location;
+    }
+
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
     }
 
     /// Whether `signature` is the pinned key's over `message`.

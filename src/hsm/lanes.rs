@@ -251,11 +251,15 @@ impl Token {
                     self.admission.note(from.elapsed());
                 }
                 key.set_location(Location::At { epoch, handle });
+                key.set_trouble(None);
                 Ok((epoch, handle))
             }
             Err(error) => {
                 if matches!(error, Error::KeyLost(_)) {
                     key.set_location(Location::Lost { epoch });
+                }
+                if error.is_of_the_key() {
+                    key.set_trouble(Some(error.to_string()));
                 }
                 Err(error)
             }

@@ -21,6 +21,9 @@ use crate::config;
 /// How long recovery waits for lanes to come out of the module before it calls them stuck.
 const COME_OUT: Duration = Duration::from_secs(2);
 
+/// Bytes after which a message names no more of the tokens that a module shows.
+const FOUND_MAX: usize = 1024;
+
 /// Keeps PINs and keys out of core dumps and away from debuggers of the same user: PR_SET_DUMPABLE = 0, RLIMIT_CORE = 0.
 /// Loading a module does it; the daemon does it earlier still.
 ///
@@ -226,8 +229,10 @@ impl Module {
             if !info.token_initialized() {
                 continue;
             }
-            let separator = if found.is_empty() { "" } else { ", " };
-            let _ = write!(found, "{separator}{:?} (serial {:?})", info.label(), info.serial_number());
+            if found.len() < FOUND_MAX {
+                let separator = if found.is_empty() { "" } else { ", " };
+                let _ = write!(found, "{separator}{:?} (serial {:?})", info.label(), info.serial_number());
+            }
             if info.label() == wanted.label && wanted.serial.as_ref().is_none_or(|serial| info.serial_number() == serial) {
                 fitting.push((slot, info));
             }

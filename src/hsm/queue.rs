@@ -40,6 +40,11 @@ impl<T> Queue<T> {
         self.lock().term = Some(term);
     }
 
+    /// Whether anybody serves it.
+    pub(super) fn is_open(&self) -> bool {
+        self.lock().term.is_some()
+    }
+
     /// Sends the threads home and hands back what was waiting.
     pub(super) fn shut(&self) -> Vec<T> {
         let mut state = self.lock();

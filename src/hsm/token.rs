@@ -46,6 +46,8 @@ pub struct Health {
     pub fault: Option<String>,
     /// A call hangs inside the module: recovery in process is not possible, the daemon has to be restarted.
     pub stuck: bool,
+    /// A key in use that is gone or wrong, while the token serves the others.
+    pub key: Option<String>,
 }
 
 /// The fault of a token that is closed on purpose.
@@ -111,7 +113,7 @@ impl Token {
             signatures: AtomicU64::new(0),
             started: Instant::now(),
             signed_at_ms: AtomicU64::new(0),
-            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false }),
+            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, key: None }),
             stopping: AtomicBool::new(false),
         })
     }
@@ -175,6 +177,10 @@ impl Token {
     fn start_threads(self: &Arc<Self>) -> Result<(), Error> {
         let term = self.term.fetch_add(1, Ordering::AcqRel) + 1;
         self.suspicions.store(0, Ordering::Relaxed);
+        // Before anybody can use a handle of the connection that was lost.
+        self.epoch_ends(self.epoch());
+        // What made it slow, or fast, may not be what it was.
+        self.admission.forget_pace();
         self.errands.open(term);
         self.jobs.open(term);
         self.top_up()
@@ -264,17 +270,22 @@ impl Token {
         self.health.subscribe()
     }
 
-    /// In service (again), unless another token has had the module restarted meanwhile. The caller holds the lifecycle.
+    /// In service (again), unless another token has had the module restarted meanwhile, or this one was suspended again. The caller holds
+    /// the lifecycle.
     pub(super) fn resume(&self, _held: &Lifecycle) -> Result<(), Error> {
         if self.generation() != self.module.generation() || self.is_stopping() {
             return Err(self.unusable());
         }
-        self.restart.store(false, Ordering::Release);
-        self.health.send_modify(|health| {
-            health.usable = true;
-            health.stuck = false;
+        // Whoever suspends shuts the queue before he tells so: what is told here is never newer than what he tells.
+        let resumed = self.health.send_if_modified(|health| {
+            let open = self.jobs.is_open();
+            if open {
+                (health.usable, health.stuck) = (true, false);
+                self.restart.store(false, Ordering::Release);
+            }
+            open
         });
-        Ok(())
+        if resumed { Ok(()) } else { Err(self.unusable()) }
     }
 
     /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
@@ -282,9 +293,10 @@ impl Token {
         if remedy == Remedy::Restart {
             self.restart.store(true, Ordering::Release);
         }
+        let waiting = self.jobs.shut();
         let was_usable = self.health.borrow().usable;
         self.note_fault(fault, false);
-        for job in self.jobs.shut() {
+        for job in waiting {
             job.turn_away(fault);
         }
         drop(self.errands.shut());
@@ -298,6 +310,18 @@ impl Token {
         self.alarm.notify_one();
     }
 
+    /// Says which key in use is not there, if that is news.
+    pub(super) fn tell_of_keys(&self) {
+        let key = self.keyring.all().iter().find_map(|key| key.trouble());
+        self.health.send_if_modified(|health| {
+            let news = health.key != key;
+            if news {
+                health.key = key;
+            }
+            news
+        });
+    }
+
     /// The key that tells the token's health.
     pub(super) fn canary(&self) -> Option<Arc<Bound>> {
         self.canary.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -309,7 +333,11 @@ impl Token {
     }
 
     pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
-        self.health.send_modify(|health| *health = Health { usable: false, fault: Some(fault.into()), stuck });
+        // A hang is over when the token serves again, not when somebody else has a fault to tell.
+        self.health.send_modify(|health| {
+            (health.usable, health.fault) = (false, Some(fault.into()));
+            health.stuck |= stuck;
+        });
     }
 
     pub(super) fn unusable(&self) -> Error {

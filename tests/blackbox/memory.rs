@@ -3,9 +3,11 @@
 //! The PIN that the daemon is given is not the token's: the fault module puts the right one in its place on the way. So no copy that is
 //! found can be the real module's; each one is the daemon's.
 
+use std::time::{Duration, Instant};
+
 use crate::crash::Holder;
 use crate::house::wire::{Face, ServingStatus};
-use crate::house::{House, write_private};
+use crate::house::{DEADLINE, House, write_private};
 
 /// The PIN of the tokens (tests/blackbox/house/token.rs).
 const REAL: &str = "house-pin-1234";
@@ -26,6 +28,15 @@ fn found(house: &House, text: &str) -> (u64, String) {
     let told = house.shim().tell(&format!("memory {}", hex(text.as_bytes())));
     let (count, places) = told.split_once(' ').unwrap_or((&told, ""));
     (count.parse().unwrap(), places.to_owned())
+}
+
+/// The daemon knows that its PIN was refused. That it had been unready before, nothing tells by an event.
+fn refused(house: &House) {
+    let until = Instant::now() + DEADLINE;
+    while !house.keyward(&["hsm", "status"]).stdout.contains("refused the PIN") {
+        assert!(Instant::now() < until, "no PIN was refused");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
@@ -64,7 +75,7 @@ fn after_a_login_no_pin_is_left_in_the_daemons_memory() {
     house.shim().tell("fail C_Login rv=0xa0");
     house.shim().tell("logout");
     house.shim().tell("await faults=4");
-    house.wire().health_becomes(Face::Operator, "", ServingStatus::NotServing);
+    refused(&house);
     nowhere(&house, "after a login that failed");
     house.keyward(&["hsm", "unlock"]).ok();
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);

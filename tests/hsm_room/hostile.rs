@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use keyward::hsm::{Hsm, Modules, Settings, SigningKey};
+use keyward::hsm::{Error, Hsm, Modules, Settings, SignError, SigningKey};
 use keyward::model::Algorithm;
 
 use super::shim::Shim;
@@ -47,7 +47,7 @@ fn status_is_told_while_the_module_hangs_closing_an_old_session() {
         shim.tell("await hanging=1");
         let (told, answer) = mpsc::channel();
         let asked = hsm.clone();
-        std::thread::spawn(move || told.send(asked.status()));
+        std::thread::spawn(move || drop(told.send(asked.status())));
         let status = answer.recv_timeout(Duration::from_secs(3));
         shim.tell("release");
         assert!(!status.expect("no status while a call hangs").usable);
@@ -101,6 +101,47 @@ fn a_login_that_never_reached_the_pin_is_tried_again() {
             assert!(key.sign(b"lost"[..].into()).await.is_err());
             until("it is back", Duration::from_secs(10), || hsm.status().usable).await;
         }
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+/// It fails over to a slower one, say: the pace that was learnt from the fast one must not make it look silent again and again.
+#[test]
+fn a_token_that_has_become_slow_is_called_lost_once_at_most() {
+    in_house("hostile::a_token_that_has_become_slow_is_called_lost_once_at_most", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        for _ in 0..130 {
+            key.sign(b"fast"[..].into()).await.unwrap();
+        }
+        shim(&house).tell("delay C_Sign ms=500");
+        until("it was taken for lost and is back", Duration::from_secs(10), || {
+            let status = hsm.status();
+            status.usable && status.reconnects > 0
+        })
+        .await;
+        let signed = hsm.status().signatures;
+        until("six canaries", Duration::from_secs(20), || hsm.status().signatures >= signed + 6).await;
+        assert!(hsm.status().usable && hsm.status().reconnects == 1, "{:?}", hsm.status());
+        hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_key_that_was_taken_for_another_is_looked_for_until_it_is_there() {
+    in_house("hostile::a_key_that_was_taken_for_another_is_looked_for_until_it_is_there", async |house| {
+        let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
+        let key = with_a_canary(&hsm).await;
+        key.sign(b"before"[..].into()).await.unwrap();
+        // The signature is spoilt, and then the one by which the key is to be known again.
+        shim(&house).tell("corrupt C_Sign count=2");
+        assert!(matches!(key.sign(b"spoilt"[..].into()).await, Err(SignError::Unknown(Error::Corrupt(_)))));
+        assert!(matches!(key.sign(b"another"[..].into()).await, Err(SignError::NotSigned(Error::KeyMismatch(_)))));
+        let health = hsm.health();
+        until("it is told", Duration::from_secs(1), || health.borrow().key.is_some()).await;
+        until("it is found again", Duration::from_secs(3), || health.borrow().key.is_none()).await;
+        assert!(hsm.status().usable && hsm.status().reconnects == 0, "{:?}", hsm.status());
+        key.sign(b"after"[..].into()).await.unwrap();
         hsm.shut_down(Duration::from_secs(5));
     });
 }

@@ -33,11 +33,10 @@ fn the_credentials_of_an_agent_are_for_its_owner_alone() {
 
 #[test]
 fn the_whole_certificate_is_in_the_ledger_before_the_token_signs_it_and_its_one_outcome_after() {
-    let house = House::serving();
-    let agent = house.attested("builder/1");
-    let der = agent.certificate();
+    let mut house = House::serving();
+    let der = house.attested("builder/1").certificate();
     let (_, certificate) = x509_parser::parse_x509_certificate(&der).unwrap();
-    let entries = house.entries();
+    let entries = house.stopped_entries();
     let (index, intent) = entries
         .iter()
         .enumerate()

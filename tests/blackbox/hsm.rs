@@ -107,7 +107,9 @@ fn when_the_token_vanishes_callers_hear_it_and_when_it_returns_the_daemon_recove
         house.take_tokens_away();
         let output = one.renew();
         assert_eq!(output.code, 5, "{output:?}");
-        assert!(output.stderr.contains("HSM_UNAVAILABLE") || output.stderr.contains("SIGNATURE_UNKNOWN"), "{output:?}");
+        // Kryoptic calls a store that it cannot read CKR_DEVICE_MEMORY: for a second it is taken for a device that is full.
+        let heard = ["HSM_UNAVAILABLE", "SIGNATURE_UNKNOWN", "OVERLOADED"];
+        assert!(heard.iter().any(|reason| output.stderr.contains(reason)), "{output:?}");
         two.quarantine().ok();
         house.bring_tokens_back();
         until_ok(|| one.renew());

@@ -118,7 +118,7 @@ pub(super) struct Overload {
     #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: u64,
     /// Agents, each with a connection.
-    #[arg(long, default_value_t = 1500, value_name = "N", value_parser = count(64, 9000))]
+    #[arg(long, default_value_t = 2000, value_name = "N", value_parser = count(64, 9000))]
     connections: usize,
     #[command(flatten)]
     run: Run,

@@ -1,6 +1,6 @@
 //! One agent as the book knows it, and what a claim of its means.
 
-use crate::model::{AgentId, Digest, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, KeyTag, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
 
 /// What proves that the asker is the agent it says. Made by the attest room; decided upon here, in order.
@@ -24,8 +24,8 @@ pub enum Evidence {
 pub struct Live {
     /// Its serial.
     pub serial: Serial,
-    /// SHA-256 of its SubjectPublicKeyInfo.
-    pub key: Digest,
+    /// Its key.
+    pub key: KeyTag,
     /// Its notAfter.
     pub not_after: UnixTime,
     /// Its epoch.
@@ -184,7 +184,7 @@ impl Agent {
     /// Keys with a certificate of the current epoch that has not expired. Keys, not certificates: a key that is asked for again because
     /// nobody knows whether it was signed counts once.
     pub(super) fn live_keys(&self, now: UnixTime) -> usize {
-        let mut keys: Vec<&Digest> = self.live_at(now).map(|live| &live.key).collect();
+        let mut keys: Vec<&KeyTag> = self.live_at(now).map(|live| &live.key).collect();
         keys.sort_unstable();
         keys.dedup();
         keys.len()
@@ -230,10 +230,10 @@ impl Agent {
         if !matches!(verdict, Verdict::Accept { .. }) {
             return verdict;
         }
-        if self.live().iter().any(|live| live.key == *key) && asked.is_none_or(|asked| asked.key.digest() != *key) {
+        if self.live().iter().any(|live| live.key == key.tag()) && asked.is_none_or(|asked| asked.key.digest() != *key) {
             return Verdict::Refuse(Refusal::new(Reason::KeyInUse, "make a new key for every certificate"));
         }
-        let again = self.live_at(now).any(|live| live.key == *key);
+        let again = self.live_at(now).any(|live| live.key == key.tag());
         if !again && self.live_keys(now) >= live_max {
             let wait = self
                 .live_at(now)

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::model::{AgentId, Digest, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, KeyTag, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
 
 use super::agent::{Agent, Asked, Bound, Certified, Ending, Evidence, Live, Quarantine, Token, Verdict};
@@ -30,19 +30,12 @@ pub(super) struct Book {
     pub agents: Vec<Agent>,
     by_name: BTreeMap<AgentId, u32>,
     by_token: HashMap<TokenId, u32>,
-    /// Whose a live key is, by half of its digest: there is one for each live certificate, and 128 bits of SHA-256 are as good.
-    by_key: HashMap<[u8; 16], u32>,
+    by_key: HashMap<KeyTag, u32>,
     /// Intents without an outcome, and whose they are.
     pub open: BTreeMap<u64, Option<u32>>,
     /// Agents changed since their row was written.
     pub dirty: Vec<u32>,
     pub quarantined: usize,
-}
-
-fn half(digest: &Digest) -> [u8; 16] {
-    let mut half = [0; 16];
-    half.copy_from_slice(&digest.0[..16]);
-    half
 }
 
 impl Book {
@@ -77,7 +70,7 @@ impl Book {
             return Verdict::Refuse(refusal);
         }
         let key = wanted.key.digest();
-        if self.by_key.get(&half(&key)).is_some_and(|owner| *owner != slot) {
+        if self.by_key.get(&key.tag()).is_some_and(|owner| *owner != slot) {
             return Verdict::Refuse(Refusal::new(Reason::KeyInUse, "this key is certified for another agent; make a new one"));
         }
         agent.weigh(&wanted.evidence, &key, &wanted.request_hash, &wanted.idempotency_hash, now, live_max)
@@ -95,7 +88,7 @@ impl Book {
             self.by_token.insert(token.id, slot);
         }
         for live in agent.live() {
-            self.by_key.insert(half(&live.key), slot);
+            self.by_key.insert(live.key, slot);
         }
         self.quarantined += usize::from(agent.quarantine.is_some());
     }
@@ -152,7 +145,7 @@ impl Book {
         }
         bound.live.push(Live {
             serial: wanted.serial,
-            key,
+            key: key.tag(),
             not_after: wanted.not_after,
             epoch: wanted.epoch,
             intent: index,
@@ -168,11 +161,11 @@ impl Book {
             ending: Ending::Pending,
         });
         let by_key = &mut self.by_key;
-        by_key.insert(half(&key), slot);
+        by_key.insert(key.tag(), slot);
         bound.live.retain(|live| {
             let keep = live.not_after >= forget;
             if !keep {
-                by_key.remove(&half(&live.key));
+                by_key.remove(&live.key);
             }
             keep
         });
@@ -187,9 +180,9 @@ impl Book {
         if ending == Ending::Nothing {
             bound.live.retain(|live| live.intent != intent);
             if let Some(asked) = bound.asked.as_ref().filter(|asked| asked.intent == intent) {
-                let key = asked.key.digest();
+                let key = asked.key.digest().tag();
                 if !bound.live.iter().any(|live| live.key == key) {
-                    by_key.remove(&half(&key));
+                    by_key.remove(&key);
                 }
             }
         }

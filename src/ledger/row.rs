@@ -1,6 +1,6 @@
 //! An agent's row: its state as of one entry, so that a start need not replay the whole book.
 
-use crate::model::{AgentId, Digest, PublicKey, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, KeyTag, PublicKey, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
 
 use super::agent::{Agent, Asked, Bound, Certified, Ending, Live, Quarantine, Token};
@@ -249,7 +249,8 @@ impl LiveRow {
     fn restore(self) -> Option<Live> {
         Some(Live {
             serial: Serial::from_slice(&self.serial)?,
-            key: Digest::from_slice(&self.key)?,
+            // Rows of an earlier keyward hold the whole digest.
+            key: KeyTag::from_slice(self.key.get(..16)?)?,
             not_after: UnixTime::from_seconds(self.not_after_seconds),
             epoch: self.epoch,
             intent: self.intent,

@@ -94,7 +94,21 @@ number!(
     TokenId, 16
 );
 
+number!(
+    /// The first half of a public key's digest: names a live key among all others. There is one for each live certificate, and 128 bits of
+    /// SHA-256 tell keys apart as well as 256.
+    KeyTag, 16
+);
+
 impl Digest {
+    /// Of the SHA-256 of a SubjectPublicKeyInfo, what names the key among others.
+    #[must_use]
+    pub fn tag(&self) -> KeyTag {
+        let mut tag = KeyTag([0; 16]);
+        tag.0.copy_from_slice(&self.0[..16]);
+        tag
+    }
+
     /// SHA-256 of `bytes`.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {

@@ -1,5 +1,7 @@
 //! One agent as the book knows it, and what a claim of its means.
 
+use std::num::NonZeroU64;
+
 use crate::model::{AgentId, Digest, KeyTag, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
 
@@ -32,8 +34,9 @@ pub struct Live {
     pub epoch: u32,
     /// The intent that it was signed under.
     pub intent: u64,
-    /// Since when it is denied: the time of the quarantine's entry.
-    pub denied: Option<UnixTime>,
+    /// Since when it is denied: the time of the quarantine's entry, in microseconds since the Unix epoch. Eight bytes, not sixteen: there is
+    /// one of these for each certificate that lives.
+    pub denied: Option<NonZeroU64>,
 }
 
 /// A join token, known by its public key.

@@ -1,6 +1,7 @@
 //! What follows from the entries: the state in memory. Changed by applying an entry, live and at start alike.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 
 use crate::model::{AgentId, Digest, KeyTag, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
@@ -215,7 +216,7 @@ impl Book {
             quarantine.index = Some(index);
         }
         for live in agent.bound.iter_mut().flat_map(|bound| &mut bound.live) {
-            live.denied.get_or_insert(time);
+            live.denied = live.denied.or(NonZeroU64::new(time.micros()));
         }
         // An unspent token of a quarantined agent is void; a spent one has done its work.
         if let Some(token) = agent.token.take() {

@@ -1,5 +1,7 @@
 //! An agent's row: its state as of one entry, so that a start need not replay the whole book.
 
+use std::num::NonZeroU64;
+
 use crate::model::{AgentId, Digest, KeyTag, PublicKey, Serial, TokenId, UnixTime};
 use crate::proto::QuarantineCause;
 
@@ -165,7 +167,7 @@ impl From<&Bound> for BoundRow {
                     not_after_seconds: live.not_after.seconds(),
                     epoch: live.epoch,
                     intent: live.intent,
-                    denied_micros: live.denied.map(UnixTime::micros),
+                    denied_micros: live.denied.map(NonZeroU64::get),
                 })
                 .collect(),
         }
@@ -254,7 +256,7 @@ impl LiveRow {
             not_after: UnixTime::from_seconds(self.not_after_seconds),
             epoch: self.epoch,
             intent: self.intent,
-            denied: self.denied_micros.map(UnixTime),
+            denied: self.denied_micros.and_then(NonZeroU64::new),
         })
     }
 }

@@ -141,7 +141,7 @@ impl Ledger {
         for agent in &gate.book.agents {
             for live in agent.live() {
                 if agent.denies(live) && live.not_after >= forget {
-                    denied.push((live.serial, live.denied.unwrap_or(now)));
+                    denied.push((live.serial, live.denied.map_or(now, |since| UnixTime(since.get()))));
                 }
             }
         }

@@ -189,7 +189,6 @@ fn jittered(time: Duration) -> Duration {
 async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     let seen = token.generation();
     on_a_thread(token, move |token| reconnect(token, seen, remedy)).await?;
-    token.epoch_ends(token.epoch());
     let looked_up = |key: Arc<Bound>| async move { token.handle_of(&key, Instant::now() + token.settings.sign_deadline).await };
     let canary = token.canary();
     if let Some(canary) = &canary {
@@ -201,7 +200,7 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
         match looked_up(key).await {
             Ok(_) => {}
             // Of no concern to the other keys; asking for this one says so.
-            Err(error @ (Error::KeyLost(_) | Error::KeyMismatch(_) | Error::KeyAmbiguous { .. } | Error::Attribute { .. })) => {
+            Err(error) if error.is_of_the_key() => {
                 tracing::error!(token = %token.settings.token.label, key = %id, %error, "a key did not come back");
             }
             Err(error) => return Err(error),

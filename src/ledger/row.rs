@@ -251,7 +251,7 @@ impl LiveRow {
     fn restore(self) -> Option<Live> {
         Some(Live {
             serial: Serial::from_slice(&self.serial)?,
-            // Rows of an earlier keyward hold the whole digest.
+            // Rows of schema 1 hold the whole digest.
             key: KeyTag::from_slice(self.key.get(..16)?)?,
             not_after: UnixTime::from_seconds(self.not_after_seconds),
             epoch: self.epoch,

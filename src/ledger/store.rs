@@ -15,7 +15,7 @@ use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 1] = [include_str!("migrations/0001.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("migrations/0001.sql"), include_str!("migrations/0002.sql")];
 /// The schema this binary writes.
 const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// Entries read in one go, at most.

@@ -1,0 +1,2 @@
+-- Agents' rows name a live key by the first 16 bytes of its digest. Rows of schema 1 hold all 32 and are read as they are; an earlier
+-- keyward could not read ours, and is told so by the schema.

@@ -353,7 +353,7 @@ async fn sign_once(mut intent: Intent, key: &SigningKey, tbs: &Arc<[u8]>) -> Res
                 "the token did not answer in time; ask again, with a new idempotency key or the same",
             )
             .because(error)
-            .retry_after(super::HSM_RETRY))
+            .retry_after(Refusal::SOON))
         }
     }
 }

@@ -38,9 +38,6 @@ pub use init::{Initialised, Root, initialise};
 pub use keys::{Keys, Tokens, reconcile};
 pub use server_certificate::ServerCertificate;
 
-/// When a caller may ask again whom the token could not serve.
-const HSM_RETRY: Duration = Duration::from_millis(500);
-
 /// Everything an act needs. Built once by the daemon.
 pub struct Acts {
     pub(crate) ledger: Ledger,
@@ -96,7 +93,7 @@ impl Acts {
     pub fn authorities(&self) -> Result<Arc<Authorities>, Refusal> {
         self.authorities.load_full().ok_or_else(|| {
             Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
-                .retry_after(std::time::Duration::from_secs(1))
+                .retry_after(Duration::from_secs(1))
         })
     }
 
@@ -121,10 +118,15 @@ impl Acts {
 
 /// What a caller is told when the token could not be asked.
 fn hsm_refusal(error: hsm::Error) -> Refusal {
+    if error.is_permanent() {
+        let told =
+            "the token refuses this for good, asking again does not help; an operator has to look at it (`keyward hsm test`)";
+        return Refusal::new(Reason::HsmRefused, told).because(error);
+    }
     let (reason, told) = if error.is_overload() {
         (Reason::Overloaded, "more is asked of the token than it can do; ask again in a moment")
     } else {
         (Reason::HsmUnavailable, "the token is not available now; ask again in a moment")
     };
-    Refusal::new(reason, told).because(error).retry_after(HSM_RETRY)
+    Refusal::new(reason, told).because(error).retry_after(Refusal::SOON)
 }

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -119,7 +118,7 @@ impl AgentService for Agents {
         if matches!(share, Some(None)) {
             self.acts.ledger().refused_stranger(Reason::Overloaded, Some(connection.source()));
             let refusal = Refusal::new(Reason::Overloaded, "too many renewals of this agent are under way; await an answer");
-            return Err(status_of(&refusal.retry_after(Duration::from_millis(500))));
+            return Err(status_of(&refusal.retry_after(Refusal::SOON)));
         }
         let acts = Arc::clone(&self.acts);
         let RenewRequest { ask, proof } = request.into_inner();

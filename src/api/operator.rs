@@ -16,6 +16,11 @@ use super::listen::LocalPeer;
 use super::refusal::status_of;
 use super::status::Readiness;
 
+/// Canary signatures of a test that asks for no number of them.
+const CANARIES: usize = 8;
+/// Most canary signatures of one test.
+const CANARIES_MAX: u32 = 1000;
+
 pub(super) struct Operators {
     acts: Arc<Acts>,
     readiness: Readiness,
@@ -193,8 +198,8 @@ impl OperatorService for Operators {
     ) -> Result<Response<proto::TestTokensResponse>, Status> {
         operator(&request)?;
         let signatures = match request.into_inner().signatures {
-            0 => 8,
-            wanted => wanted.min(1000) as usize,
+            0 => CANARIES,
+            wanted => wanted.min(CANARIES_MAX) as usize,
         };
         Ok(Response::new(proto::TestTokensResponse { checks: self.readiness.test_tokens(signatures).await }))
     }

@@ -46,7 +46,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::CloneSuspected
         | Reason::RejoinExpired
         | Reason::DeniedMeanwhile => Code::PermissionDenied,
-        Reason::SequenceAhead | Reason::NotQuarantined => Code::FailedPrecondition,
+        Reason::SequenceAhead | Reason::NotQuarantined | Reason::HsmRefused => Code::FailedPrecondition,
         Reason::AgentExists => Code::AlreadyExists,
         Reason::NotFound => Code::NotFound,
         Reason::RateLimited | Reason::Overloaded => Code::ResourceExhausted,

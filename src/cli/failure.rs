@@ -106,6 +106,7 @@ fn code_of(refused: &Refused) -> u8 {
     match refused.reason {
         Reason::NotFound | Reason::AgentUnknown => EXIT_NOT_FOUND,
         Reason::HsmUnavailable
+        | Reason::HsmRefused
         | Reason::LedgerUnavailable
         | Reason::EnforcedNotDurable
         | Reason::ClockUntrusted

@@ -35,9 +35,9 @@ pub(super) enum Verb {
     /// Exit code 5 if anything fails.
     #[command(after_help = "Example:\n  keyward hsm test --signatures 100")]
     Test {
-        /// Canary signatures per token; the longest is told.
-        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1000))]
-        signatures: u32,
+        /// Canary signatures per token; the longest is told. [default: the daemon's, a handful]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        signatures: Option<u32>,
     },
     /// Let the daemon log in again after a failed login. Check the PIN first: the next try counts.
     ///
@@ -189,9 +189,9 @@ impl From<TokenCheck> for Checked {
     }
 }
 
-async fn test(signatures: u32, global: &Global, output: &mut Output) -> Result<(), Failure> {
+async fn test(signatures: Option<u32>, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let mut daemon = Daemon::connect(global).await?;
-    let request = TestTokensRequest { signatures };
+    let request = TestTokensRequest { signatures: signatures.unwrap_or_default() };
     let answer = daemon.service.test_tokens(request).await.map_err(|status| daemon.failed(&status))?.into_inner();
     let checks: Vec<Checked> = answer.checks.into_iter().map(Checked::from).collect();
     output.show(&checks, |checks| {

@@ -45,12 +45,14 @@ impl Refused {
         })
     }
 
-    /// Whether the same request may be granted later without anybody doing anything.
+    /// Whether the same request may be granted later without the agent doing anything. What an operator has to mend at the daemon is
+    /// no reason to end an agent whose certificate is good.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         matches!(
             self.reason,
             Reason::HsmUnavailable
+                | Reason::HsmRefused
                 | Reason::LedgerUnavailable
                 | Reason::EnforcedNotDurable
                 | Reason::ClockUntrusted

@@ -26,7 +26,8 @@ const ROUND: u64 = 64;
 
 /// Acts on their way to a signature and back, and the token's pace.
 pub(super) struct Admission {
-    lanes: usize,
+    /// That sign: as configured, until the token's session limit is known.
+    lanes: AtomicUsize,
     /// Most that may wait, whatever their wait.
     queue: usize,
     /// Longest wait after which there is still time for the signature.
@@ -46,7 +47,7 @@ pub(super) struct Admission {
 impl Admission {
     pub(super) fn new(lanes: usize, queue: usize, sign_deadline: Duration) -> Self {
         Self {
-            lanes: lanes.max(1),
+            lanes: AtomicUsize::new(lanes.max(1)),
             queue,
             patience: sign_deadline / 2,
             started: Instant::now(),
@@ -57,6 +58,16 @@ impl Admission {
             signatures: AtomicU64::new(0),
             turned_away: AtomicU64::new(0),
         }
+    }
+
+    /// So many lanes sign: the token allows no more sessions.
+    pub(super) fn set_lanes(&self, lanes: usize) {
+        self.lanes.store(lanes.max(1), Ordering::Relaxed);
+    }
+
+    /// Lanes that sign.
+    pub(super) fn lanes(&self) -> usize {
+        self.lanes.load(Ordering::Relaxed)
     }
 
     /// One more, or [`Error::QueueFull`] at once. Whoever is admitted has to [`Admission::leave`].
@@ -75,7 +86,7 @@ impl Admission {
 
     fn room_for(&self, inside: usize) -> Result<(), Error> {
         let now = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        if inside <= self.lanes {
+        if inside <= self.lanes() {
             self.calm_at.store(now, Ordering::Relaxed);
             return Ok(());
         }
@@ -101,13 +112,13 @@ impl Admission {
 
     /// How many may be inside.
     fn most(&self, stands: bool) -> usize {
-        let pace = self.pace();
+        let (lanes, pace) = (self.lanes(), self.pace());
         let within = |wait: Duration| {
             let rounds = wait.as_nanos().checked_div(pace.as_nanos()).and_then(|rounds| usize::try_from(rounds).ok());
-            self.lanes.saturating_mul(rounds.unwrap_or(usize::MAX))
+            lanes.saturating_mul(rounds.unwrap_or(usize::MAX))
         };
-        let waiting = within(if stands { WAIT } else { BURST }).max(self.lanes).max(WAITING_MIN);
-        self.lanes.saturating_add(waiting.min(within(self.patience).max(self.lanes)).min(self.queue))
+        let waiting = within(if stands { WAIT } else { BURST }).max(lanes).max(WAITING_MIN);
+        lanes.saturating_add(waiting.min(within(self.patience).max(lanes)).min(self.queue))
     }
 
     /// A signature took so long.
@@ -177,6 +188,14 @@ mod tests {
         assert_eq!((slower.most(false), slower.most(true)), (2 + 4, 2 + 4));
         let too_slow = of_pace(2, Duration::from_secs(3));
         assert_eq!(too_slow.most(true), 2 + 2);
+    }
+
+    #[test]
+    fn a_token_that_allows_fewer_sessions_admits_as_many_as_its_lanes_serve() {
+        let wide = of_pace(16, Duration::from_millis(10));
+        assert_eq!(wide.most(true), 16 + 16);
+        wide.set_lanes(2);
+        assert_eq!((wide.most(false), wide.most(true)), (2 + 2 * 10, 2 + 8));
     }
 
     #[test]

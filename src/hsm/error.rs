@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cryptoki::context::Function;
 use cryptoki::error::{Error as Cryptoki, RvError};
 
-use super::faults::{Condition, Outcome, Place, Verdict, name, verdict};
+use super::faults::{Class, Condition, Outcome, Place, Verdict, class, name, verdict};
 use crate::model::{InvalidKey, KeyId};
 
 /// What went wrong in the HSM room. Never holds a PIN.
@@ -155,6 +155,16 @@ impl Error {
         matches!(self, Self::QueueFull) || self.verdict().outcome == Outcome::Shed
     }
 
+    /// Whether the token can never do what it was asked for: another mechanism, key or token is needed, not another try.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Token { code, .. } => class(*code) == Class::Permanent,
+            Self::Incapable { .. } => true,
+            _ => false,
+        }
+    }
+
     /// From the wrapper's error of a call other than C_Sign.
     pub(super) fn at(place: Place, error: Cryptoki) -> Self {
         match error {
@@ -218,6 +228,17 @@ mod tests {
         assert_eq!(sign.verdict().outcome, Outcome::Unknown);
         let unclear = Error::signing(Cryptoki::InvalidValue);
         assert_eq!(unclear.verdict().outcome, Outcome::Unknown);
+    }
+
+    #[test]
+    fn what_the_token_can_never_do_is_told_from_what_passes() {
+        let at_sign_init = |code| Error::Token { place: Place::SignInit, code };
+        for code in [RvError::MechanismInvalid, RvError::KeyTypeInconsistent, RvError::UnknownErrorCode(0x203)] {
+            assert!(at_sign_init(code).is_permanent() && !at_sign_init(code).is_overload(), "{code:?}");
+        }
+        for code in [RvError::DeviceError, RvError::GeneralError, RvError::PinIncorrect, RvError::DeviceMemory] {
+            assert!(!at_sign_init(code).is_permanent(), "{code:?}");
+        }
     }
 
     #[test]

@@ -136,6 +136,9 @@ struct Row {
 /// CKR_TOKEN_RESOURCE_EXCEEDED of PKCS#11 3.1, of which cryptoki knows the number alone.
 const TOKEN_RESOURCE_EXCEEDED: RvError = RvError::UnknownErrorCode(0x201);
 
+/// CKR_KEY_EXHAUSTED of PKCS#11 3.1: a key that may sign so often, and has.
+const KEY_EXHAUSTED: RvError = RvError::UnknownErrorCode(0x203);
+
 /// The table.
 const TABLE: [Row; 7] = [
     Row {
@@ -220,6 +223,7 @@ const TABLE: [Row; 7] = [
             RvError::DataLenRange,
             RvError::DomainParamsInvalid,
             RvError::FunctionNotSupported,
+            KEY_EXHAUSTED,
             RvError::KeyFunctionNotPermitted,
             RvError::KeySizeRange,
             RvError::KeyTypeInconsistent,

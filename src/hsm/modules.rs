@@ -143,7 +143,7 @@ impl Module {
 
     /// Lanes of all its tokens.
     pub(super) fn lanes(&self) -> usize {
-        self.tokens().iter().map(|token| token.settings.token.lanes).sum()
+        self.tokens().iter().map(|token| token.admission.lanes()).sum()
     }
 
     /// Whether another token of this module is in service.

@@ -165,6 +165,7 @@ impl Token {
             session_keys, read_only_sessions, sessions_max,
             mechanisms = capabilities.mechanisms.len(), "token probed");
         let (wanted, lanes) = (self.settings.token.lanes, self.lanes_of(sessions_max));
+        self.admission.set_lanes(lanes);
         if lanes < wanted {
             tracing::warn!(token = %self.settings.token.label, wanted, lanes, sessions_max,
                 "fewer lanes than configured: the token allows no more sessions");
@@ -194,11 +195,7 @@ impl Token {
 
     /// Replaces threads that have died or were given up, while no more than [`ABANDONED_MAX`] hang.
     pub(super) fn top_up(self: &Arc<Self>) -> Result<(), Error> {
-        let (term, count, lanes) = (
-            self.term.load(Ordering::Acquire),
-            self.crew.count(),
-            self.lanes_of(self.capabilities().and_then(|able| able.sessions_max)),
-        );
+        let (term, count, lanes) = (self.term.load(Ordering::Acquire), self.crew.count(), self.admission.lanes());
         if count.hanging > ABANDONED_MAX {
             return Err(Error::Stuck);
         }

@@ -309,7 +309,7 @@ impl Ledger {
             }
             if gate.intents >= self.0.queue_max {
                 return Err(Refusal::new(Reason::Overloaded, "too many requests are waiting; ask again in a moment")
-                    .retry_after(Duration::from_millis(500)));
+                    .retry_after(Refusal::SOON));
             }
             gate.intents += 1;
             gate.push(Command::Intend { intention: Box::new(intention), answer });
@@ -380,7 +380,7 @@ impl Ledger {
                 "the quarantine is in force, but it is not durable yet: repeat the call until it is acknowledged",
             )
             .because(cause)
-            .retry_after(Duration::from_millis(500))),
+            .retry_after(Refusal::SOON)),
         }
     }
 

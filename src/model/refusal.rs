@@ -20,6 +20,9 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// When whoever is turned away for what passes by itself, a full queue or a token that recovers, may ask again.
+    pub const SOON: Duration = Duration::from_millis(500);
+
     /// A refusal with its advice.
     pub fn new(reason: Reason, advice: impl Into<String>) -> Self {
         Self { reason, advice: advice.into(), retry_after: None, entry: None, cause: None }

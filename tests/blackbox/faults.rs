@@ -361,6 +361,33 @@ fn a_daemon_that_dies_inside_the_module_signs_nothing_again() {
     holds(&mut house, vec![holder], 5 * searches);
 }
 
+/// A mechanism, a kind of key, a key that is used up: to ask again at once is of no use, and nobody is told to.
+#[test]
+fn what_the_token_refuses_for_good_is_told_apart_from_what_passes() {
+    let mut house = house();
+    let mut holder = Holder::attest(&house, "builder/1");
+    for code in [0x70, 0x63, 0x203] {
+        let until = Instant::now() + DEADLINE;
+        let refusal = loop {
+            assert!(Instant::now() < until, "{code:#x} never met a certificate");
+            house.shim().tell(&format!("fail C_SignInit rv={code:#x}"));
+            // A canary may be what meets it.
+            if let Err(refusal) = holder.try_renew(&house) {
+                break refusal;
+            }
+        };
+        assert_eq!((refusal.reason.as_str(), refusal.retry_after), ("HSM_REFUSED", None), "{refusal:?}");
+        // The token serves whom it can.
+        house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+        // An operator has mended it.
+        holder.try_renew(&house).unwrap();
+    }
+    let failed = |body: &Body| matches!(body, Body::Failed(failed) if failed.reason().as_str_name() == "HSM_REFUSED");
+    // The daemon's own signatures may have met it, too.
+    assert!(house.stopped_entries().into_iter().filter(failed).count() >= 3);
+    house.verify().ok();
+}
+
 /// What the operator sees: the CLI says so, and its exit code.
 #[test]
 fn a_device_that_is_gone_is_told_to_operator_and_agent() {

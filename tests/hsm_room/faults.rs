@@ -20,6 +20,8 @@ enum Answer {
     Shed,
     /// That nothing was signed.
     NotSigned,
+    /// The same, and that it never will be.
+    Never,
 }
 
 /// Code, what follows from it at C_SignInit, whether the token comes back from recovery afterwards.
@@ -55,24 +57,25 @@ const AT_SIGN_INIT: &[(u32, &str, Answer, bool)] = &[
     (0xa3, "CKR_PIN_EXPIRED", Answer::NotSigned, false),
     (0x102, "CKR_USER_PIN_NOT_INITIALIZED", Answer::NotSigned, false),
     (0x104, "CKR_USER_ANOTHER_ALREADY_LOGGED_IN", Answer::NotSigned, false),
-    (0x1b, "CKR_ACTION_PROHIBITED", Answer::NotSigned, false),
-    (0x10, "CKR_ATTRIBUTE_READ_ONLY", Answer::NotSigned, false),
-    (0x11, "CKR_ATTRIBUTE_SENSITIVE", Answer::NotSigned, false),
-    (0x12, "CKR_ATTRIBUTE_TYPE_INVALID", Answer::NotSigned, false),
-    (0x13, "CKR_ATTRIBUTE_VALUE_INVALID", Answer::NotSigned, false),
-    (0x140, "CKR_CURVE_NOT_SUPPORTED", Answer::NotSigned, false),
-    (0x20, "CKR_DATA_INVALID", Answer::NotSigned, false),
-    (0x130, "CKR_DOMAIN_PARAMS_INVALID", Answer::NotSigned, false),
-    (0x54, "CKR_FUNCTION_NOT_SUPPORTED", Answer::NotSigned, false),
-    (0x63, "CKR_KEY_TYPE_INCONSISTENT", Answer::NotSigned, false),
-    (0x71, "CKR_MECHANISM_PARAM_INVALID", Answer::NotSigned, false),
-    (0xd0, "CKR_TEMPLATE_INCOMPLETE", Answer::NotSigned, false),
-    (0xe2, "CKR_TOKEN_WRITE_PROTECTED", Answer::NotSigned, false),
-    (0x70, "CKR_MECHANISM_INVALID", Answer::NotSigned, false),
-    (0xd1, "CKR_TEMPLATE_INCONSISTENT", Answer::NotSigned, false),
-    (0x68, "CKR_KEY_FUNCTION_NOT_PERMITTED", Answer::NotSigned, false),
-    (0x21, "CKR_DATA_LEN_RANGE", Answer::NotSigned, false),
-    (0x62, "CKR_KEY_SIZE_RANGE", Answer::NotSigned, false),
+    (0x1b, "CKR_ACTION_PROHIBITED", Answer::Never, false),
+    (0x10, "CKR_ATTRIBUTE_READ_ONLY", Answer::Never, false),
+    (0x11, "CKR_ATTRIBUTE_SENSITIVE", Answer::Never, false),
+    (0x12, "CKR_ATTRIBUTE_TYPE_INVALID", Answer::Never, false),
+    (0x13, "CKR_ATTRIBUTE_VALUE_INVALID", Answer::Never, false),
+    (0x140, "CKR_CURVE_NOT_SUPPORTED", Answer::Never, false),
+    (0x20, "CKR_DATA_INVALID", Answer::Never, false),
+    (0x130, "CKR_DOMAIN_PARAMS_INVALID", Answer::Never, false),
+    (0x54, "CKR_FUNCTION_NOT_SUPPORTED", Answer::Never, false),
+    (0x63, "CKR_KEY_TYPE_INCONSISTENT", Answer::Never, false),
+    (0x71, "CKR_MECHANISM_PARAM_INVALID", Answer::Never, false),
+    (0xd0, "CKR_TEMPLATE_INCOMPLETE", Answer::Never, false),
+    (0xe2, "CKR_TOKEN_WRITE_PROTECTED", Answer::Never, false),
+    (0x70, "CKR_MECHANISM_INVALID", Answer::Never, false),
+    (0xd1, "CKR_TEMPLATE_INCONSISTENT", Answer::Never, false),
+    (0x68, "CKR_KEY_FUNCTION_NOT_PERMITTED", Answer::Never, false),
+    (0x21, "CKR_DATA_LEN_RANGE", Answer::Never, false),
+    (0x62, "CKR_KEY_SIZE_RANGE", Answer::Never, false),
+    (0x203, "CKR_KEY_EXHAUSTED", Answer::Never, false),
 ];
 
 /// A token with one lane behind the fault module.
@@ -135,8 +138,9 @@ fn before_c_sign_each_code_has_its_consequence_and_nothing_is_signed_twice() {
             let (answer, made) = bench.ask().await;
             match (expected, &answer) {
                 (Answer::Signed, Ok(_)) => assert_eq!(made, 1, "{name}"),
-                (Answer::Shed | Answer::NotSigned, Err(SignError::NotSigned(error))) => {
-                    assert_eq!((made, error.is_overload()), (0, *expected == Answer::Shed), "{name}");
+                (Answer::Shed | Answer::NotSigned | Answer::Never, Err(SignError::NotSigned(error))) => {
+                    let told = (error.is_overload(), error.is_permanent());
+                    assert_eq!((made, told), (0, (*expected == Answer::Shed, *expected == Answer::Never)), "{name}");
                 }
                 _ => panic!("{name}: {answer:?}"),
             }

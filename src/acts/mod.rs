@@ -17,6 +17,7 @@ mod keys;
 mod quarantine;
 mod release;
 mod server_certificate;
+mod unlock;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +38,7 @@ pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use keys::{Keys, Tokens, reconcile};
 pub use server_certificate::ServerCertificate;
+pub use unlock::unlock;
 
 /// Everything an act needs. Built once by the daemon.
 pub struct Acts {

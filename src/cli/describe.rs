@@ -101,7 +101,11 @@ fn body(body: &Body) -> (&'static str, Value) {
         Body::ClockAccepted(e) => {
             ("clock_accepted", json!({"deviation_micros": e.deviation_micros, "by": operator(e.by.as_ref())}))
         }
-        Body::HsmUnlocked(e) => ("hsm_unlocked", json!({"token": e.token, "by": operator(e.by.as_ref())})),
+        Body::HsmUnlocked(e) => (
+            "hsm_unlocked",
+            json!({"token": e.token, "role": role_name(e.role()), "asked": time(e.asked_unix_micros / 1_000_000),
+                   "by": operator(e.by.as_ref())}),
+        ),
         Body::KeyIntended(_) | Body::KeyActivated(_) | Body::KeyAbandoned(_) | Body::AuthorityActivated(_) => key(body),
         Body::Intended(e) => ("intended", intended(e)),
         Body::Released(e) => ("released", json!({"intent": e.intent, "signature": hex(&e.signature)})),

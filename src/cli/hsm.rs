@@ -1,5 +1,6 @@
 //! `keyward hsm`: the tokens, what they can do, and the lock against burning PIN tries.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use super::agents::Daemon;
 use super::failure::EXIT_UNAVAILABLE;
 use super::hsm_status::{Token, role};
 use super::render::table;
-use super::{Failure, Global, Output, status};
+use super::{Failure, Global, Output, quarantine, status};
 use crate::config;
 use crate::hsm::{self, Modules, SlotSeen};
 use crate::proto::{TestTokensRequest, TokenCheck, TokenRole};
@@ -42,12 +43,16 @@ pub(super) enum Verb {
     /// Let the daemon log in again after a failed login. Check the PIN first: the next try counts.
     ///
     /// The daemon tries no login while pin-pending-authority or pin-pending-agents lies in its state directory, so that a
-    /// wrong PIN costs one try and not all of them. This removes the file; it works with the daemon down.
-    #[command(after_help = "Example:\n  keyward hsm unlock --token authority")]
+    /// wrong PIN costs one try and not all of them. This leaves word beside the file, as its owner or root; the daemon, now or at its
+    /// next start, records who unlocked what and why, and then logs in.
+    #[command(after_help = "Example:\n  keyward hsm unlock --token authority --reason 'PIN corrected'")]
     Unlock {
         /// Which token.
         #[arg(long, value_enum, default_value = "all")]
         token: Which,
+        /// Why; kept in the ledger, at most 256 characters.
+        #[arg(long, value_parser = quarantine::reason)]
+        reason: Option<String>,
     },
 }
 
@@ -70,7 +75,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         }
         Verb::Slots { module } => slots(module, global, output).await,
         Verb::Test { signatures } => test(signatures, global, output).await,
-        Verb::Unlock { token } => unlock(token, global, output),
+        Verb::Unlock { token, reason } => unlock(token, &reason.unwrap_or_default(), global, output),
     }
 }
 
@@ -214,17 +219,26 @@ struct Unlocked {
     unlocked: Vec<&'static str>,
 }
 
-fn unlock(which: Which, global: &Global, output: &mut Output) -> Result<(), Failure> {
+fn unlock(which: Which, reason: &str, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let state = global.load()?.paths.state;
-    let mut unlocked = Vec::new();
+    let (mut unlocked, mut before) = (Vec::new(), false);
     for (token, of) in [(Which::Authority, TokenRole::Authority), (Which::Agents, TokenRole::Agents)] {
         let wanted = which == Which::All || which == token;
-        let failed = |error| Failure::error(format!("the marker in {} cannot be removed: {error}", state.display()));
-        if wanted && hsm::unlock(&state, of).map_err(failed)? {
-            unlocked.push(role(of));
+        if !wanted {
+            continue;
+        }
+        match hsm::ask_to_unlock(&state, of, reason) {
+            Ok(true) => unlocked.push(role(of)),
+            Ok(false) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => before = true,
+            Err(error) => return Err(Failure::error(format!("{} cannot be written: {error}", state.display()))),
         }
     }
-    output.say(if unlocked.is_empty() { "no login was locked" } else { "the daemon may log in again" });
+    output.say(match (unlocked.is_empty(), before) {
+        (false, _) => "the daemon may log in again",
+        (true, true) => "it was unlocked before; the daemon has not recorded that yet",
+        (true, false) => "no login was locked",
+    });
     Ok(output.show(&Unlocked { unlocked }, |unlocked| unlocked.unlocked.iter().map(|name| format!("{name}\n")).collect())?)
 }
 
@@ -234,7 +248,7 @@ mod tests {
     use crate::cli::Format;
 
     #[test]
-    fn unlock_removes_the_marker_of_the_named_token_and_needs_no_daemon() {
+    fn unlock_leaves_word_for_the_named_token_and_needs_no_daemon() {
         let directory = tempfile::tempdir().expect("a directory");
         let state = directory.path().join("state");
         std::fs::create_dir(&state).expect("made");
@@ -247,10 +261,12 @@ mod tests {
         std::fs::write(&path, config).expect("written");
         let global = Global { config: path, socket: None, format: Format::Json };
         let mut output = Output::of_process(Format::Json);
-        unlock(Which::Authority, &global, &mut output).expect("unlocked");
-        assert!(!markers[0].exists() && markers[1].exists());
-        unlock(Which::All, &global, &mut output).expect("unlocked");
-        assert!(!markers[1].exists());
-        unlock(Which::All, &global, &mut output).expect("harmless");
+        let asked = || [TokenRole::Authority, TokenRole::Agents].map(|role| hsm::asked_to_unlock(&state, role).expect("read"));
+        unlock(Which::Authority, "the first", &global, &mut output).expect("unlocked");
+        assert!(matches!(asked(), [Some(unlock), None] if unlock.reason == "the first"));
+        unlock(Which::All, "another", &global, &mut output).expect("unlocked");
+        assert!(matches!(asked(), [Some(one), Some(other)] if one.reason == "the first" && other.reason == "another"));
+        unlock(Which::All, "", &global, &mut output).expect("harmless");
+        assert!(markers.iter().all(|marker| marker.exists()), "the daemon removes them, when it has recorded it");
     }
 }

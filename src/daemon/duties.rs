@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
+use crate::acts;
 use crate::hsm::Health as TokenHealth;
 use crate::model::Refusal;
 
@@ -18,6 +19,9 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(30);
 const CRL_COALESCE: Duration = Duration::from_secs(1);
 /// Between two checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
+
+/// Between two looks for an operator who unlocks a login.
+const UNLOCK_EVERY: Duration = Duration::from_millis(200);
 
 fn back_off(tries: u32) -> Duration {
     Duration::from_secs(1 << tries.min(5)).min(BACK_OFF_MAX)
@@ -108,6 +112,16 @@ pub(super) async fn ledger(rooms: Rooms) {
         ledger.try_resume();
         if let Err(refusal) = ledger.seal_refusals().await {
             tracing::debug!(?refusal, "refusals could not be sealed");
+        }
+    }
+}
+
+/// What an operator wishes becomes an entry, and then the daemon logs in again.
+pub(super) async fn unlock(rooms: Rooms) {
+    loop {
+        sleep(UNLOCK_EVERY).await;
+        if let Err(refusal) = acts::unlock(rooms.acts.ledger(), &rooms.config).await {
+            tracing::warn!(?refusal, "an unlock could not be recorded; the login stays locked");
         }
     }
 }

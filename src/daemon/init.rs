@@ -52,6 +52,7 @@ pub async fn initialise(config: &Config, ask: InitAsk) -> Result<Initialised, St
         return Err(format!("the ledger in {} is of trust domain {}", state.display(), opened.genesis.trust_domain));
     }
     let ledger = opened.ledger;
+    acts::unlock(&ledger, config).await.map_err(told)?;
     let modules = Modules::new();
     let open = |role| Hsm::open(&modules, token_settings(config, role), Arc::clone(&meter)).map_err(|error| error.to_string());
     let authority = open(TokenRole::Authority)?;

@@ -108,7 +108,11 @@ async fn run(config: Config) -> Result<Cause, String> {
         tokio::spawn(rooms::serve_operators(rooms.clone(), Arc::clone(&stop))),
         tokio::spawn(rooms::serve_agents(rooms.clone(), modules, Arc::clone(&stop))),
     ];
-    let duties = [tokio::spawn(duties::ledger(rooms.clone())), tokio::spawn(duties::health(rooms.clone(), Arc::clone(&stop)))];
+    let duties = [
+        tokio::spawn(duties::ledger(rooms.clone())),
+        tokio::spawn(duties::unlock(rooms.clone())),
+        tokio::spawn(duties::health(rooms.clone(), Arc::clone(&stop))),
+    ];
     let cause = until_stopped(&stop, stopping, signals).await;
     tracing::info!(cause = %cause.text(), "stopping");
     notify::stopping();

@@ -64,6 +64,8 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
     if opened.closed_unknown > 0 || opened.merged_denials > 0 {
         tracing::warn!(opened.closed_unknown, opened.merged_denials, "put in order what an earlier daemon left open");
     }
+    // What an operator wished while no daemon ran. What fails here the duty tries again.
+    let _ = acts::unlock(&ledger, config).await;
     // Until the duty looks for the first time: by itself the service would call the whole well.
     let health = Health::default();
     health.report(false, true, false).await;
@@ -200,7 +202,6 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
 /// Opens the tokens, again and again until it works. A login that needs an operator is not tried before the operator said so.
 async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<Option<Cause>>) -> Tokens {
     let config = &rooms.config;
-    let mut refused = false;
     loop {
         let authority = open_token(rooms, &modules, TokenRole::Authority, stop).await;
         let opened = match authority {
@@ -224,19 +225,13 @@ async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<
                     open.push(tokens.agents.clone());
                 }
                 rooms.readiness.set_tokens(open);
-                if refused {
-                    let label = rooms.config.authority.label.clone();
-                    let body = proto::HsmUnlocked { by: None, token: label };
-                    let _ = rooms.acts.ledger().record(Body::HsmUnlocked(body)).await;
-                }
                 return tokens;
             }
             Err((role, error)) => {
-                refused |= error.needs_operator();
                 not_open(rooms, role, &error.to_string());
                 tokio::time::sleep(TOKEN_RETRY).await;
                 if error.needs_operator() {
-                    // The marker goes when the operator has corrected the PIN.
+                    // The marker goes when the operator has corrected the PIN, and that is in the ledger.
                     while hsm::pin_pending(&config.paths.state, role) {
                         tokio::time::sleep(TOKEN_RETRY).await;
                     }

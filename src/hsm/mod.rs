@@ -35,7 +35,7 @@ pub use faults::Place;
 pub use history::FaultSeen;
 pub use inspect::{Check, SlotSeen, Status, TokenSeen};
 pub use modules::{Modules, harden};
-pub use pin::{pin_pending, unlock};
+pub use pin::{Unlock, ask_to_unlock, asked_to_unlock, pin_pending, unlock};
 pub use probe::Capabilities;
 pub use token::Health;
 

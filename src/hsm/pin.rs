@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -11,11 +11,13 @@ use zeroize::Zeroizing;
 
 use super::error::Error;
 use crate::config::PinSource;
-use crate::model::SecretBytes;
+use crate::model::{KeyId, SecretBytes, UnixTime, hex};
 use crate::proto::TokenRole;
 
 /// Longest PIN, in bytes, with its newline.
 const PIN_BYTES_MAX: usize = 256;
+/// Most that is read of an operator's reason, in bytes: 256 characters.
+const REASON_BYTES_MAX: u64 = 1024;
 
 /// A PIN source that can be asked again at each login. Only a file descriptor's PIN is kept, because it can be read once.
 pub(super) struct Pin {
@@ -106,24 +108,38 @@ fn read_bounded(mut file: File, path: &Path) -> Result<SecretBytes, Error> {
 pub(super) struct Marker {
     directory: PathBuf,
     path: PathBuf,
+    /// `<state>/pin-unlock-<role>`: an operator's [`Unlock`]. Its owner is who, its time is when, its text is why.
+    unlock: PathBuf,
+}
+
+/// What an operator asked for with `keyward hsm unlock`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unlock {
+    /// Who.
+    pub uid: u32,
+    /// When.
+    pub at: UnixTime,
+    /// Why, if that was said.
+    pub reason: String,
 }
 
 impl Marker {
     pub(super) fn new(state: &Path, role: TokenRole) -> Self {
         let name = match role {
-            TokenRole::Agents => "pin-pending-agents",
-            TokenRole::Authority | TokenRole::Unspecified => "pin-pending-authority",
+            TokenRole::Agents => "agents",
+            TokenRole::Authority | TokenRole::Unspecified => "authority",
         };
-        Self { directory: state.into(), path: state.join(name) }
+        let [path, unlock] = ["pin-pending", "pin-unlock"].map(|what| state.join(format!("{what}-{name}")));
+        Self { directory: state.into(), path, unlock }
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A file system that does not answer counts as there: no login.
+    /// No login is tried: an earlier one has not succeeded, or an unlock is not recorded yet.
     pub(super) fn is_set(&self) -> bool {
-        !matches!(self.path.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound)
+        is_there(&self.path) || is_there(&self.unlock)
     }
 
     /// Durable before C_Login is called. A crash from here to [`Marker::clear`] leaves it behind, and the next start does not
@@ -140,11 +156,43 @@ impl Marker {
 
     /// Returns whether it was there.
     pub(super) fn clear(&self) -> io::Result<bool> {
-        match fs::remove_file(&self.path) {
+        self.remove(&self.path)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<bool> {
+        match fs::remove_file(path) {
             Ok(()) => self.sync_directory().map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whole and durable, or not at all. A crash before the link leaves a file that nobody reads.
+    fn ask_to_unlock(&self, reason: &str) -> io::Result<()> {
+        let beside = self.unlock.with_extension(hex(&KeyId::random().0));
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&beside)?;
+        // Another user's, root's mostly: the daemon has to read it.
+        file.set_permissions(fs::Permissions::from_mode(0o644))?;
+        file.write_all(reason.as_bytes())?;
+        file.sync_all()?;
+        let linked = fs::hard_link(&beside, &self.unlock);
+        fs::remove_file(&beside)?;
+        linked.and_then(|()| self.sync_directory())
+    }
+
+    fn asked_to_unlock(&self) -> io::Result<Option<Unlock>> {
+        let file = match File::open(&self.unlock) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let metadata = file.metadata()?;
+        let (seconds, nanos) = (u64::try_from(metadata.mtime()), u64::try_from(metadata.mtime_nsec()));
+        let at =
+            UnixTime(seconds.unwrap_or_default().saturating_mul(1_000_000).saturating_add(nanos.unwrap_or_default() / 1_000));
+        let mut reason = Vec::new();
+        file.take(REASON_BYTES_MAX).read_to_end(&mut reason)?;
+        Ok(Some(Unlock { uid: metadata.uid(), at, reason: String::from_utf8_lossy(&reason).into_owned() }))
     }
 
     fn sync_directory(&self) -> io::Result<()> {
@@ -152,12 +200,42 @@ impl Marker {
     }
 }
 
-/// Allows one more login: what `keyward hsm unlock` does. Returns whether a login had been held back.
+/// A file system that does not answer counts as there.
+fn is_there(path: &Path) -> bool {
+    !matches!(path.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound)
+}
+
+/// Leaves word in `state` that the caller's user wants one more login: what `keyward hsm unlock` does. Whoever holds the ledger records
+/// it, and then [`unlock`]s. Returns whether a login is held back; if none is, nothing is left.
 ///
 /// # Errors
-/// When the marker in `state` cannot be removed durably.
+/// `AlreadyExists` when somebody asked before and it is not recorded yet; else when `state` cannot be written.
+pub fn ask_to_unlock(state: &Path, role: TokenRole, reason: &str) -> io::Result<bool> {
+    let marker = Marker::new(state, role);
+    if !is_there(&marker.path) {
+        return Ok(false);
+    }
+    marker.ask_to_unlock(reason).map(|()| true)
+}
+
+/// What an operator asked for and nobody has carried out.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn asked_to_unlock(state: &Path, role: TokenRole) -> io::Result<Option<Unlock>> {
+    Marker::new(state, role).asked_to_unlock()
+}
+
+/// Allows one more login, once the wish is in the ledger. Returns whether one had been held back.
+///
+/// # Errors
+/// When the files in `state` cannot be removed durably.
 pub fn unlock(state: &Path, role: TokenRole) -> io::Result<bool> {
-    Marker::new(state, role).clear()
+    let marker = Marker::new(state, role);
+    // A crash in between leaves the wish, and no login is tried before it is recorded once more.
+    let held_back = marker.clear()?;
+    marker.remove(&marker.unlock)?;
+    Ok(held_back)
 }
 
 /// Whether logins are held back until [`unlock`].
@@ -238,5 +316,28 @@ mod tests {
         assert!(!pin_pending(state.path(), TokenRole::Authority));
         assert!(unlock(state.path(), TokenRole::Agents).unwrap());
         assert!(!unlock(state.path(), TokenRole::Agents).unwrap());
+    }
+
+    #[test]
+    fn what_an_operator_asks_for_is_told_once_and_unlocks_nothing_by_itself() {
+        let (state, role) = (tempfile::tempdir().unwrap(), TokenRole::Authority);
+        let state = state.path();
+        assert!(!ask_to_unlock(state, role, "").unwrap(), "nothing is locked");
+        assert_eq!(asked_to_unlock(state, role).unwrap(), None);
+        Marker::new(state, role).set("a", "b").unwrap();
+        let before = UnixTime::wall().minus_seconds(1);
+        assert!(ask_to_unlock(state, role, "the PIN was corrected").unwrap());
+        let again = ask_to_unlock(state, role, "another").unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+        let asked = asked_to_unlock(state, role).unwrap().unwrap();
+        assert_eq!((asked.uid, asked.reason.as_str()), (rustix::process::geteuid().as_raw(), "the PIN was corrected"));
+        assert!(before < asked.at && asked.at <= UnixTime::wall(), "{asked:?}");
+        assert!(pin_pending(state, role) && asked_to_unlock(state, TokenRole::Agents).unwrap().is_none());
+        // Not even where the login that was under way has succeeded meanwhile: it is not recorded yet.
+        Marker::new(state, role).clear().unwrap();
+        assert!(pin_pending(state, role));
+        unlock(state, role).unwrap();
+        assert!(!pin_pending(state, role));
+        assert_eq!(fs::read_dir(state).unwrap().count(), 0, "nothing is left");
     }
 }

@@ -27,3 +27,4 @@ mod serve;
 mod shim;
 mod strangers;
 mod tokens;
+mod unlock;

@@ -1,0 +1,210 @@
+//! An operator unlocks a login: who did so, and why, is in the book before the PIN is tried, and one unlock is one try.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use keyward::proto::TokenRole;
+
+use crate::house::wire::{Face, ServingStatus};
+use crate::house::{Body, DEADLINE, House, write_private};
+use crate::instruments::slow;
+
+/// Of each unlock in the book: which token, and why. Each names whoever ran the command.
+fn unlocks(entries: &[Body]) -> Vec<(TokenRole, String)> {
+    let told = entries.iter().filter_map(|body| if let Body::HsmUnlocked(unlock) = body { Some(unlock) } else { None });
+    told.map(|unlock| {
+        let by = unlock.by.as_ref().expect("an operator");
+        assert_eq!(by.uid, rustix::process::geteuid().as_raw());
+        assert!(unlock.asked_unix_micros > 0 && !unlock.token.is_empty(), "{unlock:?}");
+        (unlock.role(), by.reason.clone())
+    })
+    .collect()
+}
+
+fn of_authority(reasons: &[&str]) -> Vec<(TokenRole, String)> {
+    reasons.iter().map(|reason| (TokenRole::Authority, (*reason).to_owned())).collect()
+}
+
+fn unlock(house: &House, reason: &str) {
+    let said = house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]).ok().json();
+    assert_eq!(said["unlocked"], serde_json::json!(["authority"]));
+}
+
+/// A daemon has tried a wrong PIN and has ended. How many logins there have been.
+fn locked(house: &mut House) -> usize {
+    house.misplace_pins();
+    house.start();
+    assert!(!house.daemon().was_ready());
+    assert_eq!(house.stop(), 0);
+    house.signatures().logins
+}
+
+/// Waits until the running daemon tries no login. Nothing tells of it.
+#[track_caller]
+fn is_locked(house: &House) {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let status = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
+        if status[0]["pin_pending"] == true {
+            return;
+        }
+        assert!(Instant::now() < until, "{status}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Waits until so many logins were tried.
+#[track_caller]
+fn logins_become(house: &House, wanted: usize) {
+    let until = Instant::now() + DEADLINE;
+    while house.signatures().logins < wanted {
+        assert!(Instant::now() < until, "{} logins", house.signatures().logins);
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_whatever_comes_of_it() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    unlock(&house, "the first");
+    assert_eq!(unlocks(&house.ended_entries()), []);
+    house.shim_script("hang C_Login");
+    house.start();
+    house.shim().tell("await hanging=1");
+    assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]), "the login is still under way");
+    // It dies, and so do those who come after it: one unlock is one try, and one entry.
+    house.kill9();
+    house.shim_script("");
+    for _ in 0..3 {
+        house.start();
+        assert!(!house.daemon().was_ready());
+        assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]));
+        house.kill9();
+    }
+    let tried = house.signatures().logins;
+    assert!(tried <= logins + 1, "{tried} logins, {logins} before");
+    // The PIN is still wrong.
+    unlock(&house, "the second");
+    house.start();
+    assert!(!house.daemon().was_ready());
+    assert_eq!(house.signatures().logins, tried + 1);
+    assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]));
+    // And the daemon that met it hears of the next one.
+    house.return_pins();
+    unlock(&house, "the third");
+    assert!(house.daemon().is_ready());
+    let listed = house.keyward(&["ledger", "list"]).ok().stdout;
+    assert_eq!(listed.lines().filter(|line| line.contains("hsm_unlocked")).count(), 3, "{listed}");
+    let whole = house.keyward(&["ledger", "list", "--format", "json"]).ok().stdout;
+    assert!(whole.contains("the second"), "{whole}");
+    assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first", "the second", "the third"]));
+    house.verify().ok();
+}
+
+#[test]
+fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_is_tried() {
+    let mut house = House::new().with_one_token().with_shim().initialised().served();
+    house.shim().tell("fail C_Login rv=0xa0");
+    house.shim().tell("logout");
+    is_locked(&house);
+    let logins = house.signatures().logins;
+    // Wrong once more, and then slow.
+    house.shim().tell("fail C_Login rv=0xa0");
+    unlock(&house, "the first");
+    logins_become(&house, logins + 1);
+    is_locked(&house);
+    assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]));
+    house.shim().tell("hang C_Login");
+    unlock(&house, "the second");
+    house.shim().tell("await hanging=1");
+    assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]), "the login is still under way");
+    house.shim().tell("clear");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    // Nothing is locked any more: that is no act.
+    let said = house.keyward(&["hsm", "unlock"]).ok();
+    assert!(said.stderr.contains("no login was locked"), "{said:?}");
+    assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first", "the second"]));
+    assert_eq!(house.signatures().logins, logins + 2);
+    house.verify().ok();
+}
+
+#[test]
+fn of_two_unlocks_before_a_daemon_hears_of_one_the_second_says_so() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    unlock(&house, "the first");
+    let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).ok();
+    assert!(said.stderr.contains("unlocked before"), "{said:?}");
+    assert_eq!(said.json()["unlocked"], serde_json::json!([]));
+    house.start();
+    assert!(!house.daemon().was_ready());
+    assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first"]));
+    assert_eq!(house.signatures().logins, logins + 1);
+}
+
+#[test]
+fn an_unlock_names_the_token_that_was_locked() {
+    let mut house = House::new().with_shim().initialised();
+    write_private(&house.path("agents.pin"), "not the PIN");
+    house.start();
+    assert!(!house.daemon().was_ready());
+    house.return_pins();
+    let said = house.keyward(&["hsm", "unlock", "--token", "authority"]).ok();
+    assert!(said.stderr.contains("no login was locked"), "{said:?}");
+    house.keyward(&["hsm", "unlock", "--token", "agents"]).ok();
+    assert!(house.daemon().is_ready());
+    assert_eq!(unlocks(&house.stopped_entries()), [(TokenRole::Agents, String::new())]);
+    house.verify().ok();
+}
+
+/// A full disk has a reserve for what an operator does; a disk that cannot be trusted has none.
+#[test]
+fn an_unlock_that_cannot_be_recorded_unlocks_nothing_until_the_next_daemon_has_recorded_it() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    house = house.with_preload();
+    house.start();
+    assert!(!house.daemon().was_ready());
+    house.control().fail_next_sync();
+    unlock(&house, "the first");
+    assert_eq!(house.ended(), Some(74));
+    assert!(house.log().contains("an unlock could not be recorded"));
+    assert_eq!(house.signatures().logins, logins, "the PIN was tried");
+    house.control().clear();
+    house.start();
+    assert!(!house.daemon().was_ready());
+    assert_eq!(house.signatures().logins, logins + 1);
+    let mut told = unlocks(&house.stopped_entries());
+    // What the disk did not confirm may be there all the same.
+    told.dedup();
+    assert_eq!(told, of_authority(&["the first"]));
+}
+
+/// Killed after each sync in turn, with its power cut: what is left never allows a second try, nor one that nobody knows of.
+#[test]
+fn a_power_cut_at_any_moment_makes_two_tries_of_no_unlock_and_forgets_none() {
+    for sync in (1..).step_by(if slow() { 1 } else { 2 }) {
+        let mut house = House::new().with_shim().initialised();
+        let logins = locked(&mut house);
+        unlock(&house, "the first");
+        house = house.with_preload();
+        house.control().kill_after_sync(sync);
+        house.start();
+        if !house.daemon().has_ended() {
+            assert!(sync > 5, "it syncs more often than that before it says anything");
+            return;
+        }
+        assert_eq!(house.ended(), None);
+        house.control().clear();
+        house.after_power_cut();
+        let tried = house.signatures().logins - logins;
+        assert!(tried <= unlocks(&house.ended_entries()).len(), "a try that nobody knows of, after sync {sync}");
+        house.start();
+        assert!(!house.daemon().was_ready());
+        let mut told = unlocks(&house.stopped_entries());
+        told.dedup();
+        assert_eq!(told, of_authority(&["the first"]), "after sync {sync}");
+        assert!(house.signatures().logins <= logins + 1, "after sync {sync}");
+    }
+}

@@ -47,12 +47,9 @@ impl Readiness {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is missing; nothing: ready. Answers whether that changed.
-    pub fn set_missing(&self, missing: Vec<String>) -> bool {
-        let mut state = self.state();
-        let changed = state.missing != missing;
-        state.missing = missing;
-        changed
+    /// What is missing; nothing: ready.
+    pub fn set_missing(&self, missing: Vec<String>) {
+        self.state().missing = missing;
     }
 
     /// The opened tokens, each once.

@@ -8,7 +8,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::acts;
 use crate::hsm::Health as TokenHealth;
-use crate::model::Refusal;
+use crate::model::{Outage, Refusal};
 
 use super::Cause;
 use super::rooms::Rooms;
@@ -88,11 +88,19 @@ pub(super) async fn crl(rooms: Rooms) {
 /// At most one checkpoint a second, while there is something new.
 pub(super) async fn checkpoints(rooms: Rooms) {
     let mut progress = rooms.acts.ledger().progress();
-    let mut sealed = 0;
+    let (mut sealed, mut outage) = (0, Outage::default());
     loop {
         match rooms.acts.checkpoint(sealed).await {
-            Ok(size) => sealed = size,
-            Err(refusal) => tracing::warn!(?refusal, "no checkpoint could be signed"),
+            Ok(size) => {
+                sealed = size;
+                if let Some(lasted) = outage.ends() {
+                    tracing::info!(size, "a checkpoint was signed again after {:.1} s", lasted.as_secs_f64());
+                }
+            }
+            Err(refusal) if outage.goes_on(refusal.reason.as_str_name()) => {
+                tracing::warn!(?refusal, "no checkpoint could be signed");
+            }
+            Err(_) => {}
         }
         sleep(CHECKPOINT_EVERY).await;
         if progress.wait_for(|progress| progress.size != sealed).await.is_err() {
@@ -118,10 +126,15 @@ pub(super) async fn ledger(rooms: Rooms) {
 
 /// What an operator wishes becomes an entry, and then the daemon logs in again.
 pub(super) async fn unlock(rooms: Rooms) {
+    let mut outage = Outage::default();
     loop {
         sleep(UNLOCK_EVERY).await;
-        if let Err(refusal) = acts::unlock(rooms.acts.ledger(), &rooms.config).await {
-            tracing::warn!(?refusal, "an unlock could not be recorded; the login stays locked");
+        match acts::unlock(rooms.acts.ledger(), &rooms.config).await {
+            Ok(()) => drop(outage.ends()),
+            Err(refusal) if outage.goes_on(refusal.reason.as_str_name()) => {
+                tracing::warn!(?refusal, "an unlock could not be recorded; the login stays locked");
+            }
+            Err(_) => {}
         }
     }
 }
@@ -170,26 +183,28 @@ async fn any_changed(watched: &mut [watch::Receiver<TokenHealth>]) {
 /// Tells readiness and health; answers whether a token is stuck for good.
 async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
     let ledger = rooms.acts.ledger();
-    let mut missing = Vec::new();
-    let waiting = rooms.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    missing.extend(waiting);
     let hsm = !tokens.is_empty() && tokens.iter().all(|token| token.usable && token.key.is_none());
-    for token in tokens.iter().filter(|token| !token.usable) {
-        missing.push(format!("hsm: {}", token.fault.as_deref().unwrap_or("not usable")));
-    }
-    missing.extend(tokens.iter().filter_map(|token| token.key.as_ref()).map(|key| format!("hsm: {key}")));
-    let written = ledger.is_writable();
-    if !written {
-        missing.push("ledger: it cannot be written".to_owned());
-    }
-    let trusted = ledger.clock().now().is_ok();
-    if !trusted {
-        missing.push("clock: it jumped; see `keyward clock accept`".to_owned());
-    }
-    let rest = missing.is_empty();
-    if rooms.readiness.set_missing(missing.clone()) && !missing.is_empty() {
-        tracing::warn!(?missing, "not ready");
-    }
+    let (written, trusted) = (ledger.is_writable(), ledger.clock().now().is_ok());
+    let rest = {
+        // Held to the end: what the daemon waited for a moment ago is no news after it was ready.
+        let mut waiting = rooms.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is missing, in full; and by the names that it keeps while it is missing.
+        let mut missing: Vec<(String, String)> = waiting.what.iter().map(|what| (what.clone(), what.clone())).collect();
+        for (token, configured) in tokens.iter().zip([&rooms.config.authority, &rooms.config.agents]) {
+            let name = format!("hsm: token {:?}", configured.label);
+            if !token.usable {
+                missing.push((format!("{name}: {}", token.fault.as_deref().unwrap_or("not usable")), name.clone()));
+            }
+            missing.extend(token.key.iter().map(|key| format!("{name}: {key}")).map(|key| (key.clone(), key)));
+        }
+        let rest = [(written, "ledger: it cannot be written"), (trusted, "clock: it jumped; see `keyward clock accept`")];
+        missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
+        let (missing, names): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
+        waiting.tell(&missing, &names);
+        let ready = missing.is_empty();
+        rooms.readiness.set_missing(missing);
+        ready
+    };
     rooms.health.report(hsm, written, rest).await;
     tokens.iter().any(|token| token.stuck)
 }

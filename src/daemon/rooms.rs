@@ -13,11 +13,13 @@ use crate::authn::Tls;
 use crate::config::Config;
 use crate::hsm::{self, Hsm, Modules};
 use crate::ledger::{Ledger, Settings};
-use crate::model::Meter;
+use crate::model::{Meter, Outage};
 use crate::proto::{self, TokenRole, entry::Body};
 
 use super::{Cause, duties, notify};
 
+/// What is missing before anything was tried.
+const STARTING: &str = "starting";
 /// Between two looks at a token that could not be opened.
 const TOKEN_RETRY: Duration = Duration::from_millis(500);
 /// Longest time for opening a token: loading its module, finding it, one login, probing it.
@@ -37,9 +39,35 @@ pub(super) struct Rooms {
     pub readiness: Readiness,
     pub health: Health,
     pub tls: Arc<Tls>,
-    /// What is between the daemon and being ready; empty when agents are served.
-    pub waiting_for: Arc<Mutex<Option<String>>>,
+    pub waiting: Arc<Mutex<Waiting>>,
     pub tokens: Arc<watch::Sender<Option<Tokens>>>,
+}
+
+/// What the daemon is waiting for, and what the log was told of that.
+pub(super) struct Waiting {
+    /// What is between the start and being ready; empty when agents are served.
+    pub what: Option<String>,
+    pub outage: Outage,
+}
+
+impl Waiting {
+    /// One line when the daemon is not ready any more, one for what is missing besides and one when it is ready again. `missing` is told,
+    /// `names` says whether that is something new: a fault has many faces.
+    pub(super) fn tell(&mut self, missing: &[String], names: &[String]) {
+        match missing {
+            [] => {
+                if let Some(lasted) = self.outage.ends() {
+                    tracing::info!("ready again after {:.1} s", lasted.as_secs_f64());
+                }
+            }
+            [only] if only == STARTING => {}
+            _ => {
+                if self.outage.goes_on(&names.join(", ")) {
+                    tracing::warn!(?missing, "not ready");
+                }
+            }
+        }
+    }
 }
 
 /// Directories, the ledger, the acts: what is there without a token.
@@ -75,7 +103,7 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
         config: Arc::clone(config),
         health,
         tls: Arc::default(),
-        waiting_for: Arc::new(Mutex::new(Some("starting".to_owned()))),
+        waiting: Arc::new(Mutex::new(Waiting { what: Some(STARTING.to_owned()), outage: Outage::default() })),
         tokens: Arc::new(watch::Sender::new(None)),
     })
 }
@@ -94,20 +122,22 @@ pub(super) fn ledger_settings(config: &Config) -> Settings {
 impl Rooms {
     /// Says what agents have to wait for; `None`: nothing any more.
     pub(super) fn wait_for(&self, what: Option<String>) {
-        let mut waiting = self.waiting_for.lock().unwrap_or_else(PoisonError::into_inner);
-        if *waiting != what {
-            self.readiness.set_missing(what.iter().cloned().collect());
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.what != what {
+            let missing: Vec<String> = what.iter().cloned().collect();
             match &what {
                 Some(what) => {
-                    tracing::warn!(%what, "not ready");
+                    waiting.tell(&missing, &missing);
                     notify::waiting(what);
                 }
                 None => {
+                    waiting.outage.ends();
                     tracing::info!("ready");
                     notify::ready();
                 }
             }
-            *waiting = what;
+            self.readiness.set_missing(missing);
+            waiting.what = what;
         }
     }
 

@@ -13,7 +13,7 @@ use super::keyring::{Bound, Location};
 use super::lanes;
 use super::queue::Mark;
 use super::token::{Token, reconnect};
-use crate::model::KeyId;
+use crate::model::{KeyId, Outage};
 
 /// How often the watch looks, and how long a token may be idle before it is asked for a canary signature.
 const LOOK: Duration = Duration::from_millis(200);
@@ -50,6 +50,7 @@ pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
 
 async fn watch(token: &Arc<Token>) {
     let mut looked = Instant::now();
+    let mut narrow = Outage::default();
     while !token.is_stopping() {
         pause(token, LOOK).await;
         if looked.elapsed() > KEYS_AGAIN {
@@ -67,12 +68,19 @@ async fn watch(token: &Arc<Token>) {
             continue;
         }
         match token.top_up() {
-            Ok(()) => {}
+            Ok(()) => {
+                if let Some(lasted) = narrow.ends() {
+                    tracing::info!(token = %token.settings.token.label, "all lanes are there again after {:.1} s", lasted.as_secs_f64());
+                }
+            }
             Err(Error::Stuck) => {
                 token.suspend("too many lanes hang inside the PKCS#11 module", Remedy::Restart);
                 continue;
             }
-            Err(error) => tracing::warn!(%error, "a lane is missing"),
+            Err(error) if narrow.goes_on(&error.to_string()) => {
+                tracing::warn!(token = %token.settings.token.label, %error, "a lane is missing");
+            }
+            Err(_) => {}
         }
         if token.idle_for() >= LOOK.max(token.admission.pace() * LOOK_PACES) {
             look(token).await;
@@ -140,7 +148,9 @@ pub(super) async fn sing(token: &Arc<Token>, canary: &Arc<Bound>, patience: Dura
 /// Tries until the token is back or the daemon stops.
 async fn recover(token: &Arc<Token>) {
     let mut back_off = BACK_OFF;
-    let mut told = None;
+    let mut outage = Outage::default();
+    // Told when it was suspended.
+    outage.goes_on(&token.health().borrow().fault.clone().unwrap_or_default());
     let (lost, mut restarted, mut patience) = (Instant::now(), None::<Instant>, RESTART_SHARED.0);
     while !token.is_stopping() {
         let shared = token.module.serves_besides(Arc::as_ptr(token));
@@ -151,7 +161,11 @@ async fn recover(token: &Arc<Token>) {
             patience = lost.elapsed().clamp(RESTART_SHARED.0, RESTART_SHARED.1);
         }
         let error = match attempt(token, remedy).await {
-            Ok(()) => return,
+            Ok(()) => {
+                let lasted = outage.ends().unwrap_or_default();
+                tracing::info!(token = %token.settings.token.label, ?remedy, "the token is back in service after {:.1} s", lasted.as_secs_f64());
+                return;
+            }
             Err(error) => error,
         };
         if token.is_stopping() {
@@ -165,9 +179,8 @@ async fn recover(token: &Arc<Token>) {
             // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
             restarted = None;
         }
-        if told.as_ref() != Some(&error.to_string()) {
+        if outage.goes_on(&error.to_string()) {
             tracing::warn!(token = %token.settings.token.label, %error, "the token is not back yet");
-            told = Some(error.to_string());
         }
         rest(token, jittered(back_off)).await;
         back_off = (back_off * 2).min(BACK_OFF_MAX);
@@ -196,13 +209,10 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
         looked_up(Arc::clone(canary)).await?;
     }
     for key in token.keyring.all() {
-        let id = key.id;
         match looked_up(key).await {
             Ok(_) => {}
-            // Of no concern to the other keys; asking for this one says so.
-            Err(error) if error.is_of_the_key() => {
-                tracing::error!(token = %token.settings.token.label, key = %id, %error, "a key did not come back");
-            }
+            // Of no concern to the other keys; asking for this one says so, and readiness does.
+            Err(error) if error.is_of_the_key() => {}
             Err(error) => return Err(error),
         }
     }
@@ -213,7 +223,6 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     }
     on_a_thread(token, |token| token.resume(&token.module.lifecycle())).await?;
     token.reconnects.fetch_add(1, Ordering::Relaxed);
-    tracing::info!(token = %token.settings.token.label, ?remedy, "the token is back in service");
     Ok(())
 }
 

@@ -291,8 +291,14 @@ impl Token {
             self.restart.store(true, Ordering::Release);
         }
         let waiting = self.jobs.shut();
-        let was_usable = self.health.borrow().usable;
-        self.note_fault(fault, false);
+        let mut was_usable = false;
+        // Why it went out of service stays the fault, until recovery meets another.
+        self.health.send_modify(|health| {
+            was_usable = std::mem::replace(&mut health.usable, false);
+            if was_usable || health.fault.is_none() {
+                health.fault = Some(fault.into());
+            }
+        });
         for job in waiting {
             job.turn_away(fault);
         }

@@ -13,6 +13,7 @@ mod join;
 mod key;
 mod meter;
 mod number;
+mod outage;
 mod refusal;
 mod secret;
 
@@ -25,6 +26,7 @@ pub use join::{join_public_key, join_sign};
 pub use key::{Algorithm, InvalidKey, KeyId, PublicKey};
 pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
 pub use number::{Digest, KeyTag, Serial, TokenId, hex, unhex};
+pub use outage::Outage;
 pub use refusal::Refusal;
 pub use secret::SecretBytes;
 

@@ -445,6 +445,61 @@ fn a_token_with_few_sessions_serves_with_fewer_lanes_and_says_so() {
     holds(&mut house, &[&holder]);
 }
 
+/// What the log says of an outage in which the daemon has tried often to have the token back.
+#[test]
+fn an_outage_is_told_when_it_begins_and_when_it_is_over_and_not_at_each_try() {
+    let mut house = House::new().with_shim().initialised().served();
+    let rounds =
+        [("lose", "return"), ("fail C_SignInit rv=0x05 count=all", "clear"), ("fail C_Initialize rv=0x05 count=all", "clear")];
+    for (round, (fault, remedy)) in rounds.into_iter().enumerate() {
+        let bad = format!("bad/{round}");
+        house.attested(&bad);
+        let before = house.log().len();
+        let said = |what: &str| house.log()[before..].lines().filter(|line| line.contains(what)).count();
+        let until_said = |what: &str| {
+            let until = Instant::now() + DEADLINE;
+            while said(what) == 0 {
+                assert!(Instant::now() < until, "{fault}: the log does not say {what:?}");
+                thread::sleep(Duration::from_millis(20));
+            }
+        };
+        let restarts = house.shim().calls("C_Initialize");
+        takes(&house, ServingStatus::NotServing, || {
+            house.shim().tell(fault);
+            // What meets the last one is a restart, which something has to bring about.
+            house.shim().tell("fail C_SignInit rv=0x30");
+        });
+        // Something new in the book, of which no checkpoint can be signed.
+        house.quarantine(&bad).ok();
+        until_said("no checkpoint could be signed");
+        let until = Instant::now() + DEADLINE;
+        while house.shim().calls("C_Initialize") < restarts + 8 {
+            assert!(Instant::now() < until, "{fault}: it does not try");
+            thread::sleep(Duration::from_millis(20));
+        }
+        takes(&house, ServingStatus::Serving, || drop(house.shim().tell(remedy)));
+        until_said("ready again after");
+        until_said("a checkpoint was signed again after");
+        let log = house.log()[before..].to_owned();
+        let line = log.lines().find(|line| line.contains("not ready")).expect("it was told");
+        assert!(line.contains("authority") || line.contains("agents"), "which token? {line}");
+        assert!(line.contains("CKR_"), "why? {line}");
+        for (what, most) in [
+            ("not ready", 1),
+            ("ready again", 1),
+            ("no checkpoint could be signed", 1),
+            // One of each token.
+            ("out of service", 2),
+            ("back in service", 2),
+            ("not back yet", 2),
+        ] {
+            assert!(said(what) <= most, "{fault}: {} times {what:?} in\n{log}", said(what));
+        }
+        eprintln!("{fault}: {} lines", log.lines().count());
+    }
+    house.stop_and_verify();
+}
+
 /// The process that has the tokens dies and is started again; the daemon stays.
 #[test]
 fn a_token_server_that_dies_and_returns_is_noticed_within_a_second_each_way() {

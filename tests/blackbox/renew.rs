@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use keyward::proto::RenewRequest;
 use prost::Message as _;
 
+use crate::crash::Holder;
+use crate::faults::unavailable;
 use crate::house::wire::{Draft, Face, Identity, ServingStatus, Wire, refused};
 use crate::house::{DEADLINE, House};
 
@@ -108,22 +110,18 @@ fn a_lost_answer_is_given_again_while_others_are_turned_away() {
     let draft = Draft::bound("builder/1", sequence);
     let answer = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
     let mut standing = wire.standing(&holder);
-    let crowd: Vec<_> = (0..14).map(|number| attested(&wire, &format!("crowd/{number}"))).collect();
+    let crowd: Vec<_> = (0..14).map(|number| Holder::attest(&house, &format!("crowd/{number}"))).collect();
     let (over, turned_away) = (&AtomicBool::new(false), &AtomicUsize::new(0));
     let repeated: Vec<_> = thread::scope(|scope| {
-        for (number, (mut holder, mut due)) in crowd.into_iter().enumerate() {
+        for mut holder in crowd {
             let house = &house;
             scope.spawn(move || {
-                let wire = house.wire();
                 while !over.load(Ordering::SeqCst) {
-                    let draft = Draft::bound(&format!("crowd/{number}"), due);
-                    match wire.renew(Some(&holder), draft.renewal(&holder)) {
-                        Ok(answer) => (holder, due) = (draft.identity(&answer), answer.next_sequence),
-                        Err(refusal) => {
-                            assert_eq!(refusal.reason, "OVERLOADED", "{refusal:?}");
-                            turned_away.fetch_add(1, Ordering::SeqCst);
-                        }
+                    let answer = holder.try_renew(house);
+                    if answer.as_ref().is_err_and(|refusal| refusal.reason == "OVERLOADED") {
+                        turned_away.fetch_add(1, Ordering::SeqCst);
                     }
+                    unavailable(answer);
                 }
             });
         }

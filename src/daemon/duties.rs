@@ -8,9 +8,10 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::hsm::Health as TokenHealth;
 use crate::model::Refusal;
+use crate::proto::TokenRole;
 
 use super::Cause;
-use super::rooms::Rooms;
+use super::rooms::{Rooms, out_of_service, section};
 
 /// After a failed try: 1 s, 2 s, 4 s … at most this.
 const BACK_OFF_MAX: Duration = Duration::from_secs(30);
@@ -125,7 +126,8 @@ pub(super) async fn health(rooms: Rooms, stop: Arc<watch::Sender<Option<Cause>>>
             Some(tokens) => vec![tokens.authority.health(), tokens.agents.health()],
             None => Vec::new(),
         };
-        let faults: Vec<TokenHealth> = watched.iter_mut().map(|health| health.borrow_and_update().clone()).collect();
+        let roles = [TokenRole::Authority, TokenRole::Agents].into_iter();
+        let faults: Vec<_> = roles.zip(watched.iter_mut().map(|health| health.borrow_and_update().clone())).collect();
         if report(&rooms, &faults).await {
             stop.send_replace(Some(Cause::TokenStuck));
         }
@@ -154,16 +156,18 @@ async fn any_changed(watched: &mut [watch::Receiver<TokenHealth>]) {
 }
 
 /// Tells readiness and health; answers whether a token is stuck for good.
-async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
+async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
     let ledger = rooms.acts.ledger();
     let mut missing = Vec::new();
     let waiting = rooms.waiting_for.lock().unwrap_or_else(PoisonError::into_inner).clone();
     missing.extend(waiting);
-    let hsm = !tokens.is_empty() && tokens.iter().all(|token| token.usable && token.key.is_none());
-    for token in tokens.iter().filter(|token| !token.usable) {
-        missing.push(format!("hsm: {}", token.fault.as_deref().unwrap_or("not usable")));
-    }
-    missing.extend(tokens.iter().filter_map(|token| token.key.as_ref()).map(|key| format!("hsm: {key}")));
+    let hsm = !tokens.is_empty() && tokens.iter().all(|(_, token)| token.usable && token.key.is_none());
+    missing.extend(tokens.iter().filter_map(|(role, token)| match (&token.key, token.usable) {
+        // Where no key can be had, it is no news that one of them cannot.
+        (_, false) => Some(out_of_service(&rooms.config, *role, token.fault.as_deref().unwrap_or("it is being connected"))),
+        (Some(key), true) => Some(format!("{}: {key}; it is looked for again by itself", section(*role))),
+        (None, true) => None,
+    }));
     let written = ledger.is_writable();
     if !written {
         missing.push("ledger: it cannot be written".to_owned());
@@ -177,5 +181,5 @@ async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
         tracing::warn!(?missing, "not ready");
     }
     rooms.health.report(hsm, written, rest).await;
-    tokens.iter().any(|token| token.stuck)
+    tokens.iter().any(|(_, token)| token.stuck)
 }

@@ -157,9 +157,13 @@ impl Hsm {
     }
 
     /// Has the token do what it is there for: `signatures` canaries through the lanes, and every key that is in use looked up anew,
-    /// with its attributes read back and a test signature. The longest canary is the one that is told.
+    /// with its attributes read back and a test signature. The longest canary is the one that is told. Of a token that is out of service
+    /// that alone is told, and nothing of its keys.
     pub async fn test(&self, signatures: usize) -> Vec<Check> {
         let token = &self.0;
+        if let Err(error) = self.check_usable() {
+            return vec![Check { name: "in service".into(), outcome: Err(error) }];
+        }
         let mut checks = Vec::new();
         if let Some(canary) = token.canary() {
             let mut longest = Ok(Duration::ZERO);

@@ -195,9 +195,11 @@ fn a_test_of_the_tokens_fails_when_a_key_is_missing() {
     let failed: Vec<Value> = rows(&output).into_iter().filter(|check| check["passed"] == false).collect();
     let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(failed.iter().map(|check| &check["check"]).collect::<Vec<_>>(), [&format!("key {hex}")], "{output:?}");
-    // The rest is as it was: quarantine, the book, and the daemon itself.
+    // The rest is as it was: quarantine, the book, and the daemon itself. The token is well, and what is said is the key.
     house.quarantine("builder/1").exits(4);
-    assert_eq!(house.wire().health(Face::Operator, "hsm").unwrap(), ServingStatus::Serving);
+    house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    assert_eq!(causes(&house), [format!("hsm.authority: key {hex} is not in the token; it is looked for again by itself")]);
+    assert_eq!(status(&house, "authority")["usable"], true);
 }
 
 #[test]
@@ -205,6 +207,9 @@ fn a_test_of_the_tokens_fails_when_a_token_is_away_or_was_never_opened() {
     let mut house = House::new().with_shim().initialised().served();
     house.shim().tell("lose");
     house.keyward(&["hsm", "test"]).exits(5).says("failed");
+    house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    let checks = rows(&house.keyward(&["hsm", "test", "--format", "json"]).exits(5));
+    assert!(checks.iter().any(|check| check["role"] == "authority" && check["check"] == "in service"), "{checks:?}");
     house.shim().tell("return");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     house.keyward(&["hsm", "test"]).ok();

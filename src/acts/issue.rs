@@ -54,7 +54,16 @@ impl Acts {
         let now = self.trusted_now()?;
         // Whoever would wait too long for a signature hears so before anything is computed or recorded for them.
         // A place is taken later, by whom that is known of: strangers hold none.
-        self.authorities()?.issuing().key().has_room().map_err(super::hsm_refusal)?;
+        if let Err(error) = self.authorities()?.issuing().key().has_room() {
+            let refusal = super::hsm_refusal(error);
+            // What was answered is answered again without a signature; a look into memory tells, and proves nothing yet.
+            let answered = ask.claimant(&self.ledger).and_then(|agent| self.ledger.answered(&agent, ask.hash())).is_some();
+            // While the token is away, who comes without a certificate hears after its proof, and only then, what the book says of it.
+            let unproved = matches!(contact, Contact::Stream(_)) && refusal.reason == Reason::HsmUnavailable;
+            if !answered && !unproved {
+                return Err(refusal.into());
+            }
+        }
         // Proof of possession inside; only the public key is taken.
         let csr = Csr::parse(ask.csr(), self.ledger.meter())?;
         // Names the identity; the evidence is bound to this key.

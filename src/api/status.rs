@@ -59,9 +59,17 @@ impl Readiness {
         state.pending.clear();
     }
 
-    /// Tokens that could not be opened, with why.
-    pub fn set_pending_tokens(&self, pending: Vec<proto::TokenStatus>) {
-        self.state().pending = pending;
+    /// Tokens that could not be opened, with why. The same fault again is counted.
+    pub fn set_pending_tokens(&self, mut pending: Vec<proto::TokenStatus>) {
+        let mut state = self.state();
+        let before = std::mem::take(&mut state.pending);
+        for token in &mut pending {
+            let known = before.iter().filter(|known| known.role == token.role).flat_map(|known| &known.faults);
+            for (fault, known) in token.faults.iter_mut().zip(known) {
+                fault.count += if fault.fault == known.fault { known.count } else { 0 };
+            }
+        }
+        state.pending = pending;
     }
 
     /// Where agents reach the daemon.

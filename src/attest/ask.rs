@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message as _;
 
+use crate::ledger::Ledger;
 use crate::model::{AgentId, Digest, Reason, Refusal, SecretBytes, TokenId};
 use crate::proto;
 
@@ -125,6 +126,15 @@ impl Ask {
     #[must_use]
     pub fn ttl_seconds(&self) -> Option<u32> {
         self.ttl_seconds
+    }
+
+    /// The agent it says it is from. Not proved: good for nothing but looking things up.
+    #[must_use]
+    pub fn claimant(&self, ledger: &Ledger) -> Option<AgentId> {
+        match &self.claim {
+            Claim::Join(token) => ledger.token(token).map(|(agent, ..)| agent),
+            Claim::BoundKey { agent, .. } => Some(agent.clone()),
+        }
     }
 
     pub(super) fn claim(&self) -> &Claim {

@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
@@ -20,6 +21,8 @@ use crate::proto::{TestTokensRequest, TokenCheck, TokenRole};
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
     /// Show the tokens: usable or why not, queues, mechanisms, what is switched off.
+    ///
+    /// Exit code 5 if one is not usable.
     #[command(after_help = "Example:\n  keyward hsm status --format json")]
     Status,
     /// List the slots and tokens that the modules show, and which of them the configuration names.
@@ -67,16 +70,19 @@ pub(super) enum Which {
     All,
 }
 
-pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<(), Failure> {
+pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Status => {
             let tokens: Vec<_> = status::ask(global).await?.tokens.into_iter().map(Token::from).collect();
-            Ok(output.show(&tokens, |tokens| tokens.iter().map(Token::text).collect::<Vec<_>>().join("\n"))?)
+            output.show(&tokens, |tokens| tokens.iter().map(Token::text).collect::<Vec<_>>().join("\n"))?;
+            let usable = !tokens.is_empty() && tokens.iter().all(Token::is_usable);
+            return Ok(if usable { ExitCode::SUCCESS } else { ExitCode::from(EXIT_UNAVAILABLE) });
         }
         Verb::Slots { module } => slots(module, global, output).await,
         Verb::Test { signatures } => test(signatures, global, output).await,
         Verb::Unlock { token, reason } => unlock(token, &reason.unwrap_or_default(), global, output),
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 /// A token that a module shows.
@@ -113,23 +119,36 @@ async fn slots(module: Option<PathBuf>, global: &Global, output: &mut Output) ->
     let looked = tokio::task::spawn_blocking(move || {
         let loaded = Modules::new();
         let mut rows = Vec::new();
-        for path in modules {
-            let seen = loaded.slots(&path).map_err(|error| Failure::error(error.to_string()))?;
-            rows.extend(seen.into_iter().map(|slot| Slot::of(&path, slot, &configured)));
+        for path in &modules {
+            let seen = loaded.slots(path).map_err(|error| Failure::new(EXIT_UNAVAILABLE, error.to_string()))?;
+            rows.extend(seen.into_iter().map(|slot| Slot::of(path, slot, &configured)));
         }
-        Ok::<_, Failure>(rows)
+        let looked_at = configured.into_iter().filter(|(_, wanted)| modules.contains(&wanted.module));
+        let missing: Vec<_> = looked_at.filter(|(role, _)| !rows.iter().any(|row| row.configured.contains(role))).collect();
+        Ok::<_, Failure>((rows, missing))
     });
-    let rows = match tokio::time::timeout(SLOTS_DEADLINE, looked).await {
+    let (rows, missing) = match tokio::time::timeout(SLOTS_DEADLINE, looked).await {
         Ok(Ok(rows)) => rows?,
         Ok(Err(error)) => return Err(Failure::error(error.to_string())),
         Err(_) => {
             return Err(Failure::new(EXIT_UNAVAILABLE, format!("the PKCS#11 module does not answer within {SLOTS_DEADLINE:?}")));
         }
     };
-    Ok(output.show(&rows, |rows| {
+    output.show(&rows, |rows| {
         let cells: Vec<_> = rows.iter().map(Slot::cells).collect();
         table(&["SLOT", "TOKEN", "SERIAL", "MODEL", "STATE", "CONFIGURED"], &cells)
-    })?)
+    })?;
+    for (role, wanted) in missing {
+        output.say(&not_there(role, &wanted));
+    }
+    Ok(())
+}
+
+/// A warning: the daemon would not find this token either, if its environment is the same.
+fn not_there(role: &str, wanted: &config::Token) -> String {
+    let serial = wanted.serial.as_ref().map(|serial| format!(" with serial {serial:?}")).unwrap_or_default();
+    let hint = hsm::finds_tokens_by(&wanted.module).map(|hint| format!("; {hint}")).unwrap_or_default();
+    format!("warning: hsm.{role} names token {:?}{serial}, which {} does not show{hint}", wanted.label, wanted.module.display())
 }
 
 impl Slot {

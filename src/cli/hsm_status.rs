@@ -87,6 +87,12 @@ impl From<TokenCapabilities> for Capabilities {
     }
 }
 
+impl Fault {
+    fn times(&self) -> String {
+        if self.count == 1 { "once".into() } else { format!("{} times", self.count) }
+    }
+}
+
 impl Capabilities {
     fn text(&self) -> String {
         let has =
@@ -98,15 +104,26 @@ impl Capabilities {
 }
 
 impl Token {
+    pub(super) fn is_usable(&self) -> bool {
+        self.usable
+    }
+
     pub(super) fn text(&self) -> String {
         // A token that was never reached has not told its serial.
         let serial = if self.serial.is_empty() { "-" } else { &self.serial };
         let mut lines = vec![
             ("token", format!("{} ({}, serial {})", self.role, self.label, serial)),
             ("module", self.module.clone()),
-            ("usable", if self.usable { "yes" } else { "NO" }.into()),
+            (
+                "usable",
+                match (self.usable, self.pin_pending) {
+                    (true, _) => "yes",
+                    (false, true) => "NO",
+                    (false, false) => "NO: it is tried again by itself",
+                }
+                .into(),
+            ),
         ];
-        lines.extend(self.fault.iter().map(|fault| ("newest fault", fault.clone())));
         if self.pin_pending {
             lines.push(("login", "locked after a failed one: check the PIN, then `keyward hsm unlock`".into()));
         }
@@ -121,7 +138,10 @@ impl Token {
         if !self.mechanisms.is_empty() {
             lines.push(("mechanisms", format!("{}, by name in --format json", self.mechanisms.len())));
         }
-        lines.extend(self.faults.iter().map(|seen| ("fault", format!("{}, {} times: {}", seen.last, seen.count, seen.fault))));
+        let names = std::iter::once("newest fault").chain(std::iter::repeat("fault"));
+        lines.extend(
+            names.zip(&self.faults).map(|(name, seen)| (name, format!("{}, {}: {}", seen.last, seen.times(), seen.fault))),
+        );
         if !self.off.is_empty() {
             lines.push(("switched off", self.off.join(", ")));
         }

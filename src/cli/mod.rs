@@ -195,7 +195,7 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Crl(verb) => done(block_on(crl::run(verb, &global, output))),
         Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),
         Command::Ca(verb) => done(block_on(ca::run(verb, &global, output))),
-        Command::Hsm(verb) => done(block_on(hsm::run(verb, &global, output))),
+        Command::Hsm(verb) => block_on(hsm::run(verb, &global, output)),
         Command::Status => block_on(status::run(&global, output)),
         Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),
         Command::Config(verb) => done(config::run(verb, &global, output)),

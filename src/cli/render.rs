@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::model::UnixTime;
 
-/// Widest table, in characters.
+/// Widest table at a terminal, in characters.
 const WIDTH_MAX: usize = 100;
 /// Narrowest a column is cut to.
 const COLUMN_WIDTH_MIN: usize = 8;
@@ -15,7 +15,7 @@ const GAP: &str = "  ";
 /// How data is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// Aligned columns, at most 100 wide.
+    /// Aligned columns, at most 100 wide at a terminal.
     Table,
     /// One JSON document.
     Json,
@@ -79,9 +79,14 @@ impl Output {
     }
 }
 
-/// Rows below headings, columns aligned. What is wider than 100 characters loses it in its widest columns.
+/// Rows below headings, columns aligned. A program reads every cell whole; for a person at a terminal what is wider than 100 characters
+/// loses it in its widest columns, and the last one goes on in the next line instead.
 #[must_use]
 pub fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    laid_out(headings, rows, io::stdout().is_terminal().then_some(WIDTH_MAX))
+}
+
+fn laid_out(headings: &[&str], rows: &[Vec<String>], at_most: Option<usize>) -> String {
     let heading_row: Vec<String> = headings.iter().map(|heading| (*heading).to_owned()).collect();
     let mut widths: Vec<usize> = headings.iter().map(|heading| width(heading)).collect();
     for row in rows {
@@ -89,14 +94,35 @@ pub fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
             *column = (*column).max(width(cell));
         }
     }
-    fit(&mut widths);
+    if let Some(at_most) = at_most {
+        fit(&mut widths, at_most);
+    }
     let mut text = String::new();
     for row in std::iter::once(&heading_row).chain(rows) {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| pad(cell, *width)).collect();
-        text.push_str(cells.join(GAP).trim_end());
-        text.push('\n');
+        let Some((last, others)) = row.split_last() else { continue };
+        let mut before: String = others.iter().zip(&widths).map(|(cell, width)| pad(cell, *width) + GAP).collect();
+        for part in wrapped(last, widths.last().copied().unwrap_or_default()) {
+            text.push_str(format!("{before}{}", pad(part, width(part))).trim_end());
+            text.push('\n');
+            before = " ".repeat(width(&before));
+        }
     }
     text
+}
+
+/// `text` in pieces of at most `to` characters, between words where there are any.
+fn wrapped(text: &str, to: usize) -> Vec<&str> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    while let Some((end, _)) = rest.char_indices().nth(to).filter(|(end, _)| *end > 0) {
+        let (part, _) = rest.split_at(end);
+        let at_blank = if rest[end..].starts_with(' ') { Some(end) } else { part.rfind(' ').filter(|at| *at > 0) };
+        let (part, next) = rest.split_at(at_blank.unwrap_or(end));
+        parts.push(part);
+        rest = next.trim_start_matches(' ');
+    }
+    parts.push(rest);
+    parts
 }
 
 /// Names and values, one pair a line. A value is never cut.
@@ -121,8 +147,8 @@ pub fn time_or_null(unix_seconds: u64) -> Option<String> {
     (unix_seconds != 0).then(|| time(unix_seconds))
 }
 
-fn fit(widths: &mut [usize]) {
-    let available = WIDTH_MAX.saturating_sub(GAP.len() * widths.len().saturating_sub(1));
+fn fit(widths: &mut [usize], at_most: usize) {
+    let available = at_most.saturating_sub(GAP.len() * widths.len().saturating_sub(1));
     while widths.iter().sum::<usize>() > available {
         match widths.iter_mut().max() {
             Some(widest) if *widest > COLUMN_WIDTH_MIN => *widest -= 1,
@@ -163,11 +189,29 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_at_most_a_hundred_wide_and_cuts_its_widest_column() {
+    fn at_a_terminal_a_table_is_at_most_a_hundred_wide_and_its_last_column_goes_on_in_the_next_line() {
+        let (name, words) = ("x".repeat(150), "one two three ".repeat(20));
+        let text = laid_out(&["INDEX", "NAME", "DETAIL"], &[row(&["123456", &name, words.trim()])], Some(WIDTH_MAX));
+        assert!(text.lines().all(|line| width(line) <= WIDTH_MAX), "{text}");
+        assert!(text.contains("123456") && text.contains('…'), "{text}");
+        assert_eq!(text.split_whitespace().filter(|word| ["one", "two", "three"].contains(word)).count(), 60, "{text}");
+        let below = text.lines().nth(2).expect("a second line");
+        assert_eq!(below.find(|c| c != ' '), text.find("DETAIL"), "{text}");
+    }
+
+    #[test]
+    fn a_program_reads_every_cell_whole() {
         let long = "x".repeat(150);
-        let text = table(&["INDEX", "DETAIL"], &[row(&["123456", &long])]);
-        assert!(text.lines().all(|line| width(line) <= WIDTH_MAX));
-        assert!(text.contains("123456") && text.contains('…'));
+        let text = laid_out(&["INDEX", "DETAIL"], &[row(&[&long, &long])], None);
+        assert_eq!(text.lines().last(), Some(format!("{long}  {long}").as_str()));
+    }
+
+    #[test]
+    fn what_is_longer_than_a_line_goes_on_between_words() {
+        assert_eq!(wrapped("one two three", 7), ["one two", "three"]);
+        assert_eq!(wrapped("one two three", 6), ["one", "two", "three"]);
+        assert_eq!(wrapped("ébènes", 4), ["ébèn", "es"]);
+        assert_eq!((wrapped("", 4), wrapped("whole", 5)), (vec![""], vec!["whole"]));
     }
 
     #[test]

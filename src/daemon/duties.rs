@@ -9,9 +9,10 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use crate::acts;
 use crate::hsm::Health as TokenHealth;
 use crate::model::{Outage, Refusal};
+use crate::proto::TokenRole;
 
 use super::Cause;
-use super::rooms::Rooms;
+use super::rooms::{Rooms, out_of_service, section};
 
 /// After a failed try: 1 s, 2 s, 4 s … at most this.
 const BACK_OFF_MAX: Duration = Duration::from_secs(30);
@@ -152,7 +153,8 @@ pub(super) async fn health(rooms: Rooms, stop: Arc<watch::Sender<Option<Cause>>>
             Some(tokens) => vec![tokens.authority.health(), tokens.agents.health()],
             None => Vec::new(),
         };
-        let faults: Vec<TokenHealth> = watched.iter_mut().map(|health| health.borrow_and_update().clone()).collect();
+        let roles = [TokenRole::Authority, TokenRole::Agents].into_iter();
+        let faults: Vec<_> = roles.zip(watched.iter_mut().map(|health| health.borrow_and_update().clone())).collect();
         if report(&rooms, &faults).await {
             stop.send_replace(Some(Cause::TokenStuck));
         }
@@ -181,21 +183,28 @@ async fn any_changed(watched: &mut [watch::Receiver<TokenHealth>]) {
 }
 
 /// Tells readiness and health; answers whether a token is stuck for good.
-async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
+async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
     let ledger = rooms.acts.ledger();
-    let hsm = !tokens.is_empty() && tokens.iter().all(|token| token.usable && token.key.is_none());
+    let hsm = !tokens.is_empty() && tokens.iter().all(|(_, token)| token.usable && token.key.is_none());
     let (written, trusted) = (ledger.is_writable(), ledger.clock().now().is_ok());
     let rest = {
         // Held to the end: what the daemon waited for a moment ago is no news after it was ready.
         let mut waiting = rooms.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         // What is missing, in full; and by the names that it keeps while it is missing.
         let mut missing: Vec<(String, String)> = waiting.what.iter().map(|what| (what.clone(), what.clone())).collect();
-        for (token, configured) in tokens.iter().zip([&rooms.config.authority, &rooms.config.agents]) {
-            let name = format!("hsm: token {:?}", configured.label);
-            if !token.usable {
-                missing.push((format!("{name}: {}", token.fault.as_deref().unwrap_or("not usable")), name.clone()));
+        for (role, token) in tokens {
+            match (&token.key, token.usable) {
+                // Where no key can be had, it is no news that one of them cannot.
+                (_, false) => {
+                    let fault = token.fault.as_deref().unwrap_or("it is being connected");
+                    missing.push((out_of_service(&rooms.config, *role, fault), section(*role).to_owned()));
+                }
+                (Some(key), true) => {
+                    let told = format!("{}: {key}; it is looked for again by itself", section(*role));
+                    missing.push((told.clone(), told));
+                }
+                (None, true) => {}
             }
-            missing.extend(token.key.iter().map(|key| format!("{name}: {key}")).map(|key| (key.clone(), key)));
         }
         let rest = [(written, "ledger: it cannot be written"), (trusted, "clock: it jumped; see `keyward clock accept`")];
         missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
@@ -206,5 +215,5 @@ async fn report(rooms: &Rooms, tokens: &[TokenHealth]) -> bool {
         ready
     };
     rooms.health.report(hsm, written, rest).await;
-    tokens.iter().any(|token| token.stuck)
+    tokens.iter().any(|(_, token)| token.stuck)
 }

@@ -1,6 +1,7 @@
 //! The rooms, opened in order; what each start and each stop has to do with them.
 
 use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::authn::Tls;
 use crate::config::Config;
 use crate::hsm::{self, Hsm, Modules};
 use crate::ledger::{Ledger, Settings};
-use crate::model::{Meter, Outage};
+use crate::model::{Meter, Outage, UnixTime};
 use crate::proto::{self, TokenRole, entry::Body};
 
 use super::{Cause, duties, notify};
@@ -87,6 +88,8 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
         ));
     }
     let ledger = opened.ledger;
+    // Of a daemon that was killed: nobody listens there until this one does.
+    let _ = std::fs::remove_file(address(config));
     let started = proto::Started { version: env!("CARGO_PKG_VERSION").to_owned(), config_hash: config.hash.0.to_vec() };
     ledger.record(Body::Started(started)).await.map_err(|refusal| format!("{refusal:?}"))?;
     if opened.closed_unknown > 0 || opened.merged_denials > 0 {
@@ -144,6 +147,7 @@ impl Rooms {
     /// The last entry, the last checkpoint, the tokens.
     pub(super) async fn close(&self, cause: &Cause) {
         let ledger = self.acts.ledger();
+        let _ = std::fs::remove_file(address(&self.config));
         // What has begun ends first, so that no start has to close it as unknown.
         if !ledger.settled(SETTLE_DEADLINE).await {
             tracing::warn!("intents are open at the stop");
@@ -298,10 +302,29 @@ async fn open_token(
     opened.unwrap_or(Err(hsm::Error::ShutDown))
 }
 
-/// Says why a token is not there yet.
+/// Says why a token is not there yet; the other one is not there without it.
 fn not_open(rooms: &Rooms, role: TokenRole, fault: &str) {
-    rooms.readiness.set_pending_tokens(vec![pending(&rooms.config, role, fault)]);
-    rooms.wait_for(Some(fault.to_owned()));
+    let config = &rooms.config;
+    let mut roles = vec![TokenRole::Authority, TokenRole::Agents];
+    roles.truncate(if config.agents == config.authority { 1 } else { 2 });
+    let waits = format!("not open: it waits for {}", section(role));
+    let pending = roles.into_iter().map(|one| pending(config, one, if one == role { fault } else { &waits })).collect();
+    rooms.readiness.set_pending_tokens(pending);
+    rooms.wait_for(Some(out_of_service(config, role, fault)));
+}
+
+/// The section of the configuration that names the token.
+pub(super) fn section(role: TokenRole) -> &'static str {
+    match role {
+        TokenRole::Agents => "hsm.agents",
+        TokenRole::Authority | TokenRole::Unspecified => "hsm.authority",
+    }
+}
+
+/// Why there is no signature of a token, and whether that ends by itself: where it needs an operator, the fault says what to do.
+pub(super) fn out_of_service(config: &Config, role: TokenRole, fault: &str) -> String {
+    let next = if hsm::pin_pending(&config.paths.state, role) { "" } else { "; it is tried again by itself" };
+    format!("{}: the token is out of service: {fault}{next}", section(role))
 }
 
 /// How a token is opened for a configuration.
@@ -326,6 +349,7 @@ fn pending(config: &Config, role: TokenRole, fault: &str) -> proto::TokenStatus 
         module: token.module.display().to_string(),
         label: token.label.clone(),
         fault: fault.to_owned(),
+        faults: vec![proto::TokenFault { fault: fault.to_owned(), count: 1, last_unix_seconds: UnixTime::wall().seconds() }],
         pin_pending: hsm::pin_pending(&config.paths.state, role),
         ..proto::TokenStatus::default()
     }
@@ -344,6 +368,10 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     duties::renew_server_certificate(rooms).await.map(drop).map_err(told)
 }
 
+fn address(config: &Config) -> PathBuf {
+    config.paths.runtime.join("address")
+}
+
 /// Binds TCP, and tells where: join files and `<runtime>/address` carry it.
 async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>), String> {
     let config = &rooms.config;
@@ -354,7 +382,7 @@ async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>),
     } else {
         config.listen.names.iter().map(|name| with_port(name, bound.port())).collect()
     };
-    let path = config.paths.runtime.join("address");
+    let path = address(config);
     std::fs::write(&path, format!("{bound}\n")).map_err(|error| format!("{}: {error}", path.display()))?;
     rooms.acts.set_addresses(addresses.clone());
     rooms.readiness.set_listen(addresses);

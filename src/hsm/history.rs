@@ -1,8 +1,8 @@
 //! What went wrong lately: the last few different faults of a token, for `keyward hsm status`.
 
+use std::fmt::Display;
 use std::sync::{Mutex, PoisonError};
 
-use super::error::Error;
 use crate::model::UnixTime;
 
 /// As many different faults are kept; the one that was last seen longest ago makes room.
@@ -21,51 +21,44 @@ pub struct FaultSeen {
     pub last: UnixTime,
 }
 
-/// The faults of one token.
+/// The faults of one token, the newest last.
 #[derive(Default)]
 pub(super) struct History(Mutex<Vec<FaultSeen>>);
 
 impl History {
-    pub(super) fn note(&self, error: &Error) {
-        let fault: String = error.to_string().chars().take(TEXT_MAX).collect();
-        let last = UnixTime::wall();
+    pub(super) fn note(&self, fault: impl Display) {
+        let fault: String = fault.to_string().chars().take(TEXT_MAX).collect();
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = seen.iter_mut().find(|known| known.fault == fault) {
-            (known.count, known.last) = (known.count + 1, last);
-            return;
+        let known = seen.iter().position(|known| known.fault == fault).map(|at| seen.remove(at));
+        if seen.len() >= KEPT {
+            seen.remove(0);
         }
-        if seen.len() >= KEPT
-            && let Some(oldest) = seen.iter().enumerate().min_by_key(|(_, known)| known.last).map(|(at, _)| at)
-        {
-            seen.swap_remove(oldest);
-        }
-        seen.push(FaultSeen { fault, count: 1, last });
+        seen.push(FaultSeen { fault, count: known.map_or(0, |known| known.count) + 1, last: UnixTime::wall() });
     }
 
     /// The newest first.
     pub(super) fn newest_first(&self) -> Vec<FaultSeen> {
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        seen.sort_by_key(|known| std::cmp::Reverse(known.last));
-        seen
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().rev().cloned().collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hsm::Error;
 
     #[test]
     fn the_same_fault_is_counted_and_the_oldest_makes_room() {
         let history = History::default();
         for _ in 0..3 {
-            history.note(&Error::QueueFull);
+            history.note(Error::QueueFull);
         }
         assert_eq!(history.newest_first().iter().map(|seen| seen.count).collect::<Vec<_>>(), [3]);
         for number in 0..20 {
-            history.note(&Error::Unusable(number.to_string()));
+            history.note(Error::Unusable(number.to_string()));
         }
         let seen = history.newest_first();
-        assert_eq!(seen.len(), KEPT);
+        assert_eq!((seen.len(), &seen[0].fault), (KEPT, &Error::Unusable("19".into()).to_string()));
         assert!(!seen.iter().any(|seen| seen.fault == Error::QueueFull.to_string()));
     }
 }

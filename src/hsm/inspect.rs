@@ -26,7 +26,7 @@ pub struct Status {
     pub serial: String,
     /// Signatures can be had.
     pub usable: bool,
-    /// The newest fault; stays after it has passed.
+    /// The newest of `faults`; stays after it has passed.
     pub fault: Option<String>,
     /// Sign lanes that serve.
     pub lanes: usize,
@@ -129,17 +129,17 @@ impl Hsm {
     /// The token's state now.
     #[must_use]
     pub fn status(&self) -> Status {
-        let (token, health) = (&self.0, self.0.health().borrow().clone());
+        let (token, usable) = (&self.0, self.0.is_usable());
         let capabilities = self.capabilities();
         let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
-        let count = token.crew.count();
+        let (count, faults) = (token.crew.count(), token.history.newest_first());
         Status {
             role: token.settings.role,
             module: token.settings.token.module.clone(),
             label: token.settings.token.label.clone(),
             serial: token.serial().into(),
-            usable: health.usable,
-            fault: health.fault,
+            usable,
+            fault: faults.first().map(|newest| newest.fault.clone()),
             lanes: count.serving,
             hanging: count.hanging,
             sessions: token.sessions_open(),
@@ -151,15 +151,19 @@ impl Hsm {
             off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
             pace: token.admission.pace(),
             turned_away: token.admission.turned_away(),
-            faults: token.history.newest_first(),
+            faults,
             capabilities: capabilities.clone(),
         }
     }
 
     /// Has the token do what it is there for: `signatures` canaries through the lanes, and every key that is in use looked up anew,
-    /// with its attributes read back and a test signature. The longest canary is the one that is told.
+    /// with its attributes read back and a test signature. The longest canary is the one that is told. Of a token that is out of service
+    /// that alone is told, and nothing of its keys.
     pub async fn test(&self, signatures: usize) -> Vec<Check> {
         let token = &self.0;
+        if let Err(error) = self.check_usable() {
+            return vec![Check { name: "in service".into(), outcome: Err(error) }];
+        }
         let mut checks = Vec::new();
         if let Some(canary) = token.canary() {
             let mut longest = Ok(Duration::ZERO);

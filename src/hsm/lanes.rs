@@ -276,13 +276,17 @@ impl Token {
 
     /// Counts an error for the token's health, as the table says.
     pub(super) fn report(&self, error: &Error) {
-        self.history.note(error);
+        let served = self.is_usable();
         match error.verdict().token {
             Condition::Fine => {}
             Condition::Suspect if !self.suspect_again() => {}
             Condition::Suspect | Condition::Lost => self.suspend(&error.to_string(), Remedy::Restart),
             // What took this login took those of its neighbours.
             Condition::LoggedOut => self.module.suspend_all(self, &error.to_string()),
+        }
+        // What took it out of service was noted there.
+        if !served || self.is_usable() {
+            self.history.note(error);
         }
     }
 }

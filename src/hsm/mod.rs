@@ -34,7 +34,7 @@ pub use error::{Error, SignError};
 pub use faults::Place;
 pub use history::FaultSeen;
 pub use inspect::{Check, SlotSeen, Status, TokenSeen};
-pub use modules::{Modules, harden};
+pub use modules::{Modules, finds_tokens_by, harden};
 pub use pin::{Unlock, ask_to_unlock, asked_to_unlock, pin_pending, unlock};
 pub use probe::Capabilities;
 pub use token::Health;

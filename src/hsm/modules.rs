@@ -14,7 +14,7 @@ use cryptoki::slot::{Slot, TokenInfo};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 use super::error::Error;
-use super::faults::{Place, Remedy};
+use super::faults::{Place, Remedy, name};
 use super::token::Token;
 use crate::config;
 
@@ -60,7 +60,13 @@ impl Modules {
         let context = Pkcs11::new(&real).map_err(|error| failed(error.to_string()))?;
         // The last clone to be dropped would unload it, under threads whose ends still run in it.
         std::mem::forget(context.clone());
-        initialize(&context).map_err(|error| failed(format!("{error:?}")))?;
+        initialize(&context).map_err(|error| {
+            let cause = match error {
+                Cryptoki::Pkcs11(code, _) => format!("C_Initialize answered {}", name(code)),
+                other => other.to_string(),
+            };
+            failed(finds_tokens_by(&real).into_iter().fold(cause, |cause, hint| format!("{cause}; {hint}")))
+        })?;
         if let Ok(info) = context.get_library_info() {
             tracing::info!(module = %real.display(), library = %info.library_description(), manufacturer = %info.manufacturer_id(),
                 "PKCS#11 module loaded");
@@ -75,6 +81,18 @@ impl Modules {
         loaded.insert(real, Arc::clone(&module));
         Ok(module)
     }
+}
+
+/// Where a module looks for its tokens, if only its environment tells: what to look at when they are not there.
+#[must_use]
+pub fn finds_tokens_by(module: &Path) -> Option<String> {
+    let file = module.file_name()?.to_string_lossy();
+    let known = [("softhsm", "SOFTHSM2_CONF"), ("kryoptic", "KRYOPTIC_CONF")];
+    let (_, variable) = known.into_iter().find(|(part, _)| file.contains(part))?;
+    Some(match std::env::var_os(variable) {
+        Some(value) => format!("it finds its tokens by {variable}, which is {} here", value.display()),
+        None => format!("it finds its tokens by {variable}, which is not set here"),
+    })
 }
 
 /// A module's constructors run in our address space as soon as it is loaded: whoever may write it is us.
@@ -243,7 +261,11 @@ impl Module {
                 label: wanted.label.clone(),
                 serial: wanted.serial.as_ref().map(|serial| format!(" with serial {serial:?}")).unwrap_or_default(),
                 matches: more + usize::from(last.is_some()),
-                found: if found.is_empty() { "no token".into() } else { found },
+                found: match finds_tokens_by(&wanted.module) {
+                    _ if !found.is_empty() => found,
+                    Some(hint) => format!("no token; {hint}"),
+                    None => "no token".into(),
+                },
             }),
         }
     }

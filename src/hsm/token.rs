@@ -307,6 +307,7 @@ impl Token {
             if fault == SHUT_DOWN {
                 tracing::info!(token = %self.settings.token.label, "the token is closed");
             } else {
+                self.history.note(fault);
                 tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
             }
         }

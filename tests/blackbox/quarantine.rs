@@ -5,7 +5,7 @@ use std::thread;
 
 use keyward::proto::IntentKind;
 
-use crate::house::wire::{Draft, Identity, refused};
+use crate::house::wire::{Draft, Face, Identity, ServingStatus, refused};
 use crate::house::{Body, House};
 
 #[test]
@@ -188,4 +188,23 @@ fn a_quarantined_agents_attempts_are_recorded_and_refer_to_the_book() {
         _ => false,
     };
     assert!(told, "entry {index} tells of it");
+}
+
+/// While the token is away nothing is signed for anybody; who is quarantined hears that it would not be, and nobody else hears it.
+#[test]
+fn a_quarantined_agent_hears_so_while_the_token_is_away_once_it_has_proved_who_it_is() {
+    let house = House::new().with_shim().initialised().served();
+    let wire = house.wire();
+    let [bad, good] = ["builder/1", "builder/2"].map(|name| Identity::of(&house.attested(name)));
+    wire.quarantine("builder/1");
+    house.shim().tell("lose");
+    wire.health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    let (as_bad, as_good) = (Draft::bound("builder/1", 1), Draft::bound("builder/2", 1));
+    refused(wire.renew(Some(&bad), as_bad.renewal(&bad)), "AGENT_QUARANTINED");
+    refused(wire.attest(None, |challenge| as_bad.rejoined(challenge, &bad)), "AGENT_QUARANTINED");
+    refused(wire.renew(Some(&good), as_good.renewal(&good)), "HSM_UNAVAILABLE");
+    refused(wire.attest(None, |challenge| as_good.rejoined(challenge, &good)), "HSM_UNAVAILABLE");
+    // Who proves nothing cannot tell one from the other.
+    refused(wire.attest(None, |challenge| as_bad.rejoined(challenge, &good)), "PROOF_INVALID");
+    refused(wire.attest(None, |challenge| as_good.rejoined(challenge, &bad)), "PROOF_INVALID");
 }

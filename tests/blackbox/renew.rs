@@ -2,12 +2,15 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use keyward::proto::RenewRequest;
 use prost::Message as _;
 
-use crate::house::House;
-use crate::house::wire::{Draft, Identity, Wire, refused};
+use crate::crash::Holder;
+use crate::faults::unavailable;
+use crate::house::wire::{Draft, Face, Identity, ServingStatus, Wire, refused};
+use crate::house::{DEADLINE, House};
 
 /// An attested agent as its own client sees it: what it holds, and what to claim next.
 fn attested(wire: &Wire, name: &str) -> (Identity, u64) {
@@ -72,6 +75,74 @@ fn a_lost_answer_is_given_again_byte_for_byte_and_signed_once() {
     let again = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
     assert_eq!(first, again);
     assert!(house.signatures().made.values().all(|count| *count == 1), "{:?}", house.signatures());
+}
+
+/// It is in the book: no token is needed to give it again.
+#[test]
+fn a_lost_answer_is_given_again_while_the_token_is_away() {
+    let house = House::new().with_shim().initialised().served();
+    let wire = house.wire();
+    let join = wire.enrol("builder/1");
+    let first = Draft::join(&join);
+    let attested = wire.attest(None, |challenge| first.joined(challenge, &join.token_seed)).unwrap();
+    let (holder, sequence) = self::attested(&wire, "builder/2");
+    let next = Draft::bound("builder/2", sequence);
+    let renewed = wire.renew(Some(&holder), next.renewal(&holder)).unwrap();
+    house.shim().tell("lose");
+    wire.health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    assert_eq!(wire.attest(None, |challenge| first.joined(challenge, &join.token_seed)).unwrap(), attested);
+    assert_eq!(wire.renew(Some(&holder), next.renewal(&holder)).unwrap(), renewed);
+    let fresh = Draft::bound("builder/2", renewed.next_sequence);
+    let holder = next.identity(&renewed);
+    refused(wire.renew(Some(&holder), fresh.renewal(&holder)), "HSM_UNAVAILABLE");
+    house.shim().tell("return");
+    wire.health_becomes(Face::Operator, "", ServingStatus::Serving);
+    wire.renew(Some(&holder), fresh.renewal(&holder)).unwrap();
+}
+
+#[test]
+fn a_lost_answer_is_given_again_while_others_are_turned_away() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_shim().initialised();
+    house.shim_script("delay C_Sign ms=100\n");
+    house.serve();
+    let wire = house.wire();
+    let (holder, sequence) = attested(&wire, "builder/1");
+    let draft = Draft::bound("builder/1", sequence);
+    let answer = wire.renew(Some(&holder), draft.renewal(&holder)).unwrap();
+    let mut standing = wire.standing(&holder);
+    let crowd: Vec<_> = (0..14).map(|number| Holder::attest(&house, &format!("crowd/{number}"))).collect();
+    let (over, turned_away) = (&AtomicBool::new(false), &AtomicUsize::new(0));
+    let repeated: Vec<_> = thread::scope(|scope| {
+        for mut holder in crowd {
+            let house = &house;
+            scope.spawn(move || {
+                while !over.load(Ordering::SeqCst) {
+                    let answer = holder.try_renew(house);
+                    if answer.as_ref().is_err_and(|refusal| refusal.reason == "OVERLOADED") {
+                        turned_away.fetch_add(1, Ordering::SeqCst);
+                    }
+                    unavailable(answer);
+                }
+            });
+        }
+        // So many more were turned away; false: nobody is any more.
+        let crowded = |more| {
+            let wanted = turned_away.load(Ordering::SeqCst) + more;
+            let until = Instant::now() + DEADLINE;
+            while turned_away.load(Ordering::SeqCst) < wanted && Instant::now() < until {
+                thread::sleep(Duration::from_millis(5));
+            }
+            turned_away.load(Ordering::SeqCst) >= wanted
+        };
+        let answers = (0..20).map_while(|_| crowded(1).then(|| wire.renew_over(&mut standing, draft.renewal(&holder))));
+        let answers = answers.collect();
+        over.store(true, Ordering::SeqCst);
+        answers
+    });
+    assert_eq!(repeated.len(), 20, "there was a crowd all the time");
+    for repeated in repeated {
+        assert_eq!(repeated.unwrap(), answer);
+    }
 }
 
 #[test]
@@ -143,7 +214,7 @@ fn one_agent_that_asks_without_end_keeps_nobody_from_a_slow_token() {
             });
         }
         while asked.load(Ordering::SeqCst) < 100 {
-            thread::sleep(std::time::Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
         let answers = (0..7).filter_map(|_| {
             let draft = Draft::bound("builder/2", due);

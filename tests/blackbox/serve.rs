@@ -183,3 +183,18 @@ fn strangers_refused_in_the_last_second_are_counted_in_the_book() {
         .sum();
     assert_eq!(counted, 1);
 }
+
+#[test]
+fn the_address_is_told_only_while_somebody_listens_there() {
+    let mut house = House::serving();
+    let address = house.runtime().join("address");
+    assert_eq!(std::fs::read_to_string(&address).unwrap().trim_end(), house.address().to_string());
+    assert_eq!(house.stop(), 0);
+    assert!(!address.exists(), "after a stop");
+    house.serve();
+    house.kill9();
+    assert!(address.exists(), "nobody was there to remove it");
+    house.take_tokens_away();
+    house.start();
+    assert!(!house.daemon().was_ready() && !address.exists(), "before the agents' side is open");
+}

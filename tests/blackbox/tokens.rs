@@ -1,17 +1,21 @@
 //! What an operator asks of the tokens: which there are, how they are, whether they do what they are there for.
 
 use std::fs;
+use std::time::Instant;
 
 use keyward::proto::Purpose;
 use serde_json::Value;
 
 use crate::house::wire::{Face, ServingStatus};
-use crate::house::{Body, House, Output, instrument, run};
+use crate::house::{Body, DEADLINE, House, Output, instrument, run};
 use crate::instruments;
 
-/// The token of a role, of `keyward hsm status`.
+/// The token of a role, of `keyward hsm status`, whose exit code says whether all of them are usable.
 fn status(house: &House, role: &str) -> Value {
-    let tokens = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
+    let output = house.keyward(&["hsm", "status", "--format", "json"]);
+    let tokens = output.json();
+    let usable = tokens.as_array().unwrap().iter().all(|token| token["usable"] == true);
+    let tokens = output.exits(if usable { 0 } else { 5 }).json();
     tokens.as_array().unwrap().iter().find(|token| token["role"] == role).expect("a token of that role").clone()
 }
 
@@ -50,7 +54,7 @@ fn slots_are_shown_before_init_without_a_pin_and_without_a_login() {
     let arguments = ["hsm", "slots", "--format", "json", "--module"];
     let seen = rows(&run(command.env("KEYWARD_CONFIG", nowhere).args(arguments).arg(house.module())).ok());
     assert!(seen.iter().any(|slot| slot["label"] == "authority" && slot["configured"] == serde_json::json!([])), "{seen:?}");
-    house.keyward(&["hsm", "slots", "--module", "/nowhere.so"]).exits(1).says("/nowhere.so");
+    house.keyward(&["hsm", "slots", "--module", "/nowhere.so"]).exits(5).says("/nowhere.so");
 }
 
 #[test]
@@ -68,6 +72,70 @@ fn slots_show_a_pin_of_which_one_try_is_left_and_a_token_that_cannot_be_describe
     assert!(slots.iter().any(|slot| slot["configured"] != serde_json::json!([])), "{slots:?}");
     house.shim_script("hang C_GetSlotList");
     house.keyward(&["hsm", "slots"]).unavailable("does not answer");
+}
+
+#[test]
+fn slots_warn_of_a_configured_token_that_no_module_shows_and_of_a_module_that_cannot_start() {
+    let house = House::new();
+    assert_eq!(house.keyward(&["hsm", "slots"]).ok().stderr, "");
+    house.take_tokens_away();
+    let output = house.keyward(&["hsm", "slots"]).ok();
+    for role in ["authority", "agents"] {
+        let (variable, _) = house.module_environment();
+        let warning = output.stderr.lines().find(|line| line.contains(&format!("hsm.{role} names token {role:?}")));
+        assert!(warning.is_some_and(|line| line.starts_with("warning: ") && line.contains(variable)), "{output:?}");
+    }
+    let house = House::new().with_shim();
+    house.shim_script("fail C_Initialize rv=5");
+    let output = house.keyward(&["hsm", "slots"]).exits(5).says("C_Initialize answered CKR_GENERAL_ERROR");
+    assert!(!output.stderr.contains("Pkcs11("), "{output:?}");
+}
+
+/// What `keyward status` has against being ready.
+fn causes(house: &House) -> Vec<String> {
+    let status = house.keyward(&["status", "--format", "json"]).json();
+    status["not_ready_because"].as_array().unwrap().iter().map(|cause| cause.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn while_tokens_are_away_the_status_names_them_and_not_their_keys() {
+    let house = House::serving();
+    house.take_tokens_away();
+    let until = Instant::now() + DEADLINE;
+    let out_of_service = |cause: &String, role: &str| {
+        cause.starts_with(&format!("hsm.{role}: the token is out of service: "))
+            && cause.ends_with("; it is tried again by itself")
+    };
+    let all = |causes: &[String]| {
+        let roles = ["authority", "agents"];
+        causes.len() == 2 && causes.iter().zip(roles).all(|(cause, role)| out_of_service(cause, role))
+    };
+    while !all(&causes(&house)) {
+        assert!(Instant::now() < until, "{:?}", causes(&house));
+    }
+    house.bring_tokens_back();
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    assert!(causes(&house).is_empty());
+}
+
+#[test]
+fn a_daemon_that_starts_without_its_tokens_tells_of_both() {
+    let mut house = House::new().initialised();
+    house.take_tokens_away();
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let told = causes(&house);
+    assert!(told[0].starts_with("hsm.authority: ") && told[0].ends_with("; it is tried again by itself"), "{told:?}");
+    let (authority, agents) = (status(&house, "authority"), status(&house, "agents"));
+    assert_eq!((&authority["usable"], &authority["fault"]), (&false.into(), &authority["faults"][0]["fault"]), "{authority}");
+    assert_eq!(
+        (&agents["usable"], &agents["fault"]),
+        (&false.into(), &"not open: it waits for hsm.authority".into()),
+        "{agents}"
+    );
+    house.bring_tokens_back();
+    assert!(house.daemon().is_ready());
+    assert_eq!(status(&house, "agents")["usable"], true);
 }
 
 #[test]
@@ -90,8 +158,9 @@ fn the_status_tells_what_a_token_is_what_it_can_and_what_it_has_been_through() {
     let away = status(&house, "authority");
     assert_eq!(away["usable"], false);
     assert!(!away["fault"].as_str().unwrap().is_empty(), "{away}");
-    let table = house.keyward(&["hsm", "status"]).ok().stdout;
-    assert!(table.contains("NO"), "{table}");
+    assert_eq!(away["fault"], away["faults"][0]["fault"], "the newest one has a time: {away}");
+    let table = house.keyward(&["hsm", "status"]).exits(5).stdout;
+    assert!(table.contains("NO: it is tried again by itself") && table.contains("newest fault  20"), "{table}");
     house.shim().tell("return");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     let after = status(&house, "authority");
@@ -126,9 +195,11 @@ fn a_test_of_the_tokens_fails_when_a_key_is_missing() {
     let failed: Vec<Value> = rows(&output).into_iter().filter(|check| check["passed"] == false).collect();
     let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(failed.iter().map(|check| &check["check"]).collect::<Vec<_>>(), [&format!("key {hex}")], "{output:?}");
-    // The rest is as it was: quarantine, the book, and the daemon itself.
+    // The rest is as it was: quarantine, the book, and the daemon itself. The token is well, and what is said is the key.
     house.quarantine("builder/1").exits(4);
-    assert_eq!(house.wire().health(Face::Operator, "hsm").unwrap(), ServingStatus::Serving);
+    house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    assert_eq!(causes(&house), [format!("hsm.authority: key {hex} is not in the token; it is looked for again by itself")]);
+    assert_eq!(status(&house, "authority")["usable"], true);
 }
 
 #[test]
@@ -136,6 +207,9 @@ fn a_test_of_the_tokens_fails_when_a_token_is_away_or_was_never_opened() {
     let mut house = House::new().with_shim().initialised().served();
     house.shim().tell("lose");
     house.keyward(&["hsm", "test"]).exits(5).says("failed");
+    house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
+    let checks = rows(&house.keyward(&["hsm", "test", "--format", "json"]).exits(5));
+    assert!(checks.iter().any(|check| check["role"] == "authority" && check["check"] == "in service"), "{checks:?}");
     house.shim().tell("return");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     house.keyward(&["hsm", "test"]).ok();

@@ -44,11 +44,13 @@ fn locked(house: &mut House) -> usize {
 fn is_locked(house: &House) {
     let until = Instant::now() + DEADLINE;
     loop {
-        let status = house.keyward(&["hsm", "status", "--format", "json"]).ok().json();
-        if status[0]["pin_pending"] == true {
+        let status = house.keyward(&["hsm", "status", "--format", "json"]);
+        let tokens = status.json();
+        if tokens[0]["pin_pending"] == true {
+            status.exits(5);
             return;
         }
-        assert!(Instant::now() < until, "{status}");
+        assert!(Instant::now() < until, "{tokens}");
         thread::sleep(Duration::from_millis(20));
     }
 }

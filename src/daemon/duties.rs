@@ -164,7 +164,7 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
     let hsm = !tokens.is_empty() && tokens.iter().all(|(_, token)| token.usable && token.key.is_none());
     missing.extend(tokens.iter().filter_map(|(role, token)| match (&token.key, token.usable) {
         // Where no key can be had, it is no news that one of them cannot.
-        (_, false) => Some(out_of_service(&rooms.config, *role, token.fault.as_deref().unwrap_or("it is being connected"))),
+        (_, false) => Some(out_of_service(*role, token.fault.as_deref().unwrap_or("it is being connected"))),
         (Some(key), true) => Some(format!("{}: {key}; it is looked for again by itself", section(*role))),
         (None, true) => None,
     }));

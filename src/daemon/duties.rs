@@ -197,7 +197,7 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
                 // Where no key can be had, it is no news that one of them cannot.
                 (_, false) => {
                     let fault = token.fault.as_deref().unwrap_or("it is being connected");
-                    missing.push((out_of_service(&rooms.config, *role, fault), section(*role).to_owned()));
+                    missing.push((out_of_service(*role, fault), section(*role).to_owned()));
                 }
                 (Some(key), true) => {
                     let told = format!("{}: {key}; it is looked for again by itself", section(*role));

@@ -310,7 +310,7 @@ fn not_open(rooms: &Rooms, role: TokenRole, fault: &str) {
     let waits = format!("not open: it waits for {}", section(role));
     let pending = roles.into_iter().map(|one| pending(config, one, if one == role { fault } else { &waits })).collect();
     rooms.readiness.set_pending_tokens(pending);
-    rooms.wait_for(Some(out_of_service(config, role, fault)));
+    rooms.wait_for(Some(out_of_service(role, fault)));
 }
 
 /// The section of the configuration that names the token.
@@ -321,9 +321,10 @@ pub(super) fn section(role: TokenRole) -> &'static str {
     }
 }
 
-/// Why there is no signature of a token, and whether that ends by itself: where it needs an operator, the fault says what to do.
-pub(super) fn out_of_service(config: &Config, role: TokenRole, fault: &str) -> String {
-    let next = if hsm::pin_pending(&config.paths.state, role) { "" } else { "; it is tried again by itself" };
+/// Why there is no signature of a token, and whether that ends by itself: where an operator has to act, the fault says so. (The marker of
+/// a login does not tell: it is there during each one.)
+pub(super) fn out_of_service(role: TokenRole, fault: &str) -> String {
+    let next = if fault.contains("keyward hsm unlock") { "" } else { "; it is tried again by itself" };
     format!("{}: the token is out of service: {fault}{next}", section(role))
 }
 

@@ -220,4 +220,7 @@ fn a_test_of_the_tokens_fails_when_a_token_is_away_or_was_never_opened() {
     let checks = rows(&house.keyward(&["hsm", "test", "--format", "json"]).exits(5));
     assert!(checks[0]["error"].as_str().unwrap().contains("PIN"), "{checks:?}");
     assert_eq!(status(&house, "authority")["pin_pending"], true);
+    let told = causes(&house);
+    assert!(told[0].starts_with("hsm.authority: ") && told[0].contains("keyward hsm unlock"), "{told:?}");
+    assert!(!told[0].contains("by itself"), "it waits for the operator: {told:?}");
 }

@@ -13,7 +13,7 @@ use tonic_types::StatusExt as _;
 use super::*;
 use crate::model::{Algorithm, Csr, Meter, PublicKey, SecretBytes, join_public_key};
 use crate::proto::agent_service_server::{AgentService, AgentServiceServer};
-use crate::proto::{self, Ask, AttestResponse, Challenge, RenewResponse};
+use crate::proto::{self, Ask, AttestResponse, Challenge, RenewResponse, WatchBundleRequest, WatchBundleResponse};
 
 pub(crate) struct Seen {
     /// Asks in the order of their arrival.
@@ -126,6 +126,12 @@ impl AgentService for Server {
             let _ = sender.send(credential).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type WatchBundleStream = Pin<Box<dyn Stream<Item = Result<WatchBundleResponse, Status>> + Send>>;
+
+    async fn watch_bundle(&self, _: Request<WatchBundleRequest>) -> Result<Response<Self::WatchBundleStream>, Status> {
+        Err(Status::unimplemented("a daemon from before"))
     }
 
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {

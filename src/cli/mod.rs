@@ -8,6 +8,7 @@ mod agent;
 mod agent_run;
 mod agents;
 mod bench;
+mod bundle;
 mod ca;
 mod clock;
 mod config;
@@ -126,6 +127,9 @@ enum Command {
     /// The authorities of the trust domain (operator).
     #[command(subcommand)]
     Ca(ca::Verb),
+    /// What peers of this trust domain trust (operator).
+    #[command(subcommand)]
+    Bundle(bundle::Verb),
     /// The PKCS#11 tokens (operator).
     #[command(subcommand)]
     Hsm(hsm::Verb),
@@ -195,6 +199,7 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Crl(verb) => done(block_on(crl::run(verb, &global, output))),
         Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),
         Command::Ca(verb) => done(block_on(ca::run(verb, &global, output))),
+        Command::Bundle(verb) => done(block_on(bundle::run(verb, &global, output))),
         Command::Hsm(verb) => done(block_on(hsm::run(verb, &global, output))),
         Command::Status => block_on(status::run(&global, output)),
         Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),

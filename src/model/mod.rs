@@ -15,6 +15,7 @@ mod meter;
 mod number;
 mod refusal;
 mod secret;
+mod spiffe_bundle;
 
 pub use binder::{attest_binder, renew_binder};
 pub use clock::{Clock, ClockUntrusted, UnixTime};
@@ -27,5 +28,6 @@ pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
 pub use number::{Digest, KeyTag, Serial, TokenId, hex, unhex};
 pub use refusal::Refusal;
 pub use secret::SecretBytes;
+pub use spiffe_bundle::{SpiffeBundle, UnknownAuthority};
 
 pub use crate::proto::Reason;

@@ -5,6 +5,7 @@
 //! from an argument or the environment, prints one other than a join file asked for with `--out -`.
 
 mod agent;
+mod agent_follow;
 mod agent_run;
 mod agents;
 mod bench;

@@ -37,18 +37,21 @@ pub(super) struct Agents {
     shares: Arc<Shares<IpAddr>>,
     renewals: Arc<Shares<AgentId>>,
     watches: Arc<Shares<AgentId>>,
+    watchers: Arc<Semaphore>,
     stopping: watch::Receiver<bool>,
 }
 
 impl Agents {
-    /// Streams without an end of their own end when `stopping` is true.
-    pub(super) fn new(acts: Arc<Acts>, strangers_max: usize, stopping: watch::Receiver<bool>) -> Self {
+    /// Who follows the bundle keeps a connection, of `connections_max`: at most half of them, so that renewals find the other. Streams without
+    /// an end of their own end when `stopping` is true.
+    pub(super) fn new(acts: Arc<Acts>, strangers_max: usize, connections_max: usize, stopping: watch::Receiver<bool>) -> Self {
         Self {
             acts,
             strangers: Arc::new(Semaphore::new(strangers_max)),
             shares: Shares::of(strangers_max / 2),
             renewals: Shares::of(RENEWALS_MAX),
             watches: Shares::of(WATCHES_MAX),
+            watchers: Arc::new(Semaphore::new(connections_max / 2)),
             stopping,
         }
     }
@@ -151,16 +154,21 @@ impl AgentService for Agents {
     async fn watch_bundle(&self, request: Request<WatchBundleRequest>) -> Result<Response<Self::WatchBundleStream>, Status> {
         let connection = Self::connection(&request)?;
         let mut watch = self.acts.watch_bundle(&connection).await.map_err(|refusal| status_of(&refusal))?;
-        let Some(share) = connection.named().and_then(|agent| self.watches.take(agent.clone())) else {
-            self.acts.ledger().refused_stranger(Reason::WatchesTaken, Some(connection.source()));
-            let refusal =
-                Refusal::new(Reason::WatchesTaken, "this agent follows the bundle as often as it may; end another stream");
-            return Err(status_of(&refusal.retry_after(Duration::from_secs(10))));
+        let refuse = |reason, advice, wait| {
+            self.acts.ledger().refused_stranger(reason, Some(connection.source()));
+            status_of(&Refusal::new(reason, advice).retry_after(Duration::from_secs(wait)))
         };
+        let share = connection.named().and_then(|agent| self.watches.take(agent.clone()));
+        let share = share.ok_or_else(|| {
+            refuse(Reason::WatchesTaken, "this agent follows the bundle as often as it may; end another stream", 10)
+        })?;
+        let place = Arc::clone(&self.watchers).try_acquire_owned();
+        let place = place
+            .map_err(|_| refuse(Reason::Overloaded, "too many follow the bundle; renewals bring it until there is room", 60))?;
         let mut stopping = self.stopping.clone();
         let (answers, stream) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
-            let _share = share;
+            let _place = (place, share);
             // A place first, then what goes there: who reads slowly gets the newest bundle, not those before it.
             while let Ok(place) = answers.reserve().await {
                 let told = tokio::select! {

@@ -148,7 +148,7 @@ impl Acts {
     }
 
     /// A refusal of a known identity is an entry, one of a stranger a count.
-    async fn record_refusal(&self, method: &str, source: &Connection, rejected: Rejected) -> Refusal {
+    pub(super) async fn record_refusal(&self, method: &str, source: &Connection, rejected: Rejected) -> Refusal {
         match &rejected.agent {
             Some(agent) => {
                 tracing::info!(method, %agent, source = %source.source(), refusal = ?rejected.refusal, "refused");

@@ -5,6 +5,7 @@
 //! speaks a wire format, decides who a caller is, signs what the ledger has not recorded.
 
 mod authorities;
+mod bundle;
 mod certificate;
 mod checkpoint;
 mod clock;
@@ -28,9 +29,9 @@ use crate::config::{Config, Limits};
 use crate::hsm;
 use crate::ledger::Ledger;
 use crate::model::{Clock, Reason, Refusal, TrustDomain};
-use crate::proto;
 
 pub use authorities::Authorities;
+pub use bundle::BundleWatch;
 pub use certificate::{Authority, Issued, assemble};
 pub use checkpoint::verifier_key;
 pub use crl::Crl;
@@ -49,6 +50,7 @@ pub struct Acts {
     addresses: ArcSwap<Vec<String>>,
     /// Absent while the token is.
     authorities: ArcSwapOption<Authorities>,
+    bundles: bundle::Bundles,
     crl: Crl,
 }
 
@@ -62,6 +64,7 @@ impl Acts {
             limits: config.limits.clone(),
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
+            bundles: bundle::Bundles::default(),
             crl,
         }
     }
@@ -83,9 +86,12 @@ impl Acts {
         self.addresses.store(Arc::new(addresses));
     }
 
-    /// The token is there: its keys are bound.
+    /// The token is there, or authorities have changed: what the ledger has of them is in force from here on. Whoever follows the bundle
+    /// hears of it.
     pub fn set_authorities(&self, authorities: Authorities) {
+        let bundle = authorities.bundle();
         self.authorities.store(Some(Arc::new(authorities)));
+        self.bundles.publish(bundle);
     }
 
     /// The authorities, if the token is there.
@@ -111,10 +117,6 @@ impl Acts {
             )
             .because(error)
         })
-    }
-
-    fn bundle(&self) -> Result<proto::Bundle, Refusal> {
-        Ok(self.authorities()?.bundle())
     }
 }
 

@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -15,7 +16,10 @@ use crate::attest::{Ask, Challenge};
 use crate::authn::Connection;
 use crate::model::{AgentId, Reason, Refusal};
 use crate::proto::agent_service_server::AgentService;
-use crate::proto::{self, AttestRequest, AttestResponse, RenewRequest, RenewResponse, attest_response::Step};
+use crate::proto::{
+    self, AttestRequest, AttestResponse, RenewRequest, RenewResponse, WatchBundleRequest, WatchBundleResponse,
+    attest_response::Step,
+};
 
 use super::convert;
 use super::refusal::status_of;
@@ -23,21 +27,32 @@ use super::shares::{Shares, network_of};
 
 /// Renewals of one agent under way at once. One is what it needs; more are answers that it has lost.
 const RENEWALS_MAX: usize = 4;
+/// Streams of one agent that follow the bundle. One is what it needs; more are of a process that was replaced, or of a connection
+/// whose end nobody has noticed yet.
+const WATCHES_MAX: usize = 4;
 
 pub(super) struct Agents {
     acts: Arc<Acts>,
     strangers: Arc<Semaphore>,
     shares: Arc<Shares<IpAddr>>,
     renewals: Arc<Shares<AgentId>>,
+    watches: Arc<Shares<AgentId>>,
+    watchers: Arc<Semaphore>,
+    stopping: watch::Receiver<bool>,
 }
 
 impl Agents {
-    pub(super) fn new(acts: Arc<Acts>, strangers_max: usize) -> Self {
+    /// Who follows the bundle keeps a connection, of `connections_max`: at most half of them, so that renewals find the other. Streams without
+    /// an end of their own end when `stopping` is true.
+    pub(super) fn new(acts: Arc<Acts>, strangers_max: usize, connections_max: usize, stopping: watch::Receiver<bool>) -> Self {
         Self {
             acts,
             strangers: Arc::new(Semaphore::new(strangers_max)),
             shares: Shares::of(strangers_max / 2),
             renewals: Shares::of(RENEWALS_MAX),
+            watches: Shares::of(WATCHES_MAX),
+            watchers: Arc::new(Semaphore::new(connections_max / 2)),
+            stopping,
         }
     }
 
@@ -51,7 +66,7 @@ impl Agents {
 }
 
 fn credential(acts: &Acts, issued: Issued) -> Result<proto::Credential, Refusal> {
-    Ok(convert::credential(issued, acts.authorities()?.bundle()))
+    Ok(convert::credential(issued, acts.bundle()?))
 }
 
 #[tonic::async_trait]
@@ -131,5 +146,47 @@ impl AgentService for Agents {
         let credential =
             renewed.await.unwrap_or_else(|error| Err(Refusal::internal(error))).map_err(|refusal| status_of(&refusal))?;
         Ok(Response::new(RenewResponse { credential: Some(credential) }))
+    }
+
+    type WatchBundleStream = Pin<Box<dyn Stream<Item = Result<WatchBundleResponse, Status>> + Send>>;
+
+    /// Ends with the connection, so with the client's certificate.
+    async fn watch_bundle(&self, request: Request<WatchBundleRequest>) -> Result<Response<Self::WatchBundleStream>, Status> {
+        let connection = Self::connection(&request)?;
+        let mut watch = self.acts.watch_bundle(&connection).await.map_err(|refusal| status_of(&refusal))?;
+        let refuse = |reason, advice, wait| {
+            self.acts.ledger().refused_stranger(reason, Some(connection.source()));
+            status_of(&Refusal::new(reason, advice).retry_after(Duration::from_secs(wait)))
+        };
+        let share = connection.named().and_then(|agent| self.watches.take(agent.clone()));
+        let share = share.ok_or_else(|| {
+            refuse(Reason::WatchesTaken, "this agent follows the bundle as often as it may; end another stream", 10)
+        })?;
+        let place = Arc::clone(&self.watchers).try_acquire_owned();
+        let place = place
+            .map_err(|_| refuse(Reason::Overloaded, "too many follow the bundle; renewals bring it until there is room", 60))?;
+        let mut stopping = self.stopping.clone();
+        let (answers, stream) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            let _place = (place, share);
+            // A place first, then what goes there: who reads slowly gets the newest bundle, not those before it.
+            while let Ok(place) = answers.reserve().await {
+                let told = tokio::select! {
+                    told = watch.next() => told,
+                    _ = stopping.wait_for(|stopping| *stopping) => {
+                        let refusal = Refusal::new(Reason::Draining, "the daemon is stopping; follow it again when it is back");
+                        Err(refusal.retry_after(Duration::from_secs(1)))
+                    }
+                    () = answers.closed() => return,
+                };
+                let over = told.is_err();
+                let answer = told.map(|bundle| WatchBundleResponse { bundle: Some(bundle) });
+                place.send(answer.map_err(|refusal| status_of(&refusal)));
+                if over {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }

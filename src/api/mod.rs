@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tonic::transport::Server;
 
 use crate::acts::Acts;
@@ -95,10 +96,18 @@ pub async fn serve_agents(
     health: &Health,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), ApiError> {
-    let connections = listen::tls(Arc::clone(&acts), listener, tls, connections_max(config.limits.connections));
-    let agents = AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams))
-        .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(OPERATOR_MESSAGE_BYTES_MAX);
+    let connections_max = connections_max(config.limits.connections);
+    let connections = listen::tls(Arc::clone(&acts), listener, tls, connections_max);
+    let (tell, stopping) = watch::channel(false);
+    let stop = async move {
+        stop.await;
+        // A drain waits for every stream.
+        tell.send_replace(true);
+    };
+    let agents =
+        AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams, connections_max, stopping))
+            .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(OPERATOR_MESSAGE_BYTES_MAX);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .with_service_name("keyward.v1.AgentService")

@@ -187,6 +187,12 @@ impl OperatorService for Operators {
         Ok(Response::new(proto::GetCrlResponse { crl: self.acts.crl().to_vec() }))
     }
 
+    async fn get_bundle(&self, request: Request<proto::GetBundleRequest>) -> Result<Response<proto::GetBundleResponse>, Status> {
+        operator(&request)?;
+        let trust_domain = self.acts.domain().to_string();
+        Ok(Response::new(proto::GetBundleResponse { bundle: Some(told(self.acts.bundle())?), trust_domain }))
+    }
+
     async fn status(&self, request: Request<proto::StatusRequest>) -> Result<Response<proto::StatusResponse>, Status> {
         operator(&request)?;
         Ok(Response::new(self.readiness.status(&self.acts).await))

@@ -49,7 +49,7 @@ fn code_of(reason: Reason) -> Code {
         Reason::SequenceAhead | Reason::NotQuarantined | Reason::HsmRefused => Code::FailedPrecondition,
         Reason::AgentExists => Code::AlreadyExists,
         Reason::NotFound => Code::NotFound,
-        Reason::RateLimited | Reason::Overloaded => Code::ResourceExhausted,
+        Reason::RateLimited | Reason::Overloaded | Reason::WatchesTaken => Code::ResourceExhausted,
         Reason::RequestInProgress
         | Reason::HsmUnavailable
         | Reason::LedgerUnavailable

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use serde::Serialize;
 
-use super::agent_run::{self, OnRenew};
+use super::agent_run::{self, Reaction};
 use super::render::{pairs, time};
 use super::{Failure, Output, duration};
 use crate::client::store::Card;
@@ -43,7 +43,8 @@ pub(super) enum Verb {
     /// Run a command with credentials that are kept fresh; kill it when the agent is quarantined.
     ///
     /// The command finds the paths of its files in KEYWARD_SVID, KEYWARD_KEY and KEYWARD_BUNDLE. It runs in a process group
-    /// of its own, which is killed as a whole. Its exit code is passed on; 3 tells of a quarantine.
+    /// of its own, which is killed as a whole. Its exit code is passed on; 3 tells of a quarantine. The bundle is followed as
+    /// it changes, so that a new authority is known before it signs, and a quarantine is heard of at once.
     #[command(
         after_help = "Example:\n  keyward agent run --join coder-7.join --out /run/coder --on-renew signal:HUP -- ./coder --serve"
     )]
@@ -59,8 +60,11 @@ pub(super) enum Verb {
         ttl: Option<u32>,
         /// What to do with the command after a renewal: signal:HUP, signal:USR1 or signal:USR2 (sent to its whole process
         /// group), restart or none.
-        #[arg(long, value_parser = OnRenew::parse, default_value = "none", value_name = "ACTION")]
-        on_renew: OnRenew,
+        #[arg(long, value_parser = Reaction::parse, default_value = "none", value_name = "ACTION")]
+        on_renew: Reaction,
+        /// What to do with the command when the bundle has changed: as above [default: as after a renewal].
+        #[arg(long, value_parser = Reaction::parse, value_name = "ACTION")]
+        on_bundle: Option<Reaction>,
         /// The command and its arguments.
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
@@ -79,8 +83,8 @@ pub(super) async fn run(verb: Verb, output: &mut Output) -> Result<ExitCode, Fai
             let card = refresh(&out, ttl.unwrap_or(0)).await?;
             show(&card, &out, output)
         }
-        Verb::Run { out, join, ttl, on_renew, command } => {
-            agent_run::Supervisor::new(out, join, ttl.unwrap_or(0), on_renew, command)?.run(output).await
+        Verb::Run { out, join, ttl, on_renew, on_bundle, command } => {
+            agent_run::Supervisor::new(out, join, ttl.unwrap_or(0), (on_renew, on_bundle), command)?.run(output).await
         }
     }
 }

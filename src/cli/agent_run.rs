@@ -8,9 +8,12 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::agent::refresh;
+use super::agent_follow::{Heard, follow};
 use super::render::time;
 use super::{EXIT_REFUSED, Failure, Output};
 use crate::client::store::Card;
@@ -24,9 +27,9 @@ const GRACE: Duration = Duration::from_secs(10);
 const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
-/// What happens to the command after a renewal.
+/// What happens to the command when its files have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum OnRenew {
+pub(super) enum Reaction {
     /// It is sent this signal.
     Signal(Signal),
     /// It is ended and started again.
@@ -35,7 +38,7 @@ pub(super) enum OnRenew {
     Nothing,
 }
 
-impl OnRenew {
+impl Reaction {
     /// `signal:HUP`, `signal:USR1`, `signal:USR2`, `restart` or `none`; a clap value parser.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         match text {
@@ -54,9 +57,18 @@ pub(super) struct Supervisor {
     out: PathBuf,
     join: Option<PathBuf>,
     ttl_seconds: u32,
-    on_renew: OnRenew,
+    on_renew: Reaction,
+    on_bundle: Reaction,
     program: OsString,
     arguments: Vec<OsString>,
+}
+
+/// What became of a turn of the supervisor's work.
+enum Turn {
+    /// Time passed.
+    Waited,
+    Renewed(Result<Card, client::Error>),
+    Heard(Heard),
 }
 
 /// What ended a wait.
@@ -95,18 +107,20 @@ impl Signals {
 }
 
 impl Supervisor {
+    /// After a renewal, and with a newer bundle, `command` is told as asked; for the bundle as for a renewal where nothing else is.
     pub(super) fn new(
         out: PathBuf,
         join: Option<PathBuf>,
         ttl_seconds: u32,
-        on_renew: OnRenew,
+        (on_renew, on_bundle): (Reaction, Option<Reaction>),
         mut command: Vec<OsString>,
     ) -> Result<Self, Failure> {
         if command.is_empty() {
             return Err(Failure::usage("name the command to run after --"));
         }
         let program = command.remove(0);
-        Ok(Self { out, join, ttl_seconds, on_renew, program, arguments: command })
+        let on_bundle = on_bundle.unwrap_or(on_renew);
+        Ok(Self { out, join, ttl_seconds, on_renew, on_bundle, program, arguments: command })
     }
 
     pub(super) async fn run(self, output: &mut Output) -> Result<ExitCode, Failure> {
@@ -114,13 +128,18 @@ impl Supervisor {
         let mut signals = Signals::listen()?;
         let mut child = self.start()?;
         let mut due = due(&card, UnixTime::wall());
+        let mut bundle = card.bundle_sequence;
         let mut back_off = BackOff::default();
+        let (tell, mut heard) = mpsc::channel(1);
+        // Ends when dropped.
+        let mut following = JoinSet::new();
+        following.spawn(follow(self.out.clone(), tell));
         loop {
             let event = if UnixTime::wall() < due {
-                signals.or(&mut child, wait_for(due)).await?
+                signals.or(&mut child, wait(due, &mut heard)).await?
             } else {
                 // Dropped by a signal, it is repeated with the same bytes.
-                signals.or(&mut child, async { Some(refresh(&self.out, self.ttl_seconds).await) }).await?
+                signals.or(&mut child, async { Turn::Renewed(refresh(&self.out, self.ttl_seconds).await) }).await?
             };
             match event {
                 Event::Exited(status) => return Ok(exit_code(status)),
@@ -129,19 +148,34 @@ impl Supervisor {
                     send(&child, told);
                     return Ok(exit_code(end(&mut child).await?));
                 }
-                Event::Done(None) => {}
-                Event::Done(Some(Ok(card))) => {
+                Event::Done(Turn::Waited) => {}
+                Event::Done(Turn::Renewed(Ok(card))) => {
                     output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
                     due = self::due(&card, UnixTime::wall());
                     back_off = BackOff::default();
-                    self.after_renewal(&mut child).await?;
+                    // Where the bundle could not be followed, the renewal has brought it.
+                    let newer = card.bundle_sequence > bundle;
+                    bundle = bundle.max(card.bundle_sequence);
+                    self.react(&mut child, &[Some(self.on_renew), newer.then_some(self.on_bundle)]).await?;
                 }
-                Event::Done(Some(Err(error))) if error.is_passing() => {
+                Event::Done(Turn::Renewed(Err(error))) if error.is_passing() => {
                     let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
                     output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
                     due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
                 }
-                Event::Done(Some(Err(error))) => return self.give_up(child, error).await,
+                Event::Done(Turn::Renewed(Err(error)) | Turn::Heard(Heard::Contained(error))) => {
+                    return self.give_up(child, error).await;
+                }
+                // Else a renewal brought it, and the command was told.
+                Event::Done(Turn::Heard(Heard::Bundle(sequence))) if sequence > bundle => {
+                    output.say(&format!("keyward: the bundle has changed, sequence {sequence}"));
+                    bundle = sequence;
+                    self.react(&mut child, &[Some(self.on_bundle)]).await?;
+                }
+                Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
+                Event::Done(Turn::Heard(Heard::Silence(error))) => {
+                    output.say(&format!("keyward: the bundle cannot be followed, renewals will bring it: {error}"));
+                }
             }
         }
     }
@@ -201,33 +235,40 @@ impl Supervisor {
             .map_err(|error| Failure::error(format!("{}: {error}", self.program.display())))
     }
 
-    async fn after_renewal(&self, child: &mut Child) -> Result<(), Failure> {
-        match self.on_renew {
-            OnRenew::Signal(signal) => send(child, signal),
-            OnRenew::Restart => {
-                send(child, Signal::TERM);
-                end(child).await?;
-                *child = self.start()?;
+    /// Once, where several ask for the same; a restart leaves nothing to be told.
+    async fn react(&self, child: &mut Child, asked: &[Option<Reaction>]) -> Result<(), Failure> {
+        if asked.contains(&Some(Reaction::Restart)) {
+            send(child, Signal::TERM);
+            end(child).await?;
+            *child = self.start()?;
+            return Ok(());
+        }
+        for (at, reaction) in asked.iter().enumerate() {
+            if let Some(Reaction::Signal(signal)) = reaction
+                && !asked[..at].contains(reaction)
+            {
+                send(child, *signal);
             }
-            OnRenew::Nothing => {}
         }
         Ok(())
     }
 
     /// There will be no further certificate. A quarantined agent gets no time to say goodbye.
     async fn give_up(&self, mut child: Child, error: client::Error) -> Result<ExitCode, Failure> {
-        let contained = error.refused().is_some_and(|refused| {
-            matches!(
-                refused.reason,
-                Reason::AgentQuarantined | Reason::CloneSuspected | Reason::EpochStale | Reason::DeniedMeanwhile
-            )
-        });
+        let contained = is_contained(&error);
         let last = if contained { Signal::KILL } else { Signal::TERM };
         send(&child, last);
         end(&mut child).await?;
         let failure = Failure::from(error).and_then_said(&format!("{} was ended", self.program.display()));
         Err(if contained { failure.with_code(EXIT_REFUSED) } else { failure })
     }
+}
+
+/// Whether everything was taken back from this agent.
+pub(super) fn is_contained(error: &client::Error) -> bool {
+    error.refused().is_some_and(|refused| {
+        matches!(refused.reason, Reason::AgentQuarantined | Reason::CloneSuspected | Reason::EpochStale | Reason::DeniedMeanwhile)
+    })
 }
 
 /// Waits for the end of what was told to end; past the grace it is killed.
@@ -279,21 +320,28 @@ fn random_byte() -> u8 {
     byte[0]
 }
 
-/// Until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a machine is suspended.
-async fn wait_for<T>(due: UnixTime) -> Option<T> {
+/// Until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a machine is suspended; or until something is heard.
+async fn wait(due: UnixTime, heard: &mut mpsc::Receiver<Heard>) -> Turn {
     let left = Duration::from_micros(due.0.saturating_sub(UnixTime::wall().0));
-    sleep_until(Instant::now() + left.min(LOOK_AGAIN)).await;
-    None
+    tokio::select! {
+        Some(heard) = heard.recv() => Turn::Heard(heard),
+        () = sleep_until(Instant::now() + left.min(LOOK_AGAIN)) => Turn::Waited,
+    }
 }
 
 /// Doubling waits, spread by up to a half.
 #[derive(Default)]
-struct BackOff {
+pub(super) struct BackOff {
     failures: u32,
 }
 
 impl BackOff {
-    fn next(&mut self, asked: Option<Duration>) -> Duration {
+    /// How many in a row.
+    pub(super) fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    pub(super) fn next(&mut self, asked: Option<Duration>) -> Duration {
         let doubled = BACK_OFF_FIRST.saturating_mul(1 << self.failures.min(6)).min(BACK_OFF_MAX);
         self.failures += 1;
         let spread = doubled.mul_f64(0.5 + f64::from(random_byte()) / 512.0);

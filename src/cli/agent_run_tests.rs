@@ -48,20 +48,33 @@ fn waits_grow_and_stay_below_a_minute_and_heed_what_the_daemon_asks() {
 
 #[test]
 fn actions_are_understood_or_refused() {
-    assert_eq!(OnRenew::parse("signal:HUP"), Ok(OnRenew::Signal(Signal::HUP)));
-    assert_eq!((OnRenew::parse("restart"), OnRenew::parse("none")), (Ok(OnRenew::Restart), Ok(OnRenew::Nothing)));
-    assert!(OnRenew::parse("signal:KILL").is_err() && OnRenew::parse("").is_err());
+    assert_eq!(Reaction::parse("signal:HUP"), Ok(Reaction::Signal(Signal::HUP)));
+    assert_eq!((Reaction::parse("restart"), Reaction::parse("none")), (Ok(Reaction::Restart), Ok(Reaction::Nothing)));
+    assert!(Reaction::parse("signal:KILL").is_err() && Reaction::parse("").is_err());
 }
 
 /// A supervisor of a shell script, its directory, and what its server saw.
-async fn supervised(lifetime_seconds: u64, on_renew: OnRenew, script: &str) -> (tempfile::TempDir, Supervisor, Arc<Mutex<Seen>>) {
+async fn supervised(
+    lifetime_seconds: u64,
+    on_renew: Reaction,
+    script: &str,
+) -> (tempfile::TempDir, Supervisor, Arc<Mutex<Seen>>) {
+    supervised_for(lifetime_seconds, (on_renew, None), script).await
+}
+
+/// The same with what is to be done about bundles.
+async fn supervised_for(
+    lifetime_seconds: u64,
+    reactions: (Reaction, Option<Reaction>),
+    script: &str,
+) -> (tempfile::TempDir, Supervisor, Arc<Mutex<Seen>>) {
     let root = tempfile::tempdir().expect("a directory");
     let (join, seen) = serve().await;
     seen.lock().expect("not poisoned").lifetime_seconds = lifetime_seconds;
     let path = root.path().join("join");
     JoinFile::create(&path).expect("made").write_all(&join.to_json().expect("json")).expect("written");
     let command = ["sh", "-c", script, "sh", root.path().to_str().expect("text")].map(OsString::from).to_vec();
-    let supervisor = Supervisor::new(root.path().join("agent"), Some(path), 0, on_renew, command).expect("a supervisor");
+    let supervisor = Supervisor::new(root.path().join("agent"), Some(path), 0, reactions, command).expect("a supervisor");
     (root, supervisor, seen)
 }
 
@@ -78,14 +91,14 @@ fn is_running(pid_file: &Path) -> bool {
 #[tokio::test]
 async fn the_command_finds_its_files_and_its_exit_code_is_passed_on() {
     let script = r#"test -s "$KEYWARD_SVID" && test -s "$KEYWARD_KEY" && test -s "$KEYWARD_BUNDLE" && exit 42"#;
-    let (_root, supervisor, _seen) = supervised(600, OnRenew::Nothing, script).await;
+    let (_root, supervisor, _seen) = supervised(600, Reaction::Nothing, script).await;
     assert_eq!(supervisor.run(&mut output()).await.expect("ran"), ExitCode::from(42));
 }
 
 #[tokio::test]
 async fn the_command_is_told_of_a_renewal() {
     let script = r#"trap "exit 7" USR1; while :; do sleep 0.05; done"#;
-    let (_root, supervisor, seen) = supervised(3, OnRenew::Signal(Signal::USR1), script).await;
+    let (_root, supervisor, seen) = supervised(3, Reaction::Signal(Signal::USR1), script).await;
     assert_eq!(supervisor.run(&mut output()).await.expect("ran"), ExitCode::from(7));
     assert_eq!(seen.lock().expect("not poisoned").asks.len(), 2);
 }
@@ -93,7 +106,7 @@ async fn the_command_is_told_of_a_renewal() {
 #[tokio::test]
 async fn a_quarantine_kills_all_that_the_command_spawned() {
     let script = r#"trap "" TERM; sleep 1000 & echo $! > "$1/pid"; wait"#;
-    let (root, supervisor, seen) = supervised(3, OnRenew::Nothing, script).await;
+    let (root, supervisor, seen) = supervised(3, Reaction::Nothing, script).await;
     seen.lock().expect("not poisoned").quarantined_after = Some(1);
     let failure = supervisor.run(&mut output()).await.expect_err("quarantined");
     assert_eq!(failure.exit_code(), ExitCode::from(EXIT_REFUSED));
@@ -109,10 +122,72 @@ async fn a_quarantine_kills_all_that_the_command_spawned() {
 
 #[tokio::test]
 async fn an_expired_certificate_is_replaced_before_the_command_starts() {
-    let (root, supervisor, seen) = supervised(0, OnRenew::Nothing, "exit 0").await;
+    let (root, supervisor, seen) = supervised(0, Reaction::Nothing, "exit 0").await;
     let join = JoinFile::read(&root.path().join("join")).expect("read");
     Client::new(AgentDir::open(&root.path().join("agent"), true).expect("opened")).attest(&join, 0).await.expect("attested");
     seen.lock().expect("not poisoned").lifetime_seconds = 600;
     supervisor.run(&mut output()).await.expect("ran");
     assert_eq!(seen.lock().expect("not poisoned").asks.len(), 2);
+}
+
+/// Waits for what the command writes.
+async fn appears(path: &Path) {
+    let there = async {
+        while !path.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), there).await.expect("it is there");
+}
+
+#[tokio::test]
+async fn the_command_is_told_of_a_new_bundle_and_finds_it_in_its_file() {
+    let script = r#"
+        trap 'exit $(grep -c BEGIN "$KEYWARD_BUNDLE")' USR2
+        touch "$1/ready"; while :; do sleep 0.05; done"#;
+    for reactions in [(Reaction::Signal(Signal::USR2), None), (Reaction::Nothing, Some(Reaction::Signal(Signal::USR2)))] {
+        let (root, supervisor, seen) = supervised_for(600, reactions, script).await;
+        let ready = root.path().join("ready");
+        let change = async {
+            appears(&ready).await;
+            seen.lock().expect("not poisoned").one_more_authority();
+        };
+        let mut output = output();
+        let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
+        assert_eq!(code.expect("ran"), ExitCode::from(2));
+        assert_eq!(seen.lock().expect("not poisoned").asks.len(), 1, "nothing was renewed for it");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_is_not_to_be_told_of_a_bundle_is_left_alone() {
+    let script = r#"
+        trap 'exit 9' USR1
+        touch "$1/ready"; until [ "$(grep -c BEGIN "$KEYWARD_BUNDLE")" = 2 ]; do sleep 0.05; done"#;
+    let reactions = (Reaction::Signal(Signal::USR1), Some(Reaction::Nothing));
+    let (root, supervisor, seen) = supervised_for(600, reactions, script).await;
+    let ready = root.path().join("ready");
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").one_more_authority();
+    };
+    let mut output = output();
+    let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
+    assert_eq!(code.expect("ran"), ExitCode::SUCCESS);
+}
+
+#[tokio::test]
+async fn a_bundle_that_a_renewal_brought_is_told_as_well() {
+    let script = r#"trap 'exit 8' USR2; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let reactions = (Reaction::Nothing, Some(Reaction::Signal(Signal::USR2)));
+    let (root, supervisor, seen) = supervised_for(3, reactions, script).await;
+    seen.lock().expect("not poisoned").mute = true;
+    let ready = root.path().join("ready");
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").one_more_authority();
+    };
+    let mut output = output();
+    let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
+    assert_eq!(code.expect("ran"), ExitCode::from(8));
 }

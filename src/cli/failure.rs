@@ -112,6 +112,7 @@ fn code_of(refused: &Refused) -> u8 {
         | Reason::ClockUntrusted
         | Reason::Overloaded
         | Reason::Draining
+        | Reason::WatchesTaken
         | Reason::SignatureUnknown => EXIT_UNAVAILABLE,
         Reason::Internal => EXIT_ERROR,
         _ => EXIT_REFUSED,

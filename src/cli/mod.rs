@@ -5,9 +5,11 @@
 //! from an argument or the environment, prints one other than a join file asked for with `--out -`.
 
 mod agent;
+mod agent_follow;
 mod agent_run;
 mod agents;
 mod bench;
+mod bundle;
 mod ca;
 mod clock;
 mod config;
@@ -126,6 +128,9 @@ enum Command {
     /// The authorities of the trust domain (operator).
     #[command(subcommand)]
     Ca(ca::Verb),
+    /// What peers of this trust domain trust (operator).
+    #[command(subcommand)]
+    Bundle(bundle::Verb),
     /// The PKCS#11 tokens (operator).
     #[command(subcommand)]
     Hsm(hsm::Verb),
@@ -196,6 +201,7 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),
         Command::Ca(verb) => done(block_on(ca::run(verb, &global, output))),
         Command::Hsm(verb) => block_on(hsm::run(verb, &global, output)),
+        Command::Bundle(verb) => done(block_on(bundle::run(verb, &global, output))),
         Command::Status => block_on(status::run(&global, output)),
         Command::Clock(verb) => done(block_on(clock::run(verb, &global, output))),
         Command::Config(verb) => done(config::run(verb, &global, output)),

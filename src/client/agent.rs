@@ -9,12 +9,12 @@ use tonic::transport::Channel;
 
 use super::request::{self, Key};
 use super::store::{AgentDir, Card, Holding, Pending, StoreError, key_of};
-use super::{Error, JoinFile, tls};
+use super::{BundleWatch, Error, JoinFile, tls};
 use crate::model::{AgentId, Digest, TrustDomain, UnixTime, attest_binder, join_sign, renew_binder};
 use crate::proto::agent_service_client::AgentServiceClient;
 use crate::proto::ask::Claim;
 use crate::proto::attest_response::Step;
-use crate::proto::{AttestRequest, BoundKeyClaim, Bundle, Credential, JoinClaim, RenewRequest};
+use crate::proto::{AttestRequest, BoundKeyClaim, Bundle, Credential, JoinClaim, RenewRequest, WatchBundleRequest};
 
 /// The whole of an attestation, challenge and signature included.
 const ATTEST_TIMEOUT: Duration = Duration::from_secs(15);
@@ -95,6 +95,16 @@ impl Connection {
         let answer = answer.map_err(|status| Error::of_status(&status, &self.place))?.into_inner();
         answer.credential.ok_or_else(|| Error::Answer("no credential".into()))
     }
+
+    /// `WatchBundle`, for bundles after `sequence`.
+    ///
+    /// # Errors
+    /// A refusal or a broken connection.
+    pub async fn watch_bundle(mut self, sequence: u64) -> Result<BundleWatch, Error> {
+        let answers = self.service.watch_bundle(WatchBundleRequest {}).await;
+        let answers = answers.map_err(|status| Error::of_status(&status, &self.place))?.into_inner();
+        Ok(BundleWatch::new(answers, self.place, sequence))
+    }
 }
 
 /// The client of one agent, at work in its directory.
@@ -162,6 +172,18 @@ impl Client {
         let spki = pending.key.public().digest();
         let answer = connection.attest(&pending.ask, &spki, |binder| holding.key.sign(binder)).await;
         self.settle(&pending, answer, &Origin::of(&holding, &agent, &domain, &bundle_of(&holding)))
+    }
+
+    /// Follows the bundle over mTLS with the certificate of `holding`, for as long as that lasts. The directory is free meanwhile:
+    /// what comes is put there by [`AgentDir::keep_bundle`].
+    ///
+    /// # Errors
+    /// As [`Error`] tells.
+    pub async fn watch_bundle(holding: &Holding) -> Result<BundleWatch, Error> {
+        let domain = TrustDomain::parse(&holding.card.trust_domain).map_err(|error| Error::Crypto(error.to_string()))?;
+        let identity = Some((holding.chain.as_slice(), &holding.key));
+        let connection = Connection::open(&holding.card.addresses, &holding.authorities, &domain, identity).await?;
+        connection.watch_bundle(holding.card.bundle_sequence).await
     }
 
     fn holder(&self) -> Result<(Holding, TrustDomain, AgentId), Error> {
@@ -265,8 +287,8 @@ impl<'a> Origin<'a> {
             return Err(against("the certificate names another identity"));
         }
         let (not_before, not_after) = validity_of(leaf).ok_or_else(|| against("the certificate does not parse"))?;
-        let newer =
-            credential.bundle.take().filter(|bundle| !bundle.authorities.is_empty() && bundle.sequence >= self.bundle.sequence);
+        let usable = |bundle: &Bundle| bundle.sequence >= self.bundle.sequence && tls::anchors(&bundle.authorities).is_ok();
+        let newer = credential.bundle.take().filter(usable);
         let bundle = newer.unwrap_or_else(|| self.bundle.clone());
         let bundle_sequence = bundle.sequence;
         credential.bundle = Some(bundle);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use prost::Message;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PublicKeyData, SanType, string::Ia5String};
 use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use tonic_types::StatusExt as _;
@@ -13,7 +14,7 @@ use tonic_types::StatusExt as _;
 use super::*;
 use crate::model::{Algorithm, Csr, Meter, PublicKey, SecretBytes, join_public_key};
 use crate::proto::agent_service_server::{AgentService, AgentServiceServer};
-use crate::proto::{self, Ask, AttestResponse, Challenge, RenewResponse};
+use crate::proto::{self, Ask, AttestResponse, Challenge, RenewResponse, WatchBundleRequest, WatchBundleResponse};
 
 pub(crate) struct Seen {
     /// Asks in the order of their arrival.
@@ -27,6 +28,10 @@ pub(crate) struct Seen {
     sequence: u64,
     /// How many answers are lost from here on.
     lose: u32,
+    /// The bundle is told in answers alone: a daemon from before.
+    pub(crate) mute: bool,
+    /// What is told of authorities, in answers and to who follows it.
+    pub(crate) bundle: watch::Sender<Bundle>,
 }
 
 struct Server {
@@ -90,7 +95,7 @@ impl Server {
             return Err(Status::unavailable("the answer was lost"));
         }
         let chain = vec![certificate(&self.issuer, &key, "spiffe://example.org/agent/coder/7", seen.lifetime_seconds)];
-        let bundle = Some(Bundle { authorities: vec![self.authority.clone()], sequence: 5, refresh_hint_seconds: 60 });
+        let bundle = Some(seen.bundle.borrow().clone());
         Ok(Credential { chain, bundle, epoch: 1, next_sequence: seen.sequence, ..Default::default() })
     }
 }
@@ -128,6 +133,28 @@ impl AgentService for Server {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
+    type WatchBundleStream = Pin<Box<dyn Stream<Item = Result<WatchBundleResponse, Status>> + Send>>;
+
+    async fn watch_bundle(&self, _: Request<WatchBundleRequest>) -> Result<Response<Self::WatchBundleStream>, Status> {
+        let mut bundles = {
+            let seen = self.seen.lock().expect("not poisoned");
+            if seen.mute {
+                return Err(Status::unimplemented("WatchBundle"));
+            }
+            seen.bundle.subscribe()
+        };
+        let (sender, receiver) = mpsc::channel(1);
+        tokio::spawn(async move {
+            loop {
+                let bundle = Some(bundles.borrow_and_update().clone());
+                if sender.send(Ok(WatchBundleResponse { bundle })).await.is_err() || bundles.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
     async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
         let RenewRequest { ask, proof } = request.into_inner();
         let sequence = match Ask::decode(ask.as_slice()).expect("an ask").claim {
@@ -137,6 +164,19 @@ impl AgentService for Server {
         let hash = Digest::of(&ask);
         let credential = self.answer(&ask, &proof, |spki| renew_binder(sequence, spki, &hash, &self.domain))?;
         Ok(Response::new(RenewResponse { credential: Some(credential) }))
+    }
+}
+
+impl Seen {
+    /// One more authority, from here on.
+    pub(crate) fn one_more_authority(&self) {
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority = parameters.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate");
+        self.bundle.send_modify(|bundle| {
+            bundle.authorities.push(authority.der().to_vec());
+            bundle.sequence += 1;
+        });
     }
 }
 
@@ -164,6 +204,7 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
 
+    let bundle = Bundle { authorities: vec![authority.clone()], sequence: 5, refresh_hint_seconds: 60 };
     let seen = Arc::new(Mutex::new(Seen {
         asks: Vec::new(),
         lifetime_seconds: 600,
@@ -171,8 +212,9 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
         bound: None,
         sequence: 0,
         lose: 0,
+        mute: false,
+        bundle: watch::Sender::new(bundle.clone()),
     }));
-    let bundle = Bundle { authorities: vec![authority.clone()], sequence: 5, refresh_hint_seconds: 60 };
     let service = Server { issuer, authority, domain, token, seen: Arc::clone(&seen) };
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener).then(move |tcp| {
         let acceptor = acceptor.clone();
@@ -273,5 +315,54 @@ async fn a_server_of_another_authority_is_untrusted_and_nobody_at_all_is_unreach
     join.bundle = ours;
     join.addresses.truncate(1);
     let error = client.attest(&join, 0).await.expect_err("nobody");
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn whoever_follows_the_bundle_hears_of_newer_ones_alone() {
+    let (join, seen) = serve().await;
+    let (_root, client) = client();
+    client.attest(&join, 0).await.expect("attested");
+    let told = |change: &dyn Fn(&mut Bundle)| seen.lock().expect("not poisoned").bundle.send_modify(change);
+    let mut watch = Client::watch_bundle(&client.dir().holding().expect("held")).await.expect("followed");
+    assert!(timeout(Duration::from_millis(50), watch.newer()).await.is_err(), "what is held already is no news");
+    told(&|bundle| bundle.sequence = 4);
+    assert!(timeout(Duration::from_millis(50), watch.newer()).await.is_err(), "what is older is none either");
+    seen.lock().expect("not poisoned").one_more_authority();
+    told(&|bundle| bundle.sequence = 9);
+    let bundle = timeout(ATTEST_TIMEOUT, watch.newer()).await.expect("soon").expect("told");
+    assert_eq!((bundle.sequence, bundle.authorities.len()), (9, 2));
+    assert!(client.dir().keep_bundle(&bundle).expect("kept"));
+    let held = client.dir().holding().expect("held");
+    assert_eq!((held.card.bundle_sequence, held.authorities), (9, bundle.authorities));
+}
+
+#[tokio::test]
+async fn authorities_that_cannot_be_used_are_not_taken() {
+    let (join, seen) = serve().await;
+    let (_root, client) = client();
+    client.attest(&join, 0).await.expect("attested");
+    let before = client.dir().holding().expect("held");
+    for spoil in [Vec::clear, |authorities: &mut Vec<Vec<u8>>| authorities.push(b"no certificate".to_vec())] {
+        let mut watch = Client::watch_bundle(&before).await.expect("followed");
+        seen.lock().expect("not poisoned").bundle.send_modify(|bundle| {
+            bundle.sequence += 1;
+            spoil(&mut bundle.authorities);
+        });
+        let error = timeout(ATTEST_TIMEOUT, watch.newer()).await.expect("soon").expect_err("unusable");
+        assert!(matches!(error, Error::Answer(_)), "{error}");
+        client.renew(0).await.expect("renewed");
+        assert_eq!(client.dir().holding().expect("held").authorities, before.authorities);
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_falls_silent_is_noticed() {
+    let (join, seen) = serve().await;
+    let (_root, client) = client();
+    client.attest(&join, 0).await.expect("attested");
+    seen.lock().expect("not poisoned").bundle.send_modify(|bundle| bundle.refresh_hint_seconds = 1);
+    let mut watch = Client::watch_bundle(&client.dir().holding().expect("held")).await.expect("followed");
+    let error = timeout(ATTEST_TIMEOUT, watch.newer()).await.expect("in time").expect_err("nothing is said");
     assert!(matches!(error, Error::Unreachable { .. }), "{error}");
 }

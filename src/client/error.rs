@@ -60,6 +60,7 @@ impl Refused {
                 | Reason::Draining
                 | Reason::SignatureUnknown
                 | Reason::RateLimited
+                | Reason::WatchesTaken
                 | Reason::RequestInProgress
                 | Reason::ChallengeExpired
                 | Reason::Internal

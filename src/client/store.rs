@@ -317,6 +317,26 @@ impl AgentDir {
         Ok(())
     }
 
+    /// Puts a newer bundle in force beside the credential; false where one as new is there already.
+    ///
+    /// # Errors
+    /// When there is no credential, or the file system says no.
+    pub fn keep_bundle(&self, bundle: &proto::Bundle) -> Result<bool, StoreError> {
+        let name = self.current_name()?.ok_or_else(|| StoreError::Empty { path: self.path.clone() })?;
+        let directory = self.path.join(name);
+        let mut card = read_holding(&directory)?.card;
+        if bundle.sequence <= card.bundle_sequence {
+            return Ok(false);
+        }
+        card.bundle_sequence = bundle.sequence;
+        let authorities = certificates_pem(&bundle.authorities);
+        durable::write(&directory, "bundle.pem", authorities.as_bytes()).map_err(|error| self.failed("bundle.pem", error))?;
+        // Crash here: newer authorities under the sequence of those before. The same bundle is put in force again, no older one is.
+        self.crash_point("the newer authorities are durable")?;
+        write_card(&directory, &card).map_err(|error| self.failed("agent.json", error))?;
+        Ok(true)
+    }
+
     fn make_credential(&self, name: &str, pending: &Pending, card: &Card, credential: &proto::Credential) -> io::Result<()> {
         let directory = self.path.join(name);
         match fs::remove_dir_all(&directory) {
@@ -329,9 +349,7 @@ impl AgentDir {
         durable::write(&directory, "svid.pem", certificates_pem(&credential.chain).as_bytes())?;
         durable::write(&directory, "key.pem", pending.key.to_pem().as_bytes())?;
         durable::write(&directory, "bundle.pem", certificates_pem(authorities).as_bytes())?;
-        let mut json = serde_json::to_vec_pretty(card)?;
-        json.push(b'\n');
-        durable::write(&directory, "agent.json", &json)?;
+        write_card(&directory, card)?;
         durable::sync(&self.path)
     }
 
@@ -374,6 +392,12 @@ impl AgentDir {
     fn crash_point(&self, _point: &str) -> Result<(), StoreError> {
         Ok(())
     }
+}
+
+fn write_card(directory: &Path, card: &Card) -> io::Result<()> {
+    let mut json = serde_json::to_vec_pretty(card)?;
+    json.push(b'\n');
+    durable::write(directory, "agent.json", &json)
 }
 
 fn read_holding(directory: &Path) -> Result<Holding, StoreError> {

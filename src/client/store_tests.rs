@@ -144,3 +144,37 @@ fn half_life_is_the_middle_of_validity() {
     assert_eq!(card(1).half_life(), UnixTime::from_seconds(1300));
     assert!(card(1).is_expired(UnixTime::from_seconds(1600)) && !card(1).is_expired(UnixTime::from_seconds(1599)));
 }
+
+fn bundle(sequence: u64) -> proto::Bundle {
+    let authorities = (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect();
+    proto::Bundle { authorities, sequence, refresh_hint_seconds: 60 }
+}
+
+#[test]
+fn a_newer_bundle_is_kept_beside_the_credential_and_an_older_one_is_not() {
+    let (_root, dir) = directory();
+    assert!(matches!(dir.keep_bundle(&bundle(2)), Err(StoreError::Empty { .. })));
+    let pending = intend(&dir, 1).expect("durable");
+    dir.promote(&pending, &card(2), &credential(&pending.key, 1)).expect("promoted");
+    assert!(dir.keep_bundle(&bundle(3)).expect("kept"));
+    for sequence in [3, 2] {
+        assert!(!dir.keep_bundle(&bundle(sequence)).expect("left alone"));
+    }
+    let holding = dir.holding().expect("a usable pair");
+    assert_eq!((holding.card.bundle_sequence, holding.authorities), (3, bundle(3).authorities));
+    assert_eq!(holding.card, Card { bundle_sequence: 3, ..card(2) });
+}
+
+#[test]
+fn a_crash_between_the_bundle_and_its_sequence_is_made_good_by_the_same_bundle() {
+    let (_root, dir) = directory();
+    let pending = intend(&dir, 1).expect("durable");
+    dir.promote(&pending, &card(2), &credential(&pending.key, 1)).expect("promoted");
+    dir.crash_at.set(Some(0));
+    dir.keep_bundle(&bundle(3)).expect_err("died");
+    dir.crash_at.set(None);
+    let holding = dir.holding().expect("a usable pair");
+    assert_eq!((holding.card.bundle_sequence, holding.authorities), (1, bundle(3).authorities));
+    assert!(dir.keep_bundle(&bundle(3)).expect("kept"));
+    assert_eq!(dir.holding().expect("a usable pair").card.bundle_sequence, 3);
+}

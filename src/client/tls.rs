@@ -35,14 +35,7 @@ pub fn config(
     domain: &TrustDomain,
     identity: Option<(&[Vec<u8>], &Key)>,
 ) -> Result<ClientConfig, Error> {
-    let unusable = |error: rustls::Error| Error::Crypto(error.to_string());
-    let mut roots = RootCertStore::empty();
-    for der in authorities {
-        roots.add(CertificateDer::from_slice(der)).map_err(unusable)?;
-    }
-    if roots.is_empty() {
-        return Err(Error::Crypto("the bundle has no authority".into()));
-    }
+    let roots = anchors(authorities)?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let algorithms = provider.signature_verification_algorithms;
     let verifier = ServerIdentity { roots, expected: domain.server(), algorithms };
@@ -62,6 +55,25 @@ pub fn config(
     // Each connection proves its key anew.
     config.resumption = Resumption::disabled();
     Ok(config)
+}
+
+/// The authorities of a bundle as what chains end at.
+///
+/// # Errors
+/// When one is not usable, or there is none.
+pub(super) fn anchors(authorities: &[Vec<u8>]) -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    for der in authorities {
+        roots.add(CertificateDer::from_slice(der)).map_err(unusable)?;
+    }
+    if roots.is_empty() {
+        return Err(Error::Crypto("the bundle has no authority".into()));
+    }
+    Ok(roots)
+}
+
+fn unusable(error: rustls::Error) -> Error {
+    Error::Crypto(error.to_string())
 }
 
 /// Connects to the first of `addresses` (`host:port`) that answers. An impostor ends the search: the next address is not

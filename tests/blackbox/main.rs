@@ -8,6 +8,7 @@ mod house;
 
 mod attest;
 mod bad_input;
+mod bundle;
 mod certificate;
 mod crash;
 mod enrol;

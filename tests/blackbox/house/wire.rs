@@ -12,8 +12,9 @@ use hyper_util::rt::TokioIo;
 use keyward::proto::agent_service_client::AgentServiceClient;
 use keyward::proto::operator_service_client::OperatorServiceClient;
 use keyward::proto::{
-    Ask, AttestRequest, AttestResponse, BoundKeyClaim, Challenge, Credential, EnrolRequest, Entry, JoinClaim, JoinFile,
-    ListEntriesRequest, QuarantineRequest, ReleaseRequest, RenewRequest, StatusRequest, ask::Claim, attest_response::Step,
+    Ask, AttestRequest, AttestResponse, BoundKeyClaim, Bundle, Challenge, Credential, EnrolRequest, Entry, JoinClaim, JoinFile,
+    ListEntriesRequest, QuarantineRequest, ReleaseRequest, RenewRequest, StatusRequest, WatchBundleRequest, WatchBundleResponse,
+    ask::Claim, attest_response::Step,
 };
 use prost::Message as _;
 use rcgen::SigningKey as _;
@@ -171,6 +172,22 @@ impl Wire {
             let answer = AgentServiceClient::new(channel).renew(request).await?;
             Ok(answer.into_inner().credential.expect("a credential"))
         })
+    }
+
+    /// Follows the bundle over a connection of its own.
+    pub fn watch_bundle(&self, identity: Option<&Identity>) -> Answer<Following<'_>> {
+        let channel = self.channel(identity);
+        self.follow(AgentServiceClient::new(channel))
+    }
+
+    /// Asks for it on the operators' socket.
+    pub fn watch_bundle_as_operator(&self) -> Answer<Following<'_>> {
+        self.follow(AgentServiceClient::new(self.local()))
+    }
+
+    fn follow(&self, mut service: AgentServiceClient<Channel>) -> Answer<Following<'_>> {
+        let told = self.runtime.block_on(service.watch_bundle(WatchBundleRequest {}))?.into_inner();
+        Ok(Following { wire: self, told })
     }
 
     /// A connection that stays: many renewals, one handshake.
@@ -341,6 +358,29 @@ impl Watched<'_> {
         let watch = async { while told.message().await.unwrap().expect("a watch has no end").status() != wanted {} };
         let in_time = self.wire.runtime.block_on(async { tokio::time::timeout(DEADLINE, watch).await }).is_ok();
         assert!(in_time, "{:?} did not become {wanted:?}", self.service);
+    }
+}
+
+/// The bundle as an agent follows it.
+pub struct Following<'a> {
+    wire: &'a Wire,
+    told: tonic::Streaming<WatchBundleResponse>,
+}
+
+impl std::fmt::Debug for Following<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Following")
+    }
+}
+
+impl Following<'_> {
+    /// Waits for what is told next, or for why nothing more is. Without a reason where the connection ended.
+    #[track_caller]
+    pub fn next(&mut self) -> Answer<Bundle> {
+        let told = &mut self.told;
+        let next = self.wire.runtime.block_on(async { tokio::time::timeout(DEADLINE, told.message()).await });
+        let answer = next.expect("nothing was told in time")?.expect("an end says why");
+        Ok(answer.bundle.expect("a bundle"))
     }
 }
 

@@ -1,0 +1,135 @@
+//! Who follows the bundle, with two generations of authorities and no token.
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::ledger::{Settings, Token, create};
+use crate::model::{AGENT_EXTENSION_OID, AgentExtension, AgentId, Reason, TokenId, TrustDomain};
+
+/// What has to come within a second, on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+struct House {
+    ledger: Ledger,
+    bundles: Bundles,
+    connection: Arc<Connection>,
+    agent: AgentId,
+    _directory: tempfile::TempDir,
+}
+
+/// An agent that is enrolled, and a connection with a certificate of its first epoch.
+async fn house() -> House {
+    let directory = tempfile::tempdir().unwrap();
+    let (state, runtime) = (directory.path().join("state"), directory.path().to_path_buf());
+    let settings = Settings { state, runtime, queue_max: 64, live_max: 8, forget_seconds: 3600 };
+    let domain = TrustDomain::parse("example.org").unwrap();
+    create(&settings.state, &domain, [1; 16]).unwrap();
+    let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
+    let agent = AgentId::parse("builder/1").unwrap();
+    let leaf = leaf(&agent, &domain);
+    let connection = Connection::identify(Some(&leaf), "192.0.2.1".parse().unwrap(), &domain).unwrap();
+    let house = House { ledger, bundles: Bundles::default(), connection: Arc::new(connection), agent, _directory: directory };
+    house.enrol(&house.agent).await;
+    house
+}
+
+fn leaf(agent: &AgentId, domain: &TrustDomain) -> Vec<u8> {
+    let extension = AgentExtension { epoch: 1, lineage_root: agent.clone(), appraisal_index: 1, policy_hash: None };
+    let mut parameters = rcgen::CertificateParams::default();
+    let name = agent.spiffe_id(domain).to_string();
+    parameters.subject_alt_names = vec![rcgen::SanType::URI(name.try_into().unwrap())];
+    parameters.custom_extensions = vec![rcgen::CustomExtension::from_oid_content(&AGENT_EXTENSION_OID, extension.to_der())];
+    parameters.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().der().to_vec()
+}
+
+fn bundle(sequence: u64, refresh_hint_seconds: u32) -> proto::Bundle {
+    proto::Bundle { authorities: (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect(), sequence, refresh_hint_seconds }
+}
+
+impl House {
+    fn follow(&self) -> BundleWatch {
+        self.bundles.follow(&self.connection, &self.ledger)
+    }
+
+    async fn enrol(&self, agent: &AgentId) {
+        let expires = self.ledger.clock().reckoned().plus_seconds(3600);
+        let token = Token { id: TokenId::random(), public_key: [7; 32], expires, spent_for: None };
+        let limits = proto::Limits { ttl_seconds_max: 600, rejoin_seconds: 600 };
+        self.ledger.enrol(agent, limits, proto::Operator::default(), token).await.unwrap();
+    }
+
+    async fn quarantine(&self, agent: &AgentId) {
+        let cause = proto::QuarantineCause::Operator;
+        self.ledger.quarantine(agent, Some(proto::Operator::default()), cause, "a test").await.unwrap();
+    }
+}
+
+async fn soon(watch: &mut BundleWatch) -> Result<proto::Bundle, Refusal> {
+    timeout(DEADLINE, watch.next()).await.expect("it was told")
+}
+
+async fn silent(watch: &mut BundleWatch) -> bool {
+    timeout(Duration::from_millis(50), watch.next()).await.is_err()
+}
+
+#[tokio::test]
+async fn the_bundle_is_told_at_once_and_each_that_follows_it() {
+    let house = house().await;
+    house.bundles.publish(bundle(1, 300));
+    let mut watch = house.follow();
+    assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 300));
+    assert!(silent(&mut watch).await);
+    house.bundles.publish(bundle(2, 300));
+    assert_eq!(soon(&mut watch).await.unwrap(), bundle(2, 300));
+    // The token came back with the same authorities.
+    house.bundles.publish(bundle(2, 300));
+    assert!(silent(&mut watch).await);
+}
+
+#[tokio::test]
+async fn who_is_slow_is_told_the_newest_alone() {
+    let house = house().await;
+    house.bundles.publish(bundle(1, 300));
+    let mut watch = house.follow();
+    for sequence in 2..=4 {
+        house.bundles.publish(bundle(sequence, 300));
+    }
+    assert_eq!(soon(&mut watch).await.unwrap(), bundle(4, 300));
+    assert!(silent(&mut watch).await);
+}
+
+#[tokio::test]
+async fn it_is_said_again_when_its_refresh_hint_has_passed() {
+    let house = house().await;
+    house.bundles.publish(bundle(1, 1));
+    let mut watch = house.follow();
+    let first = Instant::now();
+    for _ in 0..2 {
+        assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 1));
+    }
+    assert!(first.elapsed() >= Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_wait_that_was_given_up_loses_nothing() {
+    let house = house().await;
+    let mut watch = house.follow();
+    assert!(silent(&mut watch).await, "there is no bundle yet");
+    house.bundles.publish(bundle(1, 300));
+    assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 300));
+}
+
+#[tokio::test]
+async fn a_quarantine_ends_it_and_another_agents_does_not() {
+    let house = house().await;
+    house.bundles.publish(bundle(1, 300));
+    let mut watch = house.follow();
+    soon(&mut watch).await.unwrap();
+    let other = AgentId::parse("builder/2").unwrap();
+    house.enrol(&other).await;
+    house.quarantine(&other).await;
+    assert!(silent(&mut watch).await);
+    // At rest or not: it is told in the middle of a wait.
+    let (told, ()) = tokio::join!(soon(&mut watch), house.quarantine(&house.agent));
+    assert_eq!(told.unwrap_err().reason, Reason::AgentQuarantined);
+}

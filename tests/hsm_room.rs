@@ -7,7 +7,6 @@
 mod token;
 
 #[path = "blackbox/house/shim.rs"]
-#[expect(dead_code, reason = "some is for the other tests")]
 mod shim;
 
 #[path = "hsm_room/agent_keys.rs"]

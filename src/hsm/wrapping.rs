@@ -10,7 +10,7 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 
 use super::error::Error;
-use super::faults::Place;
+use super::faults::{Class, Place, class};
 use super::keyring::Bound;
 use super::objects::{self, Flag, Wanted};
 use crate::model::{Algorithm, KeyId};
@@ -135,7 +135,10 @@ pub(super) fn unwrap(
         Attribute::Decrypt(false),
         Attribute::Unwrap(false),
     ];
-    session.unwrap_key(&way.mechanism(), by, blob, &template).map_err(|error| Error::at(Place::Unwrap, error))
+    session.unwrap_key(&way.mechanism(), by, blob, &template).map_err(|error| match Error::at(Place::Unwrap, error) {
+        Error::Token { code, .. } if matches!(class(code), Class::Permanent | Class::Vague) => Error::NotUnwrapped { id, code },
+        other => other,
+    })
 }
 
 /// What the token's way of wrapping is worth: a key pair made, wrapped, unwrapped, and a test signature by what came back.

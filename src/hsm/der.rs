@@ -77,6 +77,13 @@ mod tests {
     }
 
     #[test]
+    fn a_p384_signature_has_a_hundred_and_four_bytes_at_most() {
+        let der = ecdsa_signature(&[0xff; 96], 48).unwrap();
+        assert_eq!((der.len(), &der[..5]), (104, &[0x30, 102, 0x02, 49, 0x00][..]));
+        assert!(ecdsa_signature(&[0xff; 96], 32).is_none());
+    }
+
+    #[test]
     fn another_length_is_no_signature() {
         assert!(ecdsa_signature(&[1; 63], 32).is_none());
         assert!(ecdsa_signature(&[1; 96], 32).is_none());

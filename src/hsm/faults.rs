@@ -4,6 +4,8 @@
 //! C_SignInit and at C_SignInit, for the session, and for the token. C_Sign has no column: whatever it answers, a signature may exist, so
 //! nobody asks again ([`Outcome::Unknown`]) and the session is closed.
 //!
+//! An owner's session (`owners.rs`) holds keys that nothing else has: it is given up for the codes of the row `Session` alone.
+//!
 //! Two faults have no code. A call that does not come back: its lane is given up and replaced, and once too many hang only a new process
 //! helps ([`super::Error::Stuck`], exit 75). A signature that does not verify: as C_Sign with a vague code, and all handles are looked
 //! up anew.

@@ -1,10 +1,11 @@
 //! The PKCS#11 token.
 //!
 //! Owns: loaded modules, sessions, threads that call into a module, handles, the login, what to do about a CKR code. Promises:
-//! keys are generated in the token, SENSITIVE, LOCAL, NEVER_EXTRACTABLE, read back; no signature leaves unverified; a caller
+//! keys are generated in the token, SENSITIVE, LOCAL, NEVER_EXTRACTABLE, read back (what agents' `wrapped` keys promise instead:
+//! `wrapping.rs`); an agent's key and an authority's are never taken for each other; no signature leaves unverified; a caller
 //! knows for certain whether C_Sign may have been reached; a full queue answers at once; a token that comes back is in service
 //! again by itself; one wrong PIN costs one try. Never: searches or opens a session on the hot path, repeats a C_Sign, calls
-//! C_Logout, destroys an object unasked, shows a PIN.
+//! C_Logout, destroys a token object unasked, shows a PIN.
 
 mod admin;
 mod admission;

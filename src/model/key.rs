@@ -224,3 +224,29 @@ impl RawVerifier {
         Hashed::import_less_safe(input, hash).is_ok_and(|digest| self.key.verify_digest_sig(&digest, signature).is_ok())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::rand::SystemRandom;
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+
+    use super::*;
+
+    #[test]
+    fn a_raw_signature_verifies_over_the_digest_of_its_message_alone() {
+        for (algorithm, signing, size) in
+            [(Algorithm::P256, &ECDSA_P256_SHA256_FIXED_SIGNING, 32), (Algorithm::P384, &ECDSA_P384_SHA384_FIXED_SIGNING, 48)]
+        {
+            let pair = EcdsaKeyPair::generate(signing).expect("a key");
+            let public = PublicKey::from_raw(algorithm, pair.public_key().as_ref()).expect("a point");
+            assert_eq!(PublicKey::from_spki(public.spki()).expect("the same").algorithm(), algorithm);
+            let signature = pair.sign(&SystemRandom::new(), b"message").expect("a signature");
+            let (key, digest) = (public.raw_verifier().expect("a key"), algorithm.input(b"message"));
+            assert_eq!((digest.len(), algorithm.digest_size()), (size, Some(size)));
+            assert!(key.verifies(&digest, signature.as_ref()));
+            assert!(!key.verifies(&algorithm.input(b"another"), signature.as_ref()));
+            assert!(!key.verifies(b"message", signature.as_ref()) && !key.verifies(&digest[1..], signature.as_ref()));
+            assert!(!public.verifies(b"message", signature.as_ref()), "that would be DER");
+        }
+    }
+}

@@ -4,6 +4,10 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::Attribute;
+use cryptoki::slot::Slot;
 use keyward::hsm::{AgentKey, Error, Hsm, MadeKey, Modules, Settings, SignError};
 use keyward::model::{Algorithm, Digest, KeyId, PublicKey, hex};
 use keyward::proto::KeyStorage::{self, Resident, Session, Wrapped};
@@ -545,6 +549,72 @@ fn agents_keys_come_and_go_while_token_keys_do_and_nobody_hears_of_it() {
         }
         let status = room.hsm.status();
         assert!(status.usable && status.reconnects == 0 && status.faults.is_empty(), "{status:?}");
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+#[test]
+fn an_owner_that_hangs_keeps_nobody_else_from_signing() {
+    in_house("agent_keys::an_owner_that_hangs_keeps_nobody_else_from_signing", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        if !wraps() {
+            return;
+        }
+        let (row, other) = (room.make(Algorithm::P256, Wrapped).await, room.make(Algorithm::P256, Resident).await);
+        let (key, other) = (room.bind(&row), room.bind(&other));
+        signs(&other, b"before").await;
+        room.hsm.destroy_agent_key(row.id, Wrapped).await.unwrap();
+        shim.tell("hang C_UnwrapKey");
+        let waiting = tokio::spawn({
+            let key = key.clone();
+            async move { key.sign_digest(digest(b"late")).await }
+        });
+        shim.tell("await hanging=1");
+        signs(&other, b"meanwhile").await;
+        assert!(matches!(waiting.await.unwrap(), Err(SignError::NotSigned(Error::Deadline))));
+        shim.tell("release");
+        signs(&key, b"after").await;
+        assert_eq!((times_signed(&house, b"late"), shim.calls("C_UnwrapKey") > 0), (0, true));
+        assert!(room.hsm.status().usable && room.hsm.status().reconnects == 0, "{:?}", room.hsm.status());
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_wrapping_key_that_could_decrypt_wraps_nothing() {
+    in_house("agent_keys::a_wrapping_key_that_could_decrypt_wraps_nothing", async |house| {
+        let room = Room::open(&house).await;
+        if !wraps() {
+            return;
+        }
+        // Made behind the room's back, in the same process: it is logged in.
+        let module = Pkcs11::new(super::token::module()).unwrap();
+        let _ = module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK));
+        let is_agents = |slot: &Slot| module.get_token_info(*slot).unwrap().label() == "agents";
+        let slot = module.get_slots_with_initialized_token().unwrap().into_iter().find(is_agents).unwrap();
+        let session = module.open_rw_session(slot).unwrap();
+        for (decrypts, extractable) in [(true, false), (false, true), (false, false)] {
+            let id = KeyId::random();
+            let template = [
+                Attribute::ValueLen(32.into()),
+                Attribute::Token(true),
+                Attribute::Private(true),
+                Attribute::Sensitive(true),
+                Attribute::Extractable(extractable),
+                Attribute::Encrypt(false),
+                Attribute::Decrypt(decrypts),
+                Attribute::Wrap(true),
+                Attribute::Unwrap(true),
+                Attribute::Id(id.0.to_vec()),
+            ];
+            session.generate_key(&Mechanism::AesKeyGen, &template).unwrap();
+            let made = room.hsm.make_agent_key(KeyId::random(), Algorithm::P256, Wrapped, Some(id)).await;
+            if decrypts || extractable {
+                assert!(matches!(made, Err(Error::Attribute { .. })), "{made:?}");
+            } else {
+                made.unwrap();
+            }
+        }
+        drop(session);
         room.hsm.shut_down(Duration::from_secs(5));
     });
 }

@@ -16,6 +16,9 @@ use super::faults::{AT_SIGN_INIT, Answer};
 use super::shim::Shim;
 use super::{House, in_house, lacks, new_key, until};
 
+/// The codes by which an owner's session is known to be dead.
+const DEAD_SESSION: [u32; 5] = [0xb3, 0xb0, 0x90, 0x91, 0xb5];
+
 /// A token and a wrapping key, where it wraps.
 struct Room {
     hsm: Hsm,
@@ -370,10 +373,12 @@ fn at_c_unwrap_key_each_code_has_its_consequence() {
         if !wraps() {
             return;
         }
-        let row = room.make(Algorithm::P256, Wrapped).await;
+        let row = room.make_at(id_of(0), Wrapped).await;
         for (number, (code, name, expected, recovers)) in AT_SIGN_INIT.iter().enumerate() {
             let message = [b"unwrap", &number.to_be_bytes()[..]].concat();
             let back = room.hsm.status().reconnects;
+            // A key that nothing brings back, of the same owner.
+            let bystander = room.bind(&room.make_at(id_of(0), Session).await);
             room.hsm.destroy_agent_key(row.id, Wrapped).await.unwrap();
             shim.tell(&format!("fail C_UnwrapKey rv={code:#x}"));
             let answer = room.bind(&row).sign_digest(digest(&message)).await;
@@ -390,6 +395,11 @@ fn at_c_unwrap_key_each_code_has_its_consequence() {
             until(name, Duration::from_secs(10), || room.hsm.status().usable).await;
             signs(&room.bind(&row), b"well").await;
             assert_eq!(room.hsm.status().reconnects - back, u64::from(*recovers), "{name}");
+            if *recovers || DEAD_SESSION.contains(code) {
+                assert!(matches!(is_not_signed(&bystander, b"lost").await, Error::KeyLost(_)), "{name}");
+            } else {
+                signs(&bystander, b"untouched").await;
+            }
         }
         room.hsm.shut_down(Duration::from_secs(5));
     });
@@ -408,7 +418,7 @@ fn a_key_that_cannot_be_made_leaves_nothing_behind_and_the_token_well() {
                 shim.tell(&format!("fail {call} rv={code:#x}"));
                 let made = room.hsm.make_agent_key(id, Algorithm::P256, storage, room.wrapping_for(storage)).await;
                 // Only a session that was dead is tried again, in another one.
-                let dead = [0xb3, 0xb0, 0x90, 0x91, 0xb5].contains(code);
+                let dead = DEAD_SESSION.contains(code);
                 assert_eq!(made.is_ok(), dead, "{call} {name}: {made:?}");
                 assert!(dead || made.is_err_and(|error| error.is_overload() == (*expected == Answer::Shed)), "{call} {name}");
                 until(name, Duration::from_secs(10), || room.hsm.status().usable).await;

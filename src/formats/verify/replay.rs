@@ -1,0 +1,4 @@
+//! What was accepted, for as long as it could be accepted again.
+
+/// later
+pub struct ReplayCache;

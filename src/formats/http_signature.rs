@@ -142,8 +142,7 @@ impl Covered {
 
     /// The value of the component that `item` names.
     pub(super) fn value_of(&self, item: &Item) -> Option<&str> {
-        let wanted = identity(item);
-        self.lines.iter().find(|line| identity(&line.item) == wanted).map(|line| line.value.as_str())
+        self.lines.iter().find(|line| same_identifier(&line.item, item)).map(|line| line.value.as_str())
     }
 }
 
@@ -184,6 +183,11 @@ pub(super) fn check_identifier(item: &Item) -> Result<(), Refusal> {
     let has = |parameter: &str| item.params.contains_key(parameter);
     let agrees = !(has("bs") && (has("sf") || has("key"))) && (name != "@query-param" || has("name"));
     if known && fits && agrees { Ok(()) } else { Err(malformed("cover components of RFC 9421 only, field names in lower case")) }
+}
+
+/// Whether two identifiers name the same component.
+pub(super) fn same_identifier(a: &Item, b: &Item) -> bool {
+    identity(a) == identity(b)
 }
 
 /// What makes two identifiers the same: the order of parameters says nothing (§2).

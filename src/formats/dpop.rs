@@ -78,16 +78,18 @@ pub(super) fn canonical_uri(text: &str) -> Result<String, Refusal> {
         "http" => 80,
         _ => return Err(wrong()),
     };
-    if text.contains(['?', '#']) || authority.as_str().contains('@') || authority.host().is_empty() {
+    if text.contains(['?', '#']) || !text.is_ascii() || authority.as_str().contains('@') || authority.host().is_empty() {
         return Err(wrong());
     }
-    let host = authority.host().to_ascii_lowercase();
-    // A port that is there but no number is left as it is, to be unequal to everything but itself.
-    let port = match (authority.port_u16(), authority.port()) {
-        (Some(port), _) if port == default_port => String::new(),
-        (Some(port), _) => format!(":{port}"),
-        (None, None) if !authority.as_str().ends_with(':') => String::new(),
-        _ => return Err(wrong()),
+    // There is no user, so the port is what follows the host; http::Uri itself overlooks one that is too large.
+    let port = match authority.as_str().strip_prefix(authority.host()).and_then(|rest| rest.strip_prefix(':')) {
+        None => String::new(),
+        Some(port) if !port.bytes().all(|byte| byte.is_ascii_digit()) => return Err(wrong()),
+        Some(port) => match port.parse::<u16>().map_err(|error| wrong().because(error))? {
+            port if port == default_port => String::new(),
+            port => format!(":{port}"),
+        },
     };
+    let host = authority.host().to_ascii_lowercase();
     Ok(format!("{scheme}://{host}{port}{}", uri.path()))
 }

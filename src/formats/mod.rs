@@ -54,3 +54,6 @@ fn check_name<'a>(what: &str, name: &'a str) -> Result<&'a str, Refusal> {
     }
     Ok(name)
 }
+
+#[cfg(test)]
+mod tests;

@@ -140,3 +140,119 @@ impl fmt::Debug for SigningInput {
         write!(f, "SigningInput({:?} {:?} {})", self.profile, self.algorithm, hex(&self.recorded))
     }
 }
+
+#[cfg(test)]
+pub(super) use tests::Signer;
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::digest::Digest as Hashed;
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _};
+
+    use super::*;
+    use crate::formats::{Jwk, VerifyingKey, raw_digest, tls};
+    use crate::model::PublicKey;
+
+    /// A key in memory that signs what a token would be given.
+    pub(in crate::formats) enum Signer {
+        Ecdsa(Algorithm, EcdsaKeyPair),
+        Ed25519(Ed25519KeyPair),
+    }
+
+    impl Signer {
+        pub(in crate::formats) fn new(algorithm: Algorithm) -> Self {
+            match algorithm {
+                Algorithm::P256 => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap()),
+                Algorithm::Ed25519 => Self::Ed25519(Ed25519KeyPair::generate().unwrap()),
+            }
+        }
+
+        pub(in crate::formats) fn public(&self) -> PublicKey {
+            match self {
+                Self::Ecdsa(algorithm, pair) => PublicKey::from_raw(*algorithm, pair.public_key().as_ref()).unwrap(),
+                Self::Ed25519(pair) => PublicKey::from_raw(Algorithm::Ed25519, pair.public_key().as_ref()).unwrap(),
+            }
+        }
+
+        pub(in crate::formats) fn kid(&self) -> String {
+            Jwk::thumbprint(&self.public())
+        }
+
+        pub(in crate::formats) fn verifying(&self, profile: Profile) -> VerifyingKey {
+            VerifyingKey::new(profile, self.public())
+        }
+
+        /// As the token signs: a digest for ECDSA, a message for Ed25519.
+        pub(in crate::formats) fn raw(&self, input: &[u8]) -> Vec<u8> {
+            match self {
+                Self::Ecdsa(algorithm, pair) => {
+                    let digest = Hashed::import_less_safe(input, algorithm::hash(*algorithm).unwrap()).unwrap();
+                    pair.sign_digest(&digest).unwrap().as_ref().to_vec()
+                }
+                Self::Ed25519(pair) => pair.sign(input).as_ref().to_vec(),
+            }
+        }
+
+        /// A message of the tests' own making.
+        pub(in crate::formats) fn message(&self, message: &[u8]) -> Vec<u8> {
+            self.raw(&algorithm::for_token(self.public().algorithm(), message))
+        }
+
+        pub(in crate::formats) fn finish(&self, input: SigningInput) -> Signed {
+            assert_eq!(input.algorithm(), self.public().algorithm());
+            let signature = self.raw(&input.for_token());
+            input.finish(&signature).unwrap()
+        }
+
+        /// A compact JWS or a DPoP proof.
+        pub(in crate::formats) fn compact(&self, input: SigningInput) -> String {
+            match self.finish(input) {
+                Signed::Jws(text) | Signed::Dpop(text) => text,
+                other => panic!("no compact serialisation: {other:?}"),
+            }
+        }
+
+        /// Signature-Input and Signature.
+        pub(in crate::formats) fn fields(&self, input: SigningInput) -> (String, String) {
+            match self.finish(input) {
+                Signed::HttpMessageSignature { signature_input, signature } => (signature_input, signature),
+                other => panic!("no HTTP signature: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_tls_and_raw_digests_get_verifies_in_the_encoding_of_x509() {
+        // Enough of them that leading zeros and set high bits occur.
+        let signer = Signer::new(Algorithm::P256);
+        for n in 0..64_u8 {
+            let Signed::Tls(der) = signer.finish(tls::prepare(Algorithm::P256, tls::Role::Server, &[n; 32]).unwrap()) else {
+                panic!()
+            };
+            assert!(signer.public().verifies(&tls::content(tls::Role::Server, &[n; 32]), &der));
+            let digest = Digest::of(&[n]).0;
+            let Signed::RawDigest(der) = signer.finish(raw_digest::prepare(Algorithm::P256, &digest).unwrap()) else { panic!() };
+            assert!(signer.public().verifies(&[n], &der));
+        }
+    }
+
+    #[test]
+    fn a_signature_of_another_length_is_never_assembled() {
+        for size in [0, 63, 65, 72, 96] {
+            let input = raw_digest::prepare(Algorithm::P256, &[7; 32]).unwrap();
+            assert_eq!(input.finish(&vec![1; size]).unwrap_err().reason, crate::model::Reason::Internal);
+        }
+    }
+
+    #[test]
+    fn the_ledger_keeps_what_the_token_signs_or_its_digest() {
+        for algorithm in algorithm::ALL {
+            let input = tls::prepare(algorithm, tls::Role::Client, &[7; 48]).unwrap();
+            if algorithm::hash(algorithm).is_some() {
+                assert_eq!(input.recorded(), input.for_token());
+            } else {
+                assert_eq!(*input.recorded(), Digest::of(&input.for_token()).0);
+            }
+        }
+    }
+}

@@ -53,8 +53,7 @@ impl Received {
         let algorithm = signature_algorithm(&header)?;
         let jwk = header.get("jwk").and_then(Value::as_object).ok_or_else(|| missing("jwk"))?;
         let kid = Jwk::thumbprint(&Jwk::parse(jwk)?);
-        let signed =
-            SignedBytes { kid, algorithm: Some(algorithm), message: parts.message.into(), signature: parts.signature };
+        let signed = SignedBytes { kid, algorithm: Some(algorithm), message: parts.message.into(), signature: parts.signature };
         Ok(Self { signed, claims: parts.payload })
     }
 

@@ -114,7 +114,8 @@ impl Received {
         window.check_made(made)?;
         window.check_end(end)?;
         if let Some(once) = expected.once {
-            let nonce = nonce.filter(|nonce| !nonce.is_empty() && nonce.len() <= NAME_BYTES_MAX).ok_or_else(|| missing("nonce"))?;
+            let nonce =
+                nonce.filter(|nonce| !nonce.is_empty() && nonce.len() <= NAME_BYTES_MAX).ok_or_else(|| missing("nonce"))?;
             once.accept(&signed.kid, nonce, made, window.last_second(end), window.now)?;
         }
         Ok(Verified { kid: signed.kid, covered: self.list.items.iter().map(serialized_item).collect() })
@@ -137,9 +138,7 @@ fn dictionary(field: &str, text: &str) -> Result<Dictionary, Refusal> {
     if text.len() > FIELD_BYTES_MAX {
         return Err(too_large(format!("send a {field} of at most {FIELD_BYTES_MAX} bytes")));
     }
-    Parser::new(text)
-        .parse()
-        .map_err(|error| malformed(format!("send a {field} that is a structured dictionary")).because(error))
+    Parser::new(text).parse().map_err(|error| malformed(format!("send a {field} that is a structured dictionary")).because(error))
 }
 
 fn string<'a>(list: &'a InnerList, name: &str) -> Result<Option<&'a str>, Refusal> {

@@ -70,8 +70,7 @@ impl Received {
             Some(payload) if payload.len() > PAYLOAD_BYTES_MAX => return Err(payload_too_large()),
             Some(payload) => (format!("{}{}", parts.message, URL_SAFE_NO_PAD.encode(payload)), payload.to_vec()),
         };
-        let signed =
-            SignedBytes { kid, algorithm: Some(algorithm), message: message.into_bytes(), signature: parts.signature };
+        let signed = SignedBytes { kid, algorithm: Some(algorithm), message: message.into_bytes(), signature: parts.signature };
         Ok(Self { signed, typ, payload })
     }
 

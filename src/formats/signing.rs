@@ -147,7 +147,9 @@ pub(super) use tests::Signer;
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::digest::Digest as Hashed;
-    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _};
+    use aws_lc_rs::signature::{
+        ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _,
+    };
 
     use super::*;
     use crate::formats::{Jwk, VerifyingKey, raw_digest, tls};
@@ -161,9 +163,10 @@ mod tests {
 
     impl Signer {
         pub(in crate::formats) fn new(algorithm: Algorithm) -> Self {
-            match algorithm {
-                Algorithm::P256 => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap()),
-                Algorithm::Ed25519 => Self::Ed25519(Ed25519KeyPair::generate().unwrap()),
+            match algorithm::hash(algorithm).map(|hash| hash.output_len()) {
+                None => Self::Ed25519(Ed25519KeyPair::generate().unwrap()),
+                Some(32) => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap()),
+                Some(_) => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P384_SHA384_FIXED_SIGNING).unwrap()),
             }
         }
 
@@ -223,16 +226,18 @@ mod tests {
 
     #[test]
     fn what_tls_and_raw_digests_get_verifies_in_the_encoding_of_x509() {
-        // Enough of them that leading zeros and set high bits occur.
-        let signer = Signer::new(Algorithm::P256);
-        for n in 0..64_u8 {
-            let Signed::Tls(der) = signer.finish(tls::prepare(Algorithm::P256, tls::Role::Server, &[n; 32]).unwrap()) else {
-                panic!()
-            };
-            assert!(signer.public().verifies(&tls::content(tls::Role::Server, &[n; 32]), &der));
-            let digest = Digest::of(&[n]).0;
-            let Signed::RawDigest(der) = signer.finish(raw_digest::prepare(Algorithm::P256, &digest).unwrap()) else { panic!() };
-            assert!(signer.public().verifies(&[n], &der));
+        for algorithm in algorithm::ALL {
+            let signer = Signer::new(algorithm);
+            // Enough of them that leading zeros and set high bits occur.
+            for n in 0..64_u8 {
+                let content = tls::content(tls::Role::Server, &[n; 32]);
+                let input = tls::prepare(algorithm, tls::Role::Server, &[n; 32]).unwrap();
+                let Signed::Tls(signature) = signer.finish(input) else { panic!() };
+                assert!(signer.public().verifies(&content, &signature));
+                let Ok(input) = raw_digest::prepare(algorithm, &algorithm::for_token(algorithm, &content)) else { continue };
+                let Signed::RawDigest(signature) = signer.finish(input) else { panic!() };
+                assert!(signer.public().verifies(&content, &signature));
+            }
         }
     }
 

@@ -12,6 +12,7 @@
 //! |---|---|
 //! | [`proto`] | the wire types, generated; nothing else |
 //! | [`model`] | the words: identities, serials, keys, digests, the clock, a refusal |
+//! | [`formats`] | what an agent's key signs: JWS, HTTP signatures, DPoP, TLS, digests; JWK; verification |
 //! | [`config`] | the configuration file, checked as a whole |
 //! | [`hsm`] | the PKCS#11 token: lanes, keys, faults; no unverified signature leaves it |
 //! | [`ledger`] | the one ordered book, the gate, what follows from the book |
@@ -42,6 +43,8 @@ compile_error!("dangerous-test-hooks is never part of a release binary");
 pub mod proto;
 
 pub mod model;
+
+pub mod formats;
 
 pub mod config;
 

@@ -35,7 +35,10 @@ fn code_of(reason: Reason) -> Code {
         | Reason::KeyUnsupported
         | Reason::WishBeyondGrant
         | Reason::IdempotencyMismatch
-        | Reason::KeyInUse => Code::InvalidArgument,
+        | Reason::KeyInUse
+        | Reason::AlgorithmRefused
+        | Reason::ProfileMismatch
+        | Reason::DigestLengthInvalid => Code::InvalidArgument,
         Reason::Unauthenticated | Reason::TokenUnknown | Reason::ProofInvalid | Reason::ChallengeExpired => Code::Unauthenticated,
         Reason::CallerNotAllowed
         | Reason::TokenExpired
@@ -45,8 +48,14 @@ fn code_of(reason: Reason) -> Code {
         | Reason::EpochStale
         | Reason::CloneSuspected
         | Reason::RejoinExpired
-        | Reason::DeniedMeanwhile => Code::PermissionDenied,
-        Reason::SequenceAhead | Reason::NotQuarantined | Reason::HsmRefused => Code::FailedPrecondition,
+        | Reason::DeniedMeanwhile
+        | Reason::SignatureInvalid
+        | Reason::KidUnknown
+        | Reason::AudienceMismatch
+        | Reason::MessageExpired
+        | Reason::Replayed
+        | Reason::BindingMismatch => Code::PermissionDenied,
+        Reason::SequenceAhead | Reason::NotQuarantined | Reason::HsmRefused | Reason::OutsideTimeWindow => Code::FailedPrecondition,
         Reason::AgentExists => Code::AlreadyExists,
         Reason::NotFound => Code::NotFound,
         Reason::RateLimited | Reason::Overloaded | Reason::WatchesTaken => Code::ResourceExhausted,

@@ -1,0 +1,87 @@
+//! What differs between algorithms: their names in each format, the digest the token gets, the form of a signature.
+
+use std::sync::Arc;
+
+use aws_lc_rs::digest;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ED25519, UnparsedPublicKey, VerificationAlgorithm};
+
+use crate::model::{Algorithm, PublicKey};
+
+/// `alg` of a JWS (RFC 7518 §3.1, RFC 8037 §3.1).
+pub(super) fn jws_name(algorithm: Algorithm) -> &'static str {
+    match algorithm {
+        Algorithm::P256 => "ES256",
+        Algorithm::Ed25519 => "EdDSA",
+    }
+}
+
+/// `alg` of an HTTP signature (RFC 9421 §6.2.2).
+pub(super) fn http_name(algorithm: Algorithm) -> &'static str {
+    match algorithm {
+        Algorithm::P256 => "ecdsa-p256-sha256",
+        Algorithm::Ed25519 => "ed25519",
+    }
+}
+
+/// `kty` and `crv` of a JWK (RFC 7518 §6.2.1, RFC 8037 §2).
+pub(super) fn key_type(algorithm: Algorithm) -> (&'static str, &'static str) {
+    match algorithm {
+        Algorithm::P256 => ("EC", "P-256"),
+        Algorithm::Ed25519 => ("OKP", "Ed25519"),
+    }
+}
+
+/// Those that keyward knows.
+pub(super) const ALL: [Algorithm; 2] = [Algorithm::P256, Algorithm::Ed25519];
+
+/// Bytes of `r ‖ s`, or of an Ed25519 signature.
+pub(super) fn signature_size(algorithm: Algorithm) -> usize {
+    match algorithm {
+        Algorithm::P256 | Algorithm::Ed25519 => 64,
+    }
+}
+
+/// The hash of an ECDSA algorithm; `None` for Ed25519, which signs messages.
+pub(super) fn hash(algorithm: Algorithm) -> Option<&'static digest::Algorithm> {
+    match algorithm {
+        Algorithm::P256 => Some(&digest::SHA256),
+        Algorithm::Ed25519 => None,
+    }
+}
+
+/// What the token signs: the digest, or for Ed25519 the message itself.
+pub(super) fn for_token(algorithm: Algorithm, message: &[u8]) -> Arc<[u8]> {
+    match hash(algorithm) {
+        Some(hash) => digest::digest(hash, message).as_ref().into(),
+        None => message.into(),
+    }
+}
+
+/// Whether `signature` (`r ‖ s`, RFC 7518 §3.4, or Ed25519's 64 bytes) is `key`'s over `message`.
+pub(super) fn verifies(key: &PublicKey, message: &[u8], signature: &[u8]) -> bool {
+    let algorithm: &'static dyn VerificationAlgorithm = match key.algorithm() {
+        Algorithm::P256 => &ECDSA_P256_SHA256_FIXED,
+        Algorithm::Ed25519 => &ED25519,
+    };
+    UnparsedPublicKey::new(algorithm, key.raw()).verify(message, signature).is_ok()
+}
+
+/// `r ‖ s` as ECDSA-Sig-Value in DER (RFC 3279 §2.2.3), which TLS and most libraries want; Ed25519 signatures stay as they are.
+/// The size was checked before.
+pub(super) fn in_der(algorithm: Algorithm, signature: &[u8]) -> Vec<u8> {
+    if hash(algorithm).is_none() {
+        return signature.to_vec();
+    }
+    let (r, s) = signature.split_at(signature.len() / 2);
+    let body = [integer(r), integer(s)].concat();
+    // At most 2 · (2 + 1 + 48) = 102 bytes: one byte of length.
+    [&[0x30, body.len() as u8], &body[..]].concat()
+}
+
+/// An unsigned big-endian number as INTEGER: shortest form, with a zero before a set high bit.
+fn integer(number: &[u8]) -> Vec<u8> {
+    let first = number.iter().position(|byte| *byte != 0).unwrap_or(number.len().saturating_sub(1));
+    let digits = &number[first..];
+    let sign: &[u8] = if digits.first().is_some_and(|byte| byte & 0x80 != 0) { &[0] } else { &[] };
+    [&[0x02, (sign.len() + digits.len()) as u8], sign, digits].concat()
+}

@@ -6,7 +6,7 @@ use rcgen::CertificateParams;
 use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
-use crate::model::{KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
+use crate::model::{Algorithm, KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
 use crate::proto::{self, IntentKind, Purpose, TokenRole, entry::Body};
 
 use super::authorities::certificates;
@@ -162,7 +162,8 @@ fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &Public
         |why: &str| Refusal::new(crate::model::Reason::MalformedRequest, format!("the outside certificates do not fit: {why}"));
     let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
     let (root, issuing) = (parse(root)?, parse(issuing)?);
-    let root_key = PublicKey::from_spki(root.public_key().raw).map_err(|_| bad("the root's key is not P-256"))?;
+    let root_key = PublicKey::from_spki(root.public_key().raw).ok().filter(|key| key.algorithm() == Algorithm::P256);
+    let root_key = root_key.ok_or_else(|| bad("the root's key is not P-256"))?;
     if !root_key.verifies(issuing.tbs_certificate.as_ref(), &issuing.signature_value.data) || issuing.issuer() != root.subject() {
         return Err(bad("the issuing certificate is not signed by the root"));
     }

@@ -100,6 +100,8 @@ fn name(purpose: Purpose) -> &'static str {
         Purpose::Issuing => "issuing",
         Purpose::Ledger => "ledger",
         Purpose::Canary => "canary",
+        Purpose::Wrapping => "wrapping",
+        Purpose::Agent => "agent",
         Purpose::Unspecified => "key",
     }
 }

@@ -215,6 +215,8 @@ pub(super) fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Issuing => "issuing",
         Purpose::Ledger => "ledger",
         Purpose::Canary => "canary",
+        Purpose::Wrapping => "wrapping",
+        Purpose::Agent => "agent",
     }
 }
 
@@ -223,6 +225,7 @@ fn algorithm_name(algorithm: KeyAlgorithm) -> &'static str {
         KeyAlgorithm::Unspecified => "unknown",
         KeyAlgorithm::P256 => "p256",
         KeyAlgorithm::Ed25519 => "ed25519",
+        KeyAlgorithm::P384 => "p384",
     }
 }
 

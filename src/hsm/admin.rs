@@ -7,7 +7,7 @@ use cryptoki::session::Session;
 use tokio::sync::oneshot;
 
 use super::error::Error;
-use super::queue::{Mark, Refused};
+use super::queue::{Mark, Queue, Refused};
 use super::token::Token;
 
 /// Something to do with token objects. Says whether the session is still good afterwards.
@@ -47,6 +47,17 @@ impl Token {
         deadline: Instant,
         work: impl FnOnce(&Session) -> Result<R, Error> + Send + 'static,
     ) -> Result<R, Error> {
+        self.errand_on(&self.errands, deadline, |error| error.verdict().keep_session, work).await
+    }
+
+    /// The same for another thread's queue, with what lets its session live on.
+    pub(super) async fn errand_on<R: Send + 'static>(
+        self: &Arc<Self>,
+        queue: &Queue<Errand>,
+        deadline: Instant,
+        keeps_session: fn(&Error) -> bool,
+        work: impl FnOnce(&Session) -> Result<R, Error> + Send + 'static,
+    ) -> Result<R, Error> {
         let (reply, answer) = oneshot::channel();
         let errand: Errand = Box::new(move |token, session| {
             if reply.is_closed() || Instant::now() >= deadline {
@@ -57,13 +68,13 @@ impl Token {
                 Ok(_) => true,
                 Err(error) => {
                     token.report(error);
-                    error.verdict().keep_session
+                    keeps_session(error)
                 }
             };
             let _ = reply.send(result);
             good
         });
-        self.errands.push(errand).map_err(|refused| match refused {
+        queue.push(errand).map_err(|refused| match refused {
             Refused::Full => Error::QueueFull,
             Refused::Shut => self.unusable(),
         })?;

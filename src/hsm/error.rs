@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cryptoki::context::Function;
 use cryptoki::error::{Error as Cryptoki, RvError};
 
-use super::faults::{Condition, Outcome, Place, Verdict, name, verdict};
+use super::faults::{Class, Condition, Outcome, Place, Verdict, class, name, verdict};
 use crate::model::{InvalidKey, KeyId};
 
 /// What went wrong in the HSM room. Never holds a PIN.
@@ -128,6 +128,31 @@ pub enum Error {
     /// The signature does not verify against the pinned key. It was thrown away.
     #[error("the token's signature does not verify against the pinned key {0}")]
     Corrupt(KeyId),
+    /// The token does not unwrap this blob: it was touched, or wrapped under another key.
+    #[error("the token does not unwrap key {id}: it answered {}", name(*code))]
+    NotUnwrapped {
+        /// CKA_ID.
+        id: KeyId,
+        /// What C_UnwrapKey answered.
+        code: RvError,
+    },
+    /// The id or the public key is that of a key which is not an agent's.
+    #[error("key {0} is not an agent's")]
+    NotAgents(KeyId),
+    /// Exactly so many bytes are signed by a key of this algorithm.
+    #[error("key {id} signs {bytes} bytes, no more and no less")]
+    Input {
+        /// CKA_ID.
+        id: KeyId,
+        /// Size of the digest.
+        bytes: usize,
+    },
+    /// As many keys live in sessions as may.
+    #[error("{0} keys live in sessions of the token: as many as may")]
+    SessionKeysFull(usize),
+    /// Not asked for, because an earlier signature of the same batch could not be made.
+    #[error("an earlier signature of the batch could not be made")]
+    BatchEnded,
     /// As many requests wait as may.
     #[error("the queue to the token is full")]
     QueueFull,
@@ -152,7 +177,7 @@ impl Error {
     /// Whether it is a matter of load alone: the token is well, the caller came at a bad moment.
     #[must_use]
     pub fn is_overload(&self) -> bool {
-        matches!(self, Self::QueueFull) || self.verdict().outcome == Outcome::Shed
+        matches!(self, Self::QueueFull | Self::SessionKeysFull(_)) || self.verdict().outcome == Outcome::Shed
     }
 
     /// From the wrapper's error of a call other than C_Sign.
@@ -178,14 +203,27 @@ impl Error {
             Self::Answer { place: Place::Sign, .. } | Self::Corrupt(_) => {
                 Verdict { outcome: Outcome::Unknown, token: Condition::Suspect, keep_session: false }
             }
+            Self::NotUnwrapped { code, .. } => verdict(Place::Unwrap, *code),
             Self::Answer { .. } => Verdict { outcome: Outcome::NotSigned, token: Condition::Suspect, keep_session: false },
             _ => Verdict { outcome: Outcome::NotSigned, token: Condition::Fine, keep_session: true },
         }
     }
 
+    /// Whether the session itself is dead, and with it every object that it made.
+    pub(super) fn is_of_the_session(&self) -> bool {
+        matches!(self, Self::Token { code, .. } if class(*code) == Class::Session)
+    }
+
     /// Whether it is the key that is missing or wrong, and not the token that cannot be asked.
     pub(super) fn is_of_the_key(&self) -> bool {
-        matches!(self, Self::KeyLost(_) | Self::KeyMismatch(_) | Self::KeyAmbiguous { .. } | Self::Attribute { .. })
+        matches!(
+            self,
+            Self::KeyLost(_)
+                | Self::KeyMismatch(_)
+                | Self::KeyAmbiguous { .. }
+                | Self::Attribute { .. }
+                | Self::NotUnwrapped { .. }
+        )
     }
 
     /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.

@@ -4,6 +4,8 @@
 //! C_SignInit and at C_SignInit, for the session, and for the token. C_Sign has no column: whatever it answers, a signature may exist, so
 //! nobody asks again ([`Outcome::Unknown`]) and the session is closed.
 //!
+//! An owner's session (`owners.rs`) holds keys that nothing else has: it is given up for the codes of the row `Session` alone.
+//!
 //! Two faults have no code. A call that does not come back: its lane is given up and replaced, and once too many hang only a new process
 //! helps ([`super::Error::Stuck`], exit 75). A signature that does not verify: as C_Sign with a vague code, and all handles are looked
 //! up anew.
@@ -25,6 +27,12 @@ pub enum Place {
     Search,
     /// C_GenerateKeyPair: what it made has to be reconciled by CKA_ID, whatever it answered.
     Generate,
+    /// C_GenerateKey: the same.
+    GenerateKey,
+    /// C_WrapKey.
+    Wrap,
+    /// C_UnwrapKey. What is unwrapped comes from a table: a vague answer says nothing of the token.
+    Unwrap,
     /// C_DestroyObject.
     Destroy,
     /// C_SignInit: nothing is signed yet.
@@ -41,6 +49,9 @@ impl fmt::Display for Place {
             Self::Login => "C_Login",
             Self::Search => "the search for a key",
             Self::Generate => "C_GenerateKeyPair",
+            Self::GenerateKey => "C_GenerateKey",
+            Self::Wrap => "C_WrapKey",
+            Self::Unwrap => "C_UnwrapKey",
             Self::Destroy => "C_DestroyObject",
             Self::SignInit => "C_SignInit",
             Self::Sign => "C_Sign",
@@ -154,7 +165,12 @@ const TABLE: [Row; 7] = [
     },
     Row {
         class: Class::Handle,
-        codes: &[RvError::ObjectHandleInvalid, RvError::KeyHandleInvalid],
+        codes: &[
+            RvError::ObjectHandleInvalid,
+            RvError::KeyHandleInvalid,
+            RvError::WrappingKeyHandleInvalid,
+            RvError::UnwrappingKeyHandleInvalid,
+        ],
         before: Outcome::Resolve,
         sign_init: Outcome::Resolve,
         keep_session: false,
@@ -221,13 +237,21 @@ const TABLE: [Row; 7] = [
             RvError::DomainParamsInvalid,
             RvError::FunctionNotSupported,
             RvError::KeyFunctionNotPermitted,
+            RvError::KeyNotWrappable,
             RvError::KeySizeRange,
             RvError::KeyTypeInconsistent,
+            RvError::KeyUnextractable,
             RvError::MechanismInvalid,
             RvError::MechanismParamInvalid,
             RvError::TemplateIncomplete,
             RvError::TemplateInconsistent,
             RvError::TokenWriteProtected,
+            RvError::UnwrappingKeySizeRange,
+            RvError::UnwrappingKeyTypeInconsistent,
+            RvError::WrappedKeyInvalid,
+            RvError::WrappedKeyLenRange,
+            RvError::WrappingKeySizeRange,
+            RvError::WrappingKeyTypeInconsistent,
         ],
         before: Outcome::NotSigned,
         sign_init: Outcome::NotSigned,
@@ -267,10 +291,22 @@ pub(super) struct Verdict {
 /// What the table says.
 pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
     let row = row(code);
+    if place == Place::Unwrap && row.class == Class::Vague {
+        // Whoever could write blobs could take the token out of service otherwise, three at a time.
+        return Verdict { outcome: Outcome::NotSigned, token: Condition::Fine, keep_session: row.keep_session };
+    }
     let outcome = match place {
         Place::Sign => Outcome::Unknown,
         Place::SignInit => row.sign_init,
-        Place::Module | Place::OpenSession | Place::Login | Place::Search | Place::Generate | Place::Destroy => row.before,
+        Place::Module
+        | Place::OpenSession
+        | Place::Login
+        | Place::Search
+        | Place::Generate
+        | Place::GenerateKey
+        | Place::Wrap
+        | Place::Unwrap
+        | Place::Destroy => row.before,
     };
     Verdict { outcome, token: row.token, keep_session: row.keep_session && place != Place::Sign }
 }
@@ -279,12 +315,15 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
 mod tests {
     use super::*;
 
-    const PLACES: [Place; 8] = [
+    const PLACES: [Place; 11] = [
         Place::Module,
         Place::OpenSession,
         Place::Login,
         Place::Search,
         Place::Generate,
+        Place::GenerateKey,
+        Place::Wrap,
+        Place::Unwrap,
         Place::Destroy,
         Place::SignInit,
         Place::Sign,
@@ -336,9 +375,24 @@ mod tests {
                 Class::Vague => Condition::Suspect,
                 Class::Session | Class::Handle | Class::Capacity | Class::Pin | Class::Permanent => Condition::Fine,
             };
-            for place in PLACES {
+            for place in PLACES.into_iter().filter(|place| *place != Place::Unwrap) {
                 assert_eq!(verdict(place, code).token, expected, "{place:?} {code:?}");
             }
+            let of_a_blob = if class(code) == Class::Vague { Condition::Fine } else { expected };
+            assert_eq!(verdict(Place::Unwrap, code).token, of_a_blob, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_blob_that_is_not_unwrapped_is_not_tried_again_unless_a_handle_or_a_session_was_dead() {
+        for code in codes() {
+            let expected = match class(code) {
+                Class::Session => Outcome::Again,
+                Class::Handle => Outcome::Resolve,
+                Class::Capacity => Outcome::Shed,
+                Class::Login | Class::Token | Class::Vague | Class::Pin | Class::Permanent => Outcome::NotSigned,
+            };
+            assert_eq!(verdict(Place::Unwrap, code).outcome, expected, "{code:?}");
         }
     }
 

@@ -11,7 +11,7 @@ use super::error::{Error, SignError};
 use super::faults::Remedy;
 use super::keyring::{Bound, Location};
 use super::lanes;
-use super::queue::Mark;
+use super::queue::{Mark, Post};
 use super::token::{Token, reconnect};
 use crate::model::KeyId;
 
@@ -45,7 +45,7 @@ pub(super) fn start(token: &Arc<Token>) -> Result<(), Error> {
         Ok(runtime) => runtime.block_on(watch(&watched)),
         Err(error) => watched.suspend(&format!("nobody watches the token: {error}"), Remedy::Restart),
     };
-    token.watchman.hire("hsm-watch", false, work).map_err(Error::Thread)
+    token.watchman.hire("hsm-watch", Post::Single, work).map_err(Error::Thread)
 }
 
 async fn watch(token: &Arc<Token>) {
@@ -62,8 +62,8 @@ async fn watch(token: &Arc<Token>) {
             continue;
         }
         token.crew.give_up(token.settings.sign_deadline + GRACE);
-        if token.crew.admin_inside_for().is_some_and(|time| time > ADMIN_DEADLINE + GRACE) {
-            token.suspend("the admin lane hangs inside the PKCS#11 module", Remedy::Restart);
+        if token.crew.other_inside_for().is_some_and(|time| time > ADMIN_DEADLINE + GRACE) {
+            token.suspend("the admin lane or an owner hangs inside the PKCS#11 module", Remedy::Restart);
             continue;
         }
         match token.top_up() {
@@ -224,7 +224,7 @@ async fn on_a_thread(
 ) -> Result<(), Error> {
     let (reply, answer) = oneshot::channel();
     let connecting = Arc::clone(token);
-    token.watchman.hire("hsm-connect", false, move |_| drop(reply.send(work(&connecting)))).map_err(Error::Thread)?;
+    token.watchman.hire("hsm-connect", Post::Single, move |_| drop(reply.send(work(&connecting)))).map_err(Error::Thread)?;
     match tokio::time::timeout(CONNECT_DEADLINE, answer).await {
         Ok(Ok(done)) => done,
         // It died of a panic.

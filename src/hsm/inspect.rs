@@ -11,7 +11,8 @@ use super::keyring::Location;
 use super::modules::Modules;
 use super::probe::Capabilities;
 use super::{ADMIN_DEADLINE, Hsm, health, objects};
-use crate::proto::TokenRole;
+use crate::model::Algorithm;
+use crate::proto::{KeyStorage, TokenRole};
 
 /// A token's state, for `keyward status`.
 #[derive(Debug, Clone)]
@@ -131,7 +132,13 @@ impl Hsm {
     pub fn status(&self) -> Status {
         let (token, health) = (&self.0, self.0.health().borrow().clone());
         let capabilities = self.capabilities();
-        let off = [(capabilities.ed25519, "ed25519"), (capabilities.session_keys, "session-keys")];
+        let has = |storage| self.storages(Algorithm::P256).contains(&storage);
+        let off = [
+            (capabilities.ed25519, "ed25519"),
+            (capabilities.p384, "p384"),
+            (has(KeyStorage::Session), "session-keys"),
+            (has(KeyStorage::Wrapped), "wrapped-keys"),
+        ];
         let count = token.crew.count();
         Status {
             role: token.settings.role,

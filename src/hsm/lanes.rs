@@ -1,8 +1,8 @@
 //! Sign lanes: threads with one session each. The hot path opens no session, searches nothing and holds no lock across C_Sign. A lane
 //! does nothing but sign: whoever asked verifies, here in [`ask`], while the lane has the device busy with the next.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptoki::object::ObjectHandle;
@@ -13,24 +13,60 @@ use super::error::{Error, SignError};
 use super::faults::{Condition, Outcome, Remedy};
 use super::keyring::{Bound, Location};
 use super::objects;
+use super::owners::Object;
 use super::queue::{Mark, Refused};
 use super::token::Token;
 
-/// Nobody has begun.
-const WAITING: u8 = 0;
-/// A lane is about to call C_SignInit, or has.
-const STARTED: u8 = 1;
-/// The asker has gone; no lane will begin.
-const WITHDRAWN: u8 = 2;
+/// The asker has gone: no lane will begin another signature.
+const WITHDRAWN: usize = 1 << (usize::BITS - 1);
 
-/// One signature to be made.
+/// Signatures to be made by one key, one after the other.
 pub(super) struct Job {
     key: Arc<Bound>,
-    handle: ObjectHandle,
-    message: Arc<[u8]>,
+    hold: Hold,
+    inputs: Vec<Arc<[u8]>>,
     deadline: Instant,
-    claim: Arc<AtomicU8>,
-    reply: oneshot::Sender<Result<Unverified, Failed>>,
+    progress: Arc<Progress>,
+    reply: oneshot::Sender<Result<(), Failed>>,
+}
+
+/// What a lane signs with. A session object is not destroyed while somebody holds it.
+#[derive(Clone)]
+pub(super) struct Hold {
+    handle: ObjectHandle,
+    epoch: u64,
+    object: Option<Arc<Object>>,
+}
+
+impl Hold {
+    /// Of a session object.
+    pub(super) fn of(object: Arc<Object>) -> Self {
+        Self { handle: object.handle, epoch: object.epoch(), object: Some(object) }
+    }
+}
+
+/// How far a job has come.
+#[derive(Default)]
+struct Progress {
+    /// For how many inputs a lane is about to call C_SignInit, or has; with [`WITHDRAWN`] there will be no more.
+    begun: AtomicUsize,
+    made: Mutex<Vec<Unverified>>,
+}
+
+impl Progress {
+    /// Whether the lane may begin with this input.
+    fn begin(&self, index: usize) -> bool {
+        self.begun.compare_exchange(index, index + 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// No other is begun from now on. With how many were.
+    fn withdraw(&self) -> usize {
+        self.begun.fetch_or(WITHDRAWN, Ordering::AcqRel) & !WITHDRAWN
+    }
+
+    fn made(&self) -> MutexGuard<'_, Vec<Unverified>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What a lane hands to its asker, and nobody beyond [`ask`] sees.
@@ -43,7 +79,7 @@ struct Unverified {
 
 /// What became of an attempt, and what may follow.
 pub(super) struct Failed {
-    error: Error,
+    pub(super) error: Error,
     outcome: Outcome,
 }
 
@@ -54,18 +90,8 @@ impl Failed {
 }
 
 impl Job {
-    /// Whether this lane may begin: not withdrawn, not too late, somebody still listening.
-    fn claim(self) -> Option<Self> {
-        if Instant::now() >= self.deadline {
-            self.answer(Err(Failed::not_signed(Error::Deadline)));
-            return None;
-        }
-        let free = self.claim.compare_exchange(WAITING, STARTED, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        (free && !self.reply.is_closed()).then_some(self)
-    }
-
-    /// An asker that has gone meanwhile has counted this as unknown.
-    fn answer(self, result: Result<Unverified, Failed>) {
+    /// An asker that has gone meanwhile has counted what was begun as unknown.
+    fn answer(self, result: Result<(), Failed>) {
         let _ = self.reply.send(result);
     }
 
@@ -80,12 +106,7 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     let mut session: Option<Session> = None;
     let spoilt = Arc::new(AtomicBool::new(false));
     while let Some(job) = token.jobs.next(term) {
-        let Some(job) = job.claim() else { continue };
-        let mut result = mark.inside(|| with_session(token, &mut session, &job, &spoilt));
-        if result.as_ref().is_err_and(|failed| failed.outcome == Outcome::Again) {
-            // Certain that nothing was signed, and that session is gone: once more with another.
-            result = mark.inside(|| with_session(token, &mut session, &job, &spoilt));
-        }
+        let result = work_off(token, &mut session, &job, &spoilt, mark);
         job.answer(result);
         if mark.is_given_up() {
             if let Some(left) = session.take() {
@@ -97,8 +118,39 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     token.leave(mark, session);
 }
 
+/// One input after the other, until one fails, or it is too late, or nobody listens any more.
+fn work_off(
+    token: &Token,
+    session: &mut Option<Session>,
+    job: &Job,
+    spoilt: &Arc<AtomicBool>,
+    mark: &Mark,
+) -> Result<(), Failed> {
+    for (index, input) in job.inputs.iter().enumerate() {
+        if Instant::now() >= job.deadline || mark.is_given_up() {
+            return Err(Failed::not_signed(Error::Deadline));
+        }
+        if !job.progress.begin(index) || job.reply.is_closed() {
+            return Err(Failed::not_signed(Error::Deadline)); // nobody hears it
+        }
+        let mut result = mark.inside(|| with_session(token, session, job, input, spoilt));
+        if result.as_ref().is_err_and(|failed| failed.outcome == Outcome::Again) {
+            // Certain that nothing was signed, and that session is gone: once more with another.
+            result = mark.inside(|| with_session(token, session, job, input, spoilt));
+        }
+        job.progress.made().push(result?);
+    }
+    Ok(())
+}
+
 /// One attempt with the lane's session, opened if there is none; kept only if it may be used again.
-fn with_session(token: &Token, session: &mut Option<Session>, job: &Job, spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
+fn with_session(
+    token: &Token,
+    session: &mut Option<Session>,
+    job: &Job,
+    input: &[u8],
+    spoilt: &Arc<AtomicBool>,
+) -> Result<Unverified, Failed> {
     if spoilt.swap(false, Ordering::AcqRel)
         && let Some(session) = session.take()
     {
@@ -112,7 +164,7 @@ fn with_session(token: &Token, session: &mut Option<Session>, job: &Job, spoilt:
             Failed { error, outcome }
         })?,
     };
-    let result = attempt(token, &open, job, spoilt);
+    let result = attempt(token, &open, job, input, spoilt);
     if result.as_ref().map_or_else(|failed| failed.error.verdict().keep_session, |_| true) {
         *session = Some(open);
     } else {
@@ -122,103 +174,149 @@ fn with_session(token: &Token, session: &mut Option<Session>, job: &Job, spoilt:
     result
 }
 
-fn attempt(token: &Token, session: &Session, job: &Job, spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
-    let key = &job.key;
+fn attempt(token: &Token, session: &Session, job: &Job, input: &[u8], spoilt: &Arc<AtomicBool>) -> Result<Unverified, Failed> {
     let from = Instant::now();
-    let sign = || objects::sign(session, job.handle, key.public.algorithm(), &job.message, key.id);
-    match token.meter.sign.measure(sign) {
+    match token.meter.sign.measure(|| objects::sign(session, job.hold.handle, &job.key, input)) {
         Ok(signature) => Ok(Unverified { signature, took: from.elapsed(), spoilt: Arc::clone(spoilt) }),
-        Err(error) => Err(failed(token, key, job.handle, error)),
+        Err(error) => Err(failed(token, &job.key, &job.hold, error)),
     }
 }
 
 /// A signature that verifies, or none.
-fn verified(token: &Token, key: &Bound, handle: ObjectHandle, message: &[u8], made: Unverified) -> Result<Vec<u8>, Failed> {
-    if token.meter.verify_own.measure(|| key.verifies(message, &made.signature)) {
+fn verified(token: &Token, key: &Bound, hold: &Hold, input: &[u8], made: Unverified) -> Result<Vec<u8>, Failed> {
+    if token.meter.verify_own.measure(|| key.verifies(input, &made.signature)) {
         token.report_signature(made.took);
+        if let Some(object) = &hold.object {
+            object.prove();
+        }
         return Ok(made.signature);
     }
+    if hold.object.as_ref().is_some_and(|object| object.is_another_key()) {
+        tracing::error!(key = %key.id, "another key came out of the blob of this one; its signature is thrown away");
+        return Err(Failed { error: Error::KeyMismatch(key.id), outcome: Outcome::Unknown });
+    }
     made.spoilt.store(true, Ordering::Release);
-    Err(failed(token, key, handle, Error::Corrupt(key.id)))
+    Err(failed(token, key, hold, Error::Corrupt(key.id)))
 }
 
 /// Counts the error, and says what may follow.
-fn failed(token: &Token, key: &Bound, handle: ObjectHandle, error: Error) -> Failed {
+fn failed(token: &Token, key: &Bound, hold: &Hold, error: Error) -> Failed {
     token.report(&error);
     if matches!(error, Error::Corrupt(_)) {
         tracing::error!(key = %key.id, "the token's signature does not verify; thrown away, all handles are looked up anew");
-        token.epoch_ends_if_handle(key, handle);
+        token.epoch_ends(hold.epoch);
     }
     let outcome = error.verdict().outcome;
     Failed { error, outcome }
 }
 
 /// Withdraws the job when its asker stops waiting, so that no lane begins what nobody will record.
-struct Withdraw(Arc<AtomicU8>);
-
-impl Withdraw {
-    /// Whether it is now certain that no lane will begin.
-    fn now(&self) -> bool {
-        self.0.compare_exchange(WAITING, WITHDRAWN, Ordering::AcqRel, Ordering::Acquire) != Err(STARTED)
-    }
-}
+struct Withdraw(Arc<Progress>);
 
 impl Drop for Withdraw {
     fn drop(&mut self) {
-        self.now();
+        self.0.withdraw();
     }
 }
 
-/// One attempt, until `deadline`. The signature is verified here.
-async fn ask(
+/// One attempt, until `deadline`. Each signature is verified here. An answer for each input that a lane has begun, in their order, and one
+/// for the next if there is one.
+pub(super) async fn ask(
     token: &Token,
     key: &Arc<Bound>,
-    handle: ObjectHandle,
-    message: &Arc<[u8]>,
+    hold: &Hold,
+    inputs: Vec<Arc<[u8]>>,
     deadline: Instant,
-) -> Result<Vec<u8>, Failed> {
+) -> Vec<Result<Vec<u8>, Failed>> {
     let (reply, answer) = oneshot::channel();
-    let claim = Arc::new(AtomicU8::new(WAITING));
-    let withdraw = Withdraw(Arc::clone(&claim));
-    let job = Job { key: Arc::clone(key), handle, message: Arc::clone(message), deadline, claim, reply };
-    token.jobs.push(job).map_err(|refused| {
-        Failed::not_signed(match refused {
+    let progress = Arc::new(Progress::default());
+    let withdraw = Withdraw(Arc::clone(&progress));
+    let wanted = inputs.clone();
+    let job = Job { key: Arc::clone(key), hold: hold.clone(), inputs, deadline, progress: Arc::clone(&progress), reply };
+    if let Err(refused) = token.jobs.push(job) {
+        let error = match refused {
             Refused::Full => Error::QueueFull,
             Refused::Shut => token.unusable(),
-        })
-    })?;
-    match tokio::time::timeout_at(deadline.into(), answer).await {
-        Ok(Ok(result)) => result.and_then(|made| verified(token, key, handle, message, made)),
+        };
+        return vec![Err(Failed::not_signed(error))];
+    }
+    let ended = tokio::time::timeout_at(deadline.into(), answer).await;
+    let begun = withdraw.0.withdraw();
+    let made = std::mem::take(&mut *progress.made());
+    let failed = match ended {
+        Ok(Ok(result)) => result.err(),
         // The lane died, or its term ended, without a word; or it has not come back in time.
         ended => {
             let error = if ended.is_err() { Error::Deadline } else { token.unusable() };
-            let outcome = if withdraw.now() { Outcome::NotSigned } else { Outcome::Unknown };
-            Err(Failed { error, outcome })
+            let outcome = if begun > made.len() { Outcome::Unknown } else { Outcome::NotSigned };
+            Some(Failed { error, outcome })
         }
-    }
+    };
+    let complete = made.len() == wanted.len();
+    let mut answers: Vec<_> = wanted.iter().zip(made).map(|(input, made)| verified(token, key, hold, input, made)).collect();
+    answers.extend(failed.filter(|_| !complete).map(Err));
+    answers
 }
 
-/// A verified signature. The key is looked up anew at most once, and only where C_Sign was certainly not reached.
+/// Verified signatures, one for each input. The key is looked up anew at most once, and only where C_Sign was certainly not reached.
+pub(super) async fn sign_all(
+    token: &Arc<Token>,
+    key: &Arc<Bound>,
+    inputs: Vec<Arc<[u8]>>,
+    deadline: Instant,
+) -> Vec<Result<Vec<u8>, SignError>> {
+    let mut signed = Vec::with_capacity(inputs.len());
+    let mut last = false;
+    loop {
+        let hold = match token.hold_of(key, deadline).await {
+            Ok(hold) => hold,
+            Err(error) => {
+                signed.push(Err(SignError::NotSigned(error)));
+                break;
+            }
+        };
+        let mut again = false;
+        for answer in ask(token, key, &hold, inputs[signed.len()..].to_vec(), deadline).await {
+            match answer {
+                Ok(signature) => signed.push(Ok(signature)),
+                Err(Failed { error, outcome: Outcome::Unknown }) => signed.push(Err(SignError::Unknown(error))),
+                Err(Failed { outcome: Outcome::Resolve, .. }) if !last => again = true,
+                Err(Failed { error, .. }) => signed.push(Err(SignError::NotSigned(error))),
+            }
+        }
+        if !again {
+            break;
+        }
+        match &hold.object {
+            None => token.epoch_ends(hold.epoch),
+            Some(object) => object.doubt(),
+        }
+        last = true;
+    }
+    signed.resize_with(inputs.len(), || Err(SignError::NotSigned(Error::BatchEnded)));
+    signed
+}
+
+/// One verified signature.
 pub(super) async fn sign(
     token: &Arc<Token>,
     key: &Arc<Bound>,
     message: &Arc<[u8]>,
     deadline: Instant,
 ) -> Result<Vec<u8>, SignError> {
-    let mut last = false;
-    loop {
-        let (epoch, handle) = token.handle_of(key, deadline).await.map_err(SignError::NotSigned)?;
-        match ask(token, key, handle, message, deadline).await {
-            Ok(signature) => return Ok(signature),
-            Err(Failed { error, outcome: Outcome::Unknown }) => return Err(SignError::Unknown(error)),
-            Err(Failed { outcome: Outcome::Resolve, .. }) if !last => token.epoch_ends(epoch),
-            Err(Failed { error, .. }) => return Err(SignError::NotSigned(error)),
-        }
-        last = true;
-    }
+    let signed = sign_all(token, key, vec![Arc::clone(message)], deadline).await.pop();
+    signed.unwrap_or_else(|| Err(SignError::Unknown(token.unusable())))
 }
 
 impl Token {
+    /// What a key signs with, known to be its own in this epoch.
+    async fn hold_of(self: &Arc<Self>, key: &Arc<Bound>, deadline: Instant) -> Result<Hold, Error> {
+        match &key.owned {
+            None => self.handle_of(key, deadline).await.map(|(epoch, handle)| Hold { handle, epoch, object: None }),
+            Some(owned) => self.object_of(key, owned, deadline).await.map(Hold::of),
+        }
+    }
+
     /// The key's handle of the current epoch; looked up on the admin lane if there is none.
     pub(super) async fn handle_of(self: &Arc<Self>, key: &Arc<Bound>, deadline: Instant) -> Result<(u64, ObjectHandle), Error> {
         let known = |epoch| match key.location() {
@@ -263,14 +361,6 @@ impl Token {
                 }
                 Err(error)
             }
-        }
-    }
-
-    fn epoch_ends_if_handle(&self, key: &Bound, handle: ObjectHandle) {
-        if let Location::At { epoch, handle: current } = key.location()
-            && current == handle
-        {
-            self.epoch_ends(epoch);
         }
     }
 

@@ -1,13 +1,15 @@
 //! The PKCS#11 token.
 //!
 //! Owns: loaded modules, sessions, threads that call into a module, handles, the login, what to do about a CKR code. Promises:
-//! keys are generated in the token, SENSITIVE, LOCAL, NEVER_EXTRACTABLE, read back; no signature leaves unverified; a caller
+//! keys are generated in the token, SENSITIVE, LOCAL, NEVER_EXTRACTABLE, read back (what agents' `wrapped` keys promise instead:
+//! `wrapping.rs`); an agent's key and an authority's are never taken for each other; no signature leaves unverified; a caller
 //! knows for certain whether C_Sign may have been reached; a full queue answers at once; a token that comes back is in service
 //! again by itself; one wrong PIN costs one try. Never: searches or opens a session on the hot path, repeats a C_Sign, calls
-//! C_Logout, destroys an object unasked, shows a PIN.
+//! C_Logout, destroys a token object unasked, shows a PIN.
 
 mod admin;
 mod admission;
+mod agent_keys;
 mod der;
 mod error;
 mod faults;
@@ -19,10 +21,12 @@ mod lanes;
 mod login;
 mod modules;
 mod objects;
+mod owners;
 mod pin;
 mod probe;
 mod queue;
 mod token;
+mod wrapping;
 
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
@@ -30,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+pub use agent_keys::{AgentKey, MadeKey};
 pub use error::{Error, SignError};
 pub use faults::Place;
 pub use history::FaultSeen;
@@ -40,7 +45,7 @@ pub use probe::Capabilities;
 pub use token::Health;
 
 use crate::config;
-use crate::model::{Algorithm, KeyId, Meter, PublicKey};
+use crate::model::{Algorithm, InvalidKey, KeyId, Meter, PublicKey};
 use crate::proto::TokenRole;
 use keyring::Bound;
 use objects::Wanted;
@@ -108,23 +113,42 @@ impl Hsm {
     /// After any error, also [`Error::Deadline`], objects with this id may exist: find or destroy them by `id`. Never repeat it with the
     /// same id.
     pub async fn generate(&self, id: KeyId, algorithm: Algorithm, label: &str) -> Result<PublicKey, Error> {
-        let params = match algorithm {
-            Algorithm::P256 => &der::P256_PARAMS[..],
-            Algorithm::Ed25519 => self
-                .capabilities()
-                .ed25519_params
-                .ok_or_else(|| Error::Incapable { label: self.0.settings.token.label.clone(), what: "Ed25519" })?,
-        };
+        self.generate_as(id, algorithm, label, Bound::new).await
+    }
+
+    async fn generate_as(
+        &self,
+        id: KeyId,
+        algorithm: Algorithm,
+        label: &str,
+        bind: fn(KeyId, PublicKey) -> Result<Bound, InvalidKey>,
+    ) -> Result<PublicKey, Error> {
+        let params = self.params(algorithm)?;
         let label: String = label.chars().take(32).collect();
         self.errand(ADMIN_DEADLINE, move |session| {
-            let wanted = Wanted { algorithm, params, id: &id.0, label: &label, durable: true };
+            let wanted = Wanted { algorithm, params, id: &id.0, label: &label, durable: true, extractable: false };
             let (public, private) = wanted.generate(session)?;
-            let key = Bound::new(id, objects::read_public(session, public)?)?;
+            let key = bind(id, objects::read_public(session, public)?)?;
             objects::check_private(session, private, id)?;
             objects::test_sign(session, private, &key)?;
             Ok(key.public)
         })
         .await
+    }
+
+    /// CKA_EC_PARAMS, if the token has such keys.
+    fn params(&self, algorithm: Algorithm) -> Result<&'static [u8], Error> {
+        let able = self.capabilities();
+        match algorithm {
+            Algorithm::P256 => Ok(&der::P256_PARAMS),
+            Algorithm::P384 if able.p384 => Ok(&der::P384_PARAMS),
+            Algorithm::P384 => Err(self.incapable("P-384")),
+            Algorithm::Ed25519 => able.ed25519_params.ok_or_else(|| self.incapable("Ed25519")),
+        }
+    }
+
+    fn incapable(&self, what: &'static str) -> Error {
+        Error::Incapable { label: self.0.settings.token.label.clone(), what }
     }
 
     /// All token objects with this CKA_ID, for reconciliation.
@@ -150,7 +174,10 @@ impl Hsm {
     /// `KeyLost`, `KeyAmbiguous`, `KeyMismatch`, `Attribute`, or the token cannot be asked.
     pub async fn key(&self, id: KeyId, pinned: PublicKey) -> Result<SigningKey, Error> {
         self.check_usable()?;
-        let key = self.0.keyring.bind(id, pinned)?;
+        if self.0.owners.keys.knows(id, Some(&pinned)) {
+            return Err(Error::KeyMismatch(id));
+        }
+        let key = self.0.keyring.bind(id, pinned, Bound::new)?;
         // An explicit question is worth a new look, also at a key that was missing before.
         key.set_location(keyring::Location::Unknown);
         self.0.handle_of(&key, Instant::now() + self.0.settings.sign_deadline).await?;
@@ -179,11 +206,15 @@ impl Hsm {
     pub fn capabilities(&self) -> &Capabilities {
         static NONE: Capabilities = Capabilities {
             ed25519: false,
+            p384: false,
+            wrapped_keys: false,
+            wrapped_ed25519: false,
             session_keys: false,
             read_only_sessions: false,
             sessions_max: None,
             mechanisms: Vec::new(),
             ed25519_params: None,
+            wrapping: None,
         };
         // An opened token has been probed.
         self.0.capabilities().unwrap_or(&NONE)
@@ -223,6 +254,16 @@ impl Hsm {
 #[must_use = "dropped at once, it admits nobody"]
 pub struct Admitted(Arc<Token>);
 
+impl Admitted {
+    fn to(token: &Arc<Token>) -> Result<Self, Error> {
+        if !token.is_usable() {
+            return Err(token.unusable());
+        }
+        token.admission.enter()?;
+        Ok(Self(Arc::clone(token)))
+    }
+}
+
 impl Drop for Admitted {
     fn drop(&mut self) {
         self.0.admission.leave();
@@ -255,10 +296,7 @@ impl SigningKey {
     /// # Errors
     /// `QueueFull`, or the token is not usable.
     pub fn has_room(&self) -> Result<(), Error> {
-        if !self.token.is_usable() {
-            return Err(self.token.unusable());
-        }
-        self.token.admission.look()
+        self.token.has_room()
     }
 
     /// A place among those who want signatures of this token. Asked for before anything is recorded: who would wait too long hears so
@@ -267,11 +305,7 @@ impl SigningKey {
     /// # Errors
     /// `QueueFull`, or the token is not usable.
     pub fn admit(&self) -> Result<Admitted, Error> {
-        if !self.token.is_usable() {
-            return Err(self.token.unusable());
-        }
-        self.token.admission.enter()?;
-        Ok(Admitted(Arc::clone(&self.token)))
+        Admitted::to(&self.token)
     }
 
     /// A signature over `message`, verified against the pinned key. P-256: ECDSA-Sig-Value in DER over SHA-256 (RFC 5758 §3.2);

@@ -1,4 +1,4 @@
-//! Token objects: templates, reading back, finding, destroying. Everything here runs on the admin lane.
+//! Key pairs: templates, reading back, finding, signing, destroying. What concerns token objects runs on the admin lane.
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
@@ -6,11 +6,12 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::{Session, SessionState};
 
 use super::Found;
+use super::agent_keys::LABEL;
 use super::der;
 use super::error::Error;
-use super::faults::Place;
-use super::keyring::Bound;
-use crate::model::{Algorithm, Digest, KeyId, PublicKey};
+use super::faults::{Outcome, Place};
+use super::keyring::{Bound, Form};
+use crate::model::{Algorithm, KeyId, PublicKey};
 
 /// What a test signature signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so: a
 /// test signature is good for nothing.
@@ -25,12 +26,14 @@ pub(super) struct Wanted<'a> {
     pub(super) label: &'a str,
     /// A token object, or one that dies with the session.
     pub(super) durable: bool,
+    /// Whether the private key may be wrapped.
+    pub(super) extractable: bool,
 }
 
 impl Wanted<'_> {
     fn mechanism(&self) -> (Mechanism<'static>, KeyType) {
         match self.algorithm {
-            Algorithm::P256 => (Mechanism::EccKeyPairGen, KeyType::EC),
+            Algorithm::P256 | Algorithm::P384 => (Mechanism::EccKeyPairGen, KeyType::EC),
             Algorithm::Ed25519 => (Mechanism::EccEdwardsKeyPairGen, KeyType::EC_EDWARDS),
         }
     }
@@ -40,7 +43,8 @@ impl Wanted<'_> {
             Attribute::Class(class),
             Attribute::KeyType(key_type),
             Attribute::Token(self.durable),
-            Attribute::Modifiable(false),
+            // What can be wrapped is made unextractable as soon as that is done.
+            Attribute::Modifiable(self.extractable),
             Attribute::Copyable(false),
             Attribute::Id(self.id.to_vec()),
             Attribute::Label(self.label.as_bytes().to_vec()),
@@ -64,7 +68,7 @@ impl Wanted<'_> {
         private.extend([
             Attribute::Private(true),
             Attribute::Sensitive(true),
-            Attribute::Extractable(false),
+            Attribute::Extractable(self.extractable),
             Attribute::Sign(true),
             Attribute::SignRecover(false),
             Attribute::Decrypt(false),
@@ -96,22 +100,7 @@ pub(super) fn check_private(session: &Session, object: ObjectHandle, id: KeyId) 
         ("CKA_LOCAL", AttributeType::Local, true),
         ("CKA_SIGN", AttributeType::Sign, true),
     ];
-    for (name, kind, wanted) in wanted {
-        let found = match attribute(session, object, kind)? {
-            Some(
-                Attribute::Sensitive(value)
-                | Attribute::Extractable(value)
-                | Attribute::NeverExtractable(value)
-                | Attribute::Local(value)
-                | Attribute::Sign(value),
-            ) => Some(value),
-            _ => None,
-        };
-        if found != Some(wanted) {
-            let found = found.map_or_else(|| "absent".into(), |value| value.to_string());
-            return Err(Error::Attribute { id, attribute: name, found, wanted });
-        }
-    }
+    check(session, object, id, &wanted)?;
     // A key that wants a PIN for each signature cannot be used by a daemon. Tokens without the attribute do not want one.
     match attribute(session, object, AttributeType::AlwaysAuthenticate) {
         Ok(Some(Attribute::AlwaysAuthenticate(true))) => {
@@ -121,29 +110,96 @@ pub(super) fn check_private(session: &Session, object: ObjectHandle, id: KeyId) 
     }
 }
 
+/// A flag's name, its attribute, and what it has to be.
+pub(super) type Flag = (&'static str, AttributeType, bool);
+
+/// Reads flags back from the token: what was asked for is no proof.
+pub(super) fn check(session: &Session, object: ObjectHandle, id: KeyId, wanted: &[Flag]) -> Result<(), Error> {
+    for &(attribute_name, kind, wanted) in wanted {
+        let found = match attribute(session, object, kind)? {
+            Some(
+                Attribute::Sensitive(value)
+                | Attribute::Extractable(value)
+                | Attribute::NeverExtractable(value)
+                | Attribute::Local(value)
+                | Attribute::Sign(value)
+                | Attribute::Wrap(value)
+                | Attribute::Unwrap(value)
+                | Attribute::Encrypt(value)
+                | Attribute::Decrypt(value),
+            ) => Some(value),
+            _ => None,
+        };
+        if found != Some(wanted) {
+            let found = found.map_or_else(|| "absent".into(), |value| value.to_string());
+            return Err(Error::Attribute { id, attribute: attribute_name, found, wanted });
+        }
+    }
+    Ok(())
+}
+
+/// What the object of a wrapped key has to be: extractable no longer.
+pub(super) fn check_unextractable(session: &Session, object: ObjectHandle, id: KeyId) -> Result<(), Error> {
+    const WANTED: [Flag; 3] = [
+        ("CKA_SENSITIVE", AttributeType::Sensitive, true),
+        ("CKA_EXTRACTABLE", AttributeType::Extractable, false),
+        ("CKA_SIGN", AttributeType::Sign, true),
+    ];
+    check(session, object, id, &WANTED)
+}
+
+/// Whether the label says that it is an agent's key.
+fn is_agents(session: &Session, object: ObjectHandle) -> Result<bool, Error> {
+    let label = attribute(session, object, AttributeType::Label)?;
+    Ok(matches!(label, Some(Attribute::Label(label)) if label.starts_with(LABEL.as_bytes())))
+}
+
+/// Every token object of this id is an agent's by its label.
+pub(super) fn check_labels(session: &Session, id: KeyId) -> Result<(), Error> {
+    for object in search(session, id, None)? {
+        if !is_agents(session, object)? {
+            return Err(Error::NotAgents(id));
+        }
+    }
+    Ok(())
+}
+
+/// Whether this handle names a session object of this id (and not another object by now, after all).
+pub(super) fn is_in_session(session: &Session, object: ObjectHandle, id: KeyId) -> Result<bool, Error> {
+    let read = |kind| match attribute(session, object, kind) {
+        Err(error) if error.verdict().outcome == Outcome::Resolve => Ok(None),
+        other => other,
+    };
+    let own = matches!(read(AttributeType::Id)?, Some(Attribute::Id(found)) if found == id.0);
+    Ok(own && matches!(read(AttributeType::Token)?, Some(Attribute::Token(false))))
+}
+
+/// C_DestroyObject.
+pub(super) fn destroy_object(session: &Session, object: ObjectHandle) -> Result<(), Error> {
+    session.destroy_object(object).map_err(|error| Error::at(Place::Destroy, error))
+}
+
 /// The public key of a public-key object, if it is of a kind that is accepted.
 pub(super) fn read_public(session: &Session, object: ObjectHandle) -> Result<PublicKey, Error> {
     let answer = |cause: &str| Error::Answer { place: Place::Search, cause: cause.into() };
-    let algorithm = match attribute(session, object, AttributeType::KeyType)? {
-        Some(Attribute::KeyType(KeyType::EC)) => Algorithm::P256,
-        Some(Attribute::KeyType(KeyType::EC_EDWARDS)) => Algorithm::Ed25519,
+    let key_type = attribute(session, object, AttributeType::KeyType)?;
+    let params = bytes(session, object, AttributeType::EcParams)?;
+    let (algorithm, size) = match (key_type, params) {
+        (Some(Attribute::KeyType(KeyType::EC)), Some(params)) if params == der::P256_PARAMS => (Algorithm::P256, 65),
+        (Some(Attribute::KeyType(KeyType::EC)), Some(params)) if params == der::P384_PARAMS => (Algorithm::P384, 97),
+        // Tokens give back either form of the parameters; the size of the point tells Ed25519 from Ed448.
+        (Some(Attribute::KeyType(KeyType::EC_EDWARDS)), Some(_)) => (Algorithm::Ed25519, 32),
+        (Some(Attribute::KeyType(KeyType::EC | KeyType::EC_EDWARDS)), _) => {
+            return Err(answer("CKA_EC_PARAMS names another curve"));
+        }
         _ => return Err(answer("CKA_KEY_TYPE is neither CKK_EC nor CKK_EC_EDWARDS")),
     };
-    let params = bytes(session, object, AttributeType::EcParams)?;
-    let (size, known) = match algorithm {
-        Algorithm::P256 => (65, params.as_deref() == Some(&der::P256_PARAMS[..])),
-        // Tokens give back either form; the size of the point tells Ed25519 from Ed448.
-        Algorithm::Ed25519 => (32, params.is_some()),
-    };
-    if !known {
-        return Err(answer("CKA_EC_PARAMS names another curve"));
-    }
     let point = bytes(session, object, AttributeType::EcPoint)?.ok_or_else(|| answer("CKA_EC_POINT is absent"))?;
     let raw = der::ec_point(&point, size).ok_or_else(|| answer("CKA_EC_POINT has another size"))?;
     Ok(PublicKey::from_raw(algorithm, raw)?)
 }
 
-fn search(session: &Session, id: KeyId, class: Option<ObjectClass>) -> Result<Vec<ObjectHandle>, Error> {
+pub(super) fn search(session: &Session, id: KeyId, class: Option<ObjectClass>) -> Result<Vec<ObjectHandle>, Error> {
     let mut template = vec![Attribute::Token(true), Attribute::Id(id.0.to_vec())];
     template.extend(class.map(Attribute::Class));
     session.find_objects(&template).map_err(|error| Error::at(Place::Search, error))
@@ -176,7 +232,7 @@ pub(super) fn destroy(session: &Session, id: KeyId) -> Result<u32, Error> {
             return Ok(destroyed);
         }
         for object in objects {
-            session.destroy_object(object).map_err(|error| Error::at(Place::Destroy, error))?;
+            destroy_object(session, object)?;
             destroyed += 1;
         }
     }
@@ -198,40 +254,45 @@ pub(super) fn resolve(session: &Session, key: &Bound) -> Result<ObjectHandle, Er
             return Err(Error::KeyMismatch(key.id));
         }
     }
+    if is_agents(session, private)? != matches!(key.form, Form::Raw(_)) {
+        return Err(Error::NotAgents(key.id));
+    }
     check_private(session, private, key.id)?;
     test_sign(session, private, key)?;
     Ok(private)
 }
 
-fn is_logged_in(session: &Session) -> Result<bool, Error> {
+pub(super) fn is_logged_in(session: &Session) -> Result<bool, Error> {
     let info = session.get_session_info().map_err(|error| Error::at(Place::Search, error))?;
     Ok(matches!(info.session_state(), SessionState::RoUser | SessionState::RwUser))
 }
 
 /// A tagged signature, verified against the pinned key.
 pub(super) fn test_sign(session: &Session, private: ObjectHandle, key: &Bound) -> Result<(), Error> {
-    let message = [TEST_TAG, &KeyId::random().0].concat();
-    let signature = sign(session, private, key.public.algorithm(), &message, key.id)?;
-    if key.verifies(&message, &signature) { Ok(()) } else { Err(Error::KeyMismatch(key.id)) }
+    let input = test_input(key);
+    let signature = sign(session, private, key, &input)?;
+    if key.verifies(&input, &signature) { Ok(()) } else { Err(Error::KeyMismatch(key.id)) }
 }
 
-/// C_SignInit and C_Sign. P-256: SHA-256 in software and CKM_ECDSA over exactly 32 bytes (tokens sign any length without a word);
-/// the answer in DER. Ed25519: CKM_EDDSA, 64 bytes. Not verified yet.
-pub(super) fn sign(
-    session: &Session,
-    private: ObjectHandle,
-    algorithm: Algorithm,
-    message: &[u8],
-    id: KeyId,
-) -> Result<Vec<u8>, Error> {
-    match algorithm {
-        Algorithm::P256 => {
-            let raw = session.sign(&Mechanism::Ecdsa, private, &Digest::of(message).0).map_err(Error::signing)?;
-            der::ecdsa_signature(&raw).ok_or(Error::Corrupt(id))
+/// What a test signature signs.
+pub(super) fn test_input(key: &Bound) -> Vec<u8> {
+    key.input([TEST_TAG, &KeyId::random().0].concat())
+}
+
+/// C_SignInit and C_Sign over what [`Bound::verifies`] verifies. ECDSA: CKM_ECDSA over a digest of exactly the right size (tokens sign any
+/// length without a word). Ed25519: CKM_EDDSA, 64 bytes. Not verified yet.
+pub(super) fn sign(session: &Session, private: ObjectHandle, key: &Bound, input: &[u8]) -> Result<Vec<u8>, Error> {
+    let algorithm = key.public.algorithm();
+    let Some(half) = algorithm.digest_size() else {
+        let mechanism = Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Ed25519));
+        return session.sign(&mechanism, private, input).map_err(Error::signing);
+    };
+    match key.form {
+        Form::Der(_) => {
+            let raw = session.sign(&Mechanism::Ecdsa, private, &algorithm.input(input)).map_err(Error::signing)?;
+            der::ecdsa_signature(&raw, half).ok_or(Error::Corrupt(key.id))
         }
-        Algorithm::Ed25519 => {
-            let mechanism = Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Ed25519));
-            session.sign(&mechanism, private, message).map_err(Error::signing)
-        }
+        Form::Raw(_) if input.len() != half => Err(Error::Input { id: key.id, bytes: half }),
+        Form::Raw(_) => session.sign(&Mechanism::Ecdsa, private, input).map_err(Error::signing),
     }
 }

@@ -11,6 +11,7 @@ use super::keyring::Bound;
 use super::modules::Module;
 use super::objects::{self, Wanted};
 use super::token::Token;
+use super::wrapping::{self, Wrapping};
 use crate::model::{Algorithm, KeyId};
 
 /// What a token can do, found out when it was opened.
@@ -18,6 +19,12 @@ use crate::model::{Algorithm, KeyId};
 pub struct Capabilities {
     /// Ed25519 key pairs: tried with a session key pair; where those are refused, as the mechanism list says.
     pub ed25519: bool,
+    /// P-384 key pairs: tried with a session key pair; where those are refused, not used.
+    pub p384: bool,
+    /// Private keys wrapped under an AES key of the token, and unwrapped: tried with session objects.
+    pub wrapped_keys: bool,
+    /// Ed25519 keys, too (SoftHSM 2.6 wraps none).
+    pub wrapped_ed25519: bool,
     /// Key pairs that die with their session.
     pub session_keys: bool,
     /// Read-only sessions (CloudHSM has none).
@@ -28,6 +35,8 @@ pub struct Capabilities {
     pub mechanisms: Vec<String>,
     /// The form of CKA_EC_PARAMS that this token takes for Ed25519.
     pub(super) ed25519_params: Option<&'static [u8]>,
+    /// How it wraps.
+    pub(super) wrapping: Option<Wrapping>,
 }
 
 /// Asks the token, and tries with keys that die with their session.
@@ -50,6 +59,7 @@ pub(super) fn capabilities(
         return Err(Error::Incapable { label: label.into(), what: "ECDSA on P-256" });
     }
     let session_keys = try_algorithm(module, anchor, Algorithm::P256, &der::P256_PARAMS);
+    let p384 = session_keys && try_algorithm(module, anchor, Algorithm::P384, &der::P384_PARAMS);
     let listed = has(MechanismType::EDDSA) && has(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN);
     let forms = [&der::ED25519_PARAMS[..], &der::ED25519_PARAMS_NAME[..]];
     let form = match (listed, session_keys) {
@@ -57,6 +67,8 @@ pub(super) fn capabilities(
         (true, true) => forms.into_iter().find(|form| try_algorithm(module, anchor, Algorithm::Ed25519, form)),
         (true, false) => Some(forms[0]), // cannot be tried without leaving something behind: believed
     };
+    let curves = [Some((Algorithm::P256, &der::P256_PARAMS[..])), form.map(|form| (Algorithm::Ed25519, form))];
+    let wrapping = if session_keys { try_wrapping(module, anchor, &curves, has) } else { None };
     let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
     mechanisms.sort_unstable();
     mechanisms.dedup();
@@ -64,13 +76,49 @@ pub(super) fn capabilities(
         Limit::Max(most) => usize::try_from(most).ok(),
         Limit::Unavailable | Limit::Infinite => None,
     };
-    Ok(Capabilities { ed25519: form.is_some(), session_keys, read_only_sessions, sessions_max, mechanisms, ed25519_params: form })
+    Ok(Capabilities {
+        ed25519: form.is_some(),
+        p384,
+        wrapped_keys: wrapping.is_some(),
+        wrapped_ed25519: wrapping.is_some_and(|(_, ed25519)| ed25519),
+        session_keys,
+        read_only_sessions,
+        sessions_max,
+        mechanisms,
+        ed25519_params: form,
+        wrapping: wrapping.map(|(way, _)| way),
+    })
+}
+
+/// The first way of wrapping by which a P-256 key comes back as it was, and whether an Ed25519 key does.
+fn try_wrapping(
+    module: &Module,
+    session: &Session,
+    curves: &[Option<(Algorithm, &[u8])>; 2],
+    has: impl Fn(MechanismType) -> bool,
+) -> Option<(Wrapping, bool)> {
+    let _objects = module.objects();
+    let id = KeyId::random();
+    let by = wrapping::generate(session, id, "keyward/probe", false).ok()?;
+    let works = |way: Wrapping, curve: Option<(Algorithm, &[u8])>| {
+        curve.is_some_and(|(algorithm, params)| {
+            let tried = wrapping::round_trip(session, way, by, algorithm, params);
+            tracing::debug!(?way, ?algorithm, ?tried, "wrapping tried");
+            tried.is_ok()
+        })
+    };
+    let way = Wrapping::ALL.into_iter().find(|way| has(way.kind()) && works(*way, curves[0]));
+    let found = way.map(|way| (way, works(way, curves[1])));
+    if let Err(error) = session.destroy_object(by) {
+        tracing::debug!(?error, "a probe key stays until its session ends");
+    }
+    found
 }
 
 /// Generate, sign, verify, destroy: with a session key pair.
 fn try_algorithm(module: &Module, session: &Session, algorithm: Algorithm, params: &[u8]) -> bool {
     let id = KeyId::random();
-    let wanted = Wanted { algorithm, params, id: &id.0, label: "keyward/probe", durable: false };
+    let wanted = Wanted { algorithm, params, id: &id.0, label: "keyward/probe", durable: false, extractable: false };
     let _objects = module.objects();
     let Ok((public, private)) = wanted.generate(session) else { return false };
     let works = objects::read_public(session, public)

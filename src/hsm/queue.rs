@@ -93,7 +93,18 @@ pub(super) struct Mark {
     /// Milliseconds since `started`, plus one; 0: not inside.
     inside_since: AtomicU64,
     given_up: AtomicBool,
-    sign_lane: bool,
+    post: Post,
+}
+
+/// What a thread is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Post {
+    /// A sign lane: given up if it hangs.
+    Sign,
+    /// The admin lane, or the watch.
+    Single,
+    /// The owner of this shard of session objects.
+    Owner(usize),
 }
 
 impl Mark {
@@ -130,8 +141,8 @@ pub(super) struct Count {
     pub(super) serving: usize,
     /// Given up: hanging inside the module.
     pub(super) hanging: usize,
-    /// Threads that are no sign lanes.
-    pub(super) admins: usize,
+    /// The admin lane, or the watch.
+    pub(super) singles: usize,
 }
 
 impl Crew {
@@ -147,7 +158,7 @@ impl Crew {
     pub(super) fn hire(
         self: &Arc<Self>,
         name: &str,
-        sign_lane: bool,
+        post: Post,
         work: impl FnOnce(&Mark) + Send + 'static,
     ) -> std::io::Result<()> {
         struct Leave(Arc<Crew>, Arc<Mark>);
@@ -157,12 +168,8 @@ impl Crew {
                 self.0.gone.notify_all();
             }
         }
-        let mark = Arc::new(Mark {
-            started: Instant::now(),
-            inside_since: AtomicU64::new(0),
-            given_up: AtomicBool::new(false),
-            sign_lane,
-        });
+        let mark =
+            Arc::new(Mark { started: Instant::now(), inside_since: AtomicU64::new(0), given_up: AtomicBool::new(false), post });
         let leave = Leave(Arc::clone(self), Arc::clone(&mark));
         self.lock().push(Arc::clone(&mark));
         // A thread that is refused drops `leave`, and with it the mark.
@@ -176,7 +183,7 @@ impl Crew {
     /// Gives up lanes that have been inside the module for longer than `patience`.
     pub(super) fn give_up(&self, patience: Duration) -> Count {
         let marks = self.lock();
-        for mark in marks.iter().filter(|mark| mark.sign_lane && mark.inside_for().is_some_and(|time| time > patience)) {
+        for mark in marks.iter().filter(|mark| mark.post == Post::Sign && mark.inside_for().is_some_and(|time| time > patience)) {
             if !mark.given_up.swap(true, Ordering::Relaxed) {
                 tracing::error!("a sign lane hangs inside the PKCS#11 module; it is given up");
             }
@@ -184,9 +191,14 @@ impl Crew {
         Self::count_of(&marks)
     }
 
-    /// How long the admin lane has been inside the module.
-    pub(super) fn admin_inside_for(&self) -> Option<Duration> {
-        self.lock().iter().filter(|mark| !mark.sign_lane).find_map(|mark| mark.inside_for())
+    /// How long a thread that is not given up has been inside the module, at the longest.
+    pub(super) fn other_inside_for(&self) -> Option<Duration> {
+        self.lock().iter().filter(|mark| mark.post != Post::Sign).filter_map(|mark| mark.inside_for()).max()
+    }
+
+    /// Whether somebody is at this post.
+    pub(super) fn has(&self, post: Post) -> bool {
+        self.lock().iter().any(|mark| mark.post == post)
     }
 
     pub(super) fn count(&self) -> Count {
@@ -194,9 +206,9 @@ impl Crew {
     }
 
     fn count_of(marks: &[Arc<Mark>]) -> Count {
-        let hanging = marks.iter().filter(|mark| mark.sign_lane && mark.is_given_up()).count();
-        let lanes = marks.iter().filter(|mark| mark.sign_lane).count();
-        Count { serving: lanes - hanging, hanging, admins: marks.len() - lanes }
+        let hanging = marks.iter().filter(|mark| mark.post == Post::Sign && mark.is_given_up()).count();
+        let of = |post| marks.iter().filter(|mark| mark.post == post).count();
+        Count { serving: of(Post::Sign) - hanging, hanging, singles: of(Post::Single) }
     }
 
     /// Waits until nobody is left.
@@ -237,7 +249,7 @@ mod tests {
         let crew = Crew::new();
         let (release, held) = std::sync::mpsc::channel::<()>();
         let (entered, inside) = std::sync::mpsc::channel();
-        crew.hire("lane", true, move |mark| {
+        crew.hire("lane", Post::Sign, move |mark| {
             mark.inside(|| {
                 entered.send(()).unwrap();
                 held.recv().unwrap();
@@ -246,7 +258,7 @@ mod tests {
         .unwrap();
         inside.recv().unwrap();
         assert!(!crew.wait_until_gone(Duration::from_millis(20)));
-        assert_eq!(crew.give_up(Duration::from_millis(1)), Count { serving: 0, hanging: 1, admins: 0 });
+        assert_eq!(crew.give_up(Duration::from_millis(1)), Count { serving: 0, hanging: 1, singles: 0 });
         release.send(()).unwrap();
         assert!(crew.wait_until_gone(Duration::from_secs(5)));
     }
@@ -254,7 +266,7 @@ mod tests {
     #[test]
     fn a_panicking_thread_leaves_no_mark() {
         let crew = Crew::new();
-        crew.hire("lane", true, |_| panic!("as a misbehaving module makes the wrapper do")).unwrap();
+        crew.hire("lane", Post::Sign, |_| panic!("as a misbehaving module makes the wrapper do")).unwrap();
         assert!(crew.wait_until_gone(Duration::from_secs(5)));
     }
 }

@@ -19,8 +19,9 @@ use super::keyring::{Bound, Keyring};
 use super::lanes::{self, Job};
 use super::login::Login;
 use super::modules::{Lifecycle, Module};
+use super::owners::{self, Owners};
 use super::probe::{self, Capabilities};
-use super::queue::{Crew, Mark, Queue};
+use super::queue::{Crew, Mark, Post, Queue};
 use crate::model::Meter;
 
 /// Errands that may wait at once.
@@ -61,6 +62,7 @@ pub(super) struct Token {
     pub(super) jobs: Queue<Job>,
     pub(super) errands: Queue<Errand>,
     pub(super) keyring: Keyring,
+    pub(super) owners: Owners,
     pub(super) canary: Mutex<Option<Arc<Bound>>>,
     pub(super) alarm: Notify,
     pub(super) watchman: Arc<Crew>,
@@ -94,6 +96,7 @@ impl Token {
             module,
             meter,
             keyring: Keyring::default(),
+            owners: Owners::new(),
             canary: Mutex::new(None),
             alarm: Notify::new(),
             watchman: Crew::new(),
@@ -183,12 +186,16 @@ impl Token {
         self.admission.forget_pace();
         self.errands.open(term);
         self.jobs.open(term);
+        for shard in self.owners.shards() {
+            shard.errands.open(term);
+        }
         self.top_up()
     }
 
-    /// As many as configured, and as the token's sessions allow beside the anchor, the admin lane and one in reserve.
+    /// As many as configured, and as the token's sessions allow beside the anchor, the admin lane, the owners and one in reserve.
     fn lanes_of(&self, sessions_max: Option<usize>) -> usize {
-        let most = sessions_max.map_or(usize::MAX, |most| most.saturating_sub(3));
+        let others = if sessions_max.is_some_and(|most| most < owners::SESSIONS_MIN) { 3 } else { 3 + owners::SHARDS };
+        let most = sessions_max.map_or(usize::MAX, |most| most.saturating_sub(others));
         self.settings.token.lanes.min(most).max(1)
     }
 
@@ -204,11 +211,16 @@ impl Token {
         }
         for _ in count.serving..lanes {
             let token = Arc::clone(self);
-            self.crew.hire("hsm-sign", true, move |mark| lanes::serve(&token, term, mark)).map_err(Error::Thread)?;
+            self.crew.hire("hsm-sign", Post::Sign, move |mark| lanes::serve(&token, term, mark)).map_err(Error::Thread)?;
         }
-        if count.admins == 0 {
+        if count.singles == 0 {
             let token = Arc::clone(self);
-            self.crew.hire("hsm-admin", false, move |mark| admin::serve(&token, term, mark)).map_err(Error::Thread)?;
+            self.crew.hire("hsm-admin", Post::Single, move |mark| admin::serve(&token, term, mark)).map_err(Error::Thread)?;
+        }
+        for shard in (0..owners::SHARDS).filter(|shard| !self.crew.has(Post::Owner(*shard))) {
+            let token = Arc::clone(self);
+            let work = move |mark: &Mark| owners::serve(&token, shard, term, mark);
+            self.crew.hire("hsm-owner", Post::Owner(shard), work).map_err(Error::Thread)?;
         }
         Ok(())
     }
@@ -223,10 +235,10 @@ impl Token {
         opened.map_err(|error| Error::at(Place::OpenSession, error))
     }
 
-    /// The anchor, and one for each thread.
+    /// The anchor, one for each lane, and one for each owner that has begun.
     pub(super) fn sessions_open(&self) -> usize {
         let count = self.crew.count();
-        if self.connection().is_some() { 1 + count.serving + count.hanging + count.admins } else { 0 }
+        if self.connection().is_some() { 1 + count.serving + count.hanging + count.singles + self.owners.sessions() } else { 0 }
     }
 
     /// Closes a session that is of no more use. If that fails there is nothing else to do with it.
@@ -266,6 +278,11 @@ impl Token {
         self.health.borrow().usable
     }
 
+    /// Whether one more would be admitted to wait for a signature.
+    pub(super) fn has_room(&self) -> Result<(), Error> {
+        if self.is_usable() { self.admission.look() } else { Err(self.unusable()) }
+    }
+
     pub(super) fn health(&self) -> watch::Receiver<Health> {
         self.health.subscribe()
     }
@@ -300,6 +317,9 @@ impl Token {
             job.turn_away(fault);
         }
         drop(self.errands.shut());
+        for shard in self.owners.shards() {
+            drop(shard.errands.shut());
+        }
         if was_usable {
             if fault == SHUT_DOWN {
                 tracing::info!(token = %self.settings.token.label, "the token is closed");

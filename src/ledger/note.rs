@@ -100,7 +100,7 @@ impl Checkpoint {
 fn key_id(name: &str, key: &PublicKey) -> [u8; 4] {
     let [a, b, c, d, ..] = match key.algorithm() {
         Algorithm::Ed25519 => Digest::of_parts(&[name.as_bytes(), &[b'\n', TYPE_ED25519], key.raw()]),
-        Algorithm::P256 => key.digest(),
+        Algorithm::P256 | Algorithm::P384 => key.digest(),
     }
     .0;
     [a, b, c, d]
@@ -178,7 +178,7 @@ impl fmt::Display for VerifierKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let blob = match self.key.algorithm() {
             Algorithm::Ed25519 => [&[TYPE_ED25519], self.key.raw()].concat(),
-            Algorithm::P256 => [&[TYPE_ECDSA], self.key.spki()].concat(),
+            Algorithm::P256 | Algorithm::P384 => [&[TYPE_ECDSA], self.key.spki()].concat(),
         };
         write!(f, "{}+{}+{}", self.name, hex(&self.id()), BASE64.encode(blob))
     }

@@ -22,7 +22,7 @@ pub use csr::Csr;
 pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_DER, AgentExtension};
 pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
 pub use join::{join_public_key, join_sign};
-pub use key::{Algorithm, InvalidKey, KeyId, PublicKey};
+pub use key::{Algorithm, InvalidKey, KeyId, PublicKey, RawVerifier};
 pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
 pub use number::{Digest, KeyTag, Serial, TokenId, hex, unhex};
 pub use refusal::Refusal;

@@ -13,7 +13,7 @@ use super::{House, in_house, new_key, until};
 
 /// What the asker gets for one fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
+pub(super) enum Answer {
     /// The signature: another session, or the handle of another lookup, did it.
     Signed,
     /// That nothing was signed, and that it is a matter of load: come back.
@@ -23,7 +23,7 @@ enum Answer {
 }
 
 /// Code, what follows from it at C_SignInit, whether the token comes back from recovery afterwards.
-const AT_SIGN_INIT: &[(u32, &str, Answer, bool)] = &[
+pub(super) const AT_SIGN_INIT: &[(u32, &str, Answer, bool)] = &[
     (0xb3, "CKR_SESSION_HANDLE_INVALID", Answer::Signed, false),
     (0xb0, "CKR_SESSION_CLOSED", Answer::Signed, false),
     (0x90, "CKR_OPERATION_ACTIVE", Answer::Signed, false),

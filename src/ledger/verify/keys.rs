@@ -43,6 +43,7 @@ impl Keys {
         let expected = match key.algorithm {
             KeyAlgorithm::P256 => Some(Algorithm::P256),
             KeyAlgorithm::Ed25519 => Some(Algorithm::Ed25519),
+            KeyAlgorithm::P384 => Some(Algorithm::P384),
             KeyAlgorithm::Unspecified => None,
         };
         match PublicKey::from_spki(&activated.spki) {

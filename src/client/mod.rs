@@ -9,6 +9,7 @@ pub mod agent;
 mod durable;
 mod error;
 mod join;
+pub mod key;
 pub mod operator;
 pub mod request;
 pub mod store;

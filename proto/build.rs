@@ -4,8 +4,13 @@ use std::path::PathBuf;
 
 use prost::Message as _;
 
-const PROTOS: [&str; 4] =
-    ["keyward/v1/refusal.proto", "keyward/v1/agent.proto", "keyward/v1/ledger.proto", "keyward/v1/operator.proto"];
+const PROTOS: [&str; 5] = [
+    "keyward/v1/refusal.proto",
+    "keyward/v1/agent.proto",
+    "keyward/v1/ledger.proto",
+    "keyward/v1/operator.proto",
+    "keyward/v1/key.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -45,15 +45,26 @@ pub struct Keys {
 /// When the token or the ledger is not available.
 pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusal> {
     let mut abandoned = 0;
-    for row in rows(ledger).await?.into_iter().filter(|row| row.public.is_none()) {
+    for row in rows(ledger).await?.into_iter().filter(|row| !row.active) {
         let destroyed = tokens.of(row.token).destroy(row.id).await.map_err(hsm_refusal)?;
         abandon(ledger, row.id, "open when the daemon started", destroyed).await?;
         abandoned += 1;
     }
+    for id in being_destroyed(ledger).await? {
+        // An agent's resident key whose end was recorded: a crash came before the object was gone.
+        tokens.agents.destroy(id).await.map_err(hsm_refusal)?;
+        ledger.key_object_destroyed(id).await?;
+    }
     Ok(abandoned)
 }
 
-async fn abandon(ledger: &Ledger, id: KeyId, cause: &str, objects_destroyed: u32) -> Result<(), Refusal> {
+async fn being_destroyed(ledger: &Ledger) -> Result<Vec<KeyId>, Refusal> {
+    let ledger = ledger.clone();
+    let read = tokio::task::spawn_blocking(move || ledger.reader().keys_being_destroyed()).await;
+    read.map_err(Refusal::internal)?.map_err(Refusal::internal)
+}
+
+pub(super) async fn abandon(ledger: &Ledger, id: KeyId, cause: &str, objects_destroyed: u32) -> Result<(), Refusal> {
     tracing::warn!(key = %id, cause, objects_destroyed, "a key that was never used is given up");
     let body = proto::KeyAbandoned { key_id: id.0.to_vec(), cause: cause.to_owned(), objects_destroyed };
     ledger.record(Body::KeyAbandoned(body)).await.map(drop)
@@ -92,6 +103,38 @@ pub(super) async fn ensure(ledger: &Ledger, tokens: &Tokens, purpose: Purpose, r
     let active = proto::KeyActivated { key_id: id.0.to_vec(), spki: public.spki().to_vec() };
     ledger.record(Body::KeyActivated(active)).await?;
     hsm.key(id, public).await.map_err(hsm_refusal)
+}
+
+/// The key that agents' keys are wrapped under, made now if there is none; `None` where the token cannot wrap.
+///
+/// # Errors
+/// When the token or the ledger is not available.
+pub async fn ensure_wrapping(ledger: &Ledger, tokens: &Tokens) -> Result<Option<KeyId>, Refusal> {
+    if !tokens.agents.capabilities().wrapped_keys {
+        return Ok(None);
+    }
+    let known = rows(ledger).await?.into_iter().find(|row| row.purpose == Purpose::Wrapping && row.active);
+    if let Some(row) = known {
+        return Ok(Some(row.id));
+    }
+    let id = KeyId::random();
+    let intent = proto::KeyIntended {
+        key_id: id.0.to_vec(),
+        purpose: Purpose::Wrapping.into(),
+        algorithm: KeyAlgorithm::Unspecified.into(),
+        token: TokenRole::Agents.into(),
+    };
+    ledger.record(Body::KeyIntended(intent)).await?;
+    // A crash from here on leaves an object with this id, which the next start destroys.
+    let label = format!("keyward/{}/{}", name(Purpose::Wrapping), hex(&id.0[..4]));
+    if let Err(error) = tokens.agents.generate_wrapping(id, &label).await {
+        let destroyed = tokens.agents.destroy(id).await.map_err(hsm_refusal)?;
+        abandon(ledger, id, "the token could not make it", destroyed).await?;
+        return Err(hsm_refusal(error));
+    }
+    // It has no public half.
+    ledger.record(Body::KeyActivated(proto::KeyActivated { key_id: id.0.to_vec(), spki: Vec::new() })).await?;
+    Ok(Some(id))
 }
 
 fn name(purpose: Purpose) -> &'static str {

@@ -14,6 +14,7 @@ mod enrol;
 mod files;
 mod init;
 mod issue;
+mod key;
 mod keys;
 mod quarantine;
 mod release;
@@ -37,7 +38,8 @@ pub use checkpoint::verifier_key;
 pub use crl::Crl;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use keys::{Keys, Tokens, reconcile};
+pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
+pub use keys::{Keys, Tokens, ensure_wrapping, reconcile};
 pub use server_certificate::ServerCertificate;
 pub use unlock::unlock;
 
@@ -52,6 +54,7 @@ pub struct Acts {
     authorities: ArcSwapOption<Authorities>,
     bundles: bundle::Bundles,
     crl: Crl,
+    keys: AgentKeys,
 }
 
 impl Acts {
@@ -59,6 +62,7 @@ impl Acts {
     #[must_use]
     pub fn new(config: &Config, ledger: Ledger, crl: Crl) -> Self {
         Self {
+            keys: AgentKeys::new(&config.limits, ledger.clock()),
             ledger,
             domain: config.trust_domain.clone(),
             limits: config.limits.clone(),

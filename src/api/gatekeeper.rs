@@ -1,35 +1,55 @@
-//! Which calls a stranger may make over TCP. Whatever is not in the table needs a client certificate; each act asks the ledger besides.
+//! Which calls a stranger may make over TCP, and how many calls about keys an agent. Whatever is not in the table needs a client certificate; each act asks the ledger besides.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::{Request, Response};
 use tonic::body::Body;
 use tower::{Layer, Service};
 
 use crate::authn::Connection;
-use crate::model::{Reason, Refusal};
+use crate::model::{AgentId, Reason, Refusal};
 
 use super::headers::unindexed;
 use super::refusal::status_of;
+use super::shares::Shares;
 
 /// Open without a client certificate. Not Health/Watch: its streams would cost a stranger nothing and stay.
 const OPEN: [&str; 2] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Health/Check"];
 
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Gatekeeper;
+/// After which one of them has ended, in all likelihood.
+const KEY_CALLS_WAIT: Duration = Duration::from_millis(100);
+/// Calls about keys, by the path of their service.
+const KEYS: &str = "/keyward.v1.KeyService/";
+/// Calls about keys of one agent under way at once. Counted before a message is read: what it may bring along takes memory.
+const KEY_CALLS_MAX: usize = 64;
+
+#[derive(Debug, Clone)]
+pub(super) struct Gatekeeper {
+    keys: Arc<Shares<AgentId>>,
+}
+
+impl Default for Gatekeeper {
+    fn default() -> Self {
+        Self { keys: Shares::of(KEY_CALLS_MAX) }
+    }
+}
 
 impl<S> Layer<S> for Gatekeeper {
     type Service = Kept<S>;
 
     fn layer(&self, inner: S) -> Kept<S> {
-        Kept(inner)
+        Kept { inner, keys: Arc::clone(&self.keys) }
     }
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Kept<S>(S);
+pub(super) struct Kept<S> {
+    inner: S,
+    keys: Arc<Shares<AgentId>>,
+}
 
 impl<S> Service<Request<Body>> for Kept<S>
 where
@@ -42,17 +62,32 @@ where
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.0.poll_ready(context)
+        self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let stranger = request.extensions().get::<Arc<Connection>>().is_none_or(|connection| connection.is_stranger());
-        if stranger && !OPEN.contains(&request.uri().path()) {
-            let refusal = Refusal::new(Reason::Unauthenticated, "present a client certificate");
-            let refused = unindexed(status_of(&refusal).into_http());
-            return Box::pin(std::future::ready(Ok(refused)));
+        let refuse = |refusal: &Refusal| {
+            let refused = unindexed(status_of(refusal).into_http());
+            Box::pin(std::future::ready(Ok(refused)))
+        };
+        let caller = request.extensions().get::<Arc<Connection>>().and_then(|connection| connection.named());
+        let Some(caller) = caller else {
+            if !OPEN.contains(&request.uri().path()) {
+                return refuse(&Refusal::new(Reason::Unauthenticated, "present a client certificate"));
+            }
+            let answer = self.inner.call(request);
+            return Box::pin(async move { answer.await.map(unindexed) });
+        };
+        let share = request.uri().path().starts_with(KEYS).then(|| self.keys.take(caller.clone()));
+        if matches!(share, Some(None)) {
+            let advice = "too many calls about keys of this agent are under way; await an answer";
+            return refuse(&Refusal::new(Reason::Overloaded, advice).retry_after(KEY_CALLS_WAIT));
         }
-        let answer = self.0.call(request);
-        Box::pin(async move { answer.await.map(unindexed) })
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let answer = answer.await.map(unindexed);
+            drop(share);
+            answer
+        })
     }
 }

@@ -10,6 +10,7 @@ mod gatekeeper;
 mod gather;
 mod headers;
 mod health;
+mod key;
 mod listen;
 mod operator;
 mod refusal;
@@ -29,6 +30,7 @@ use crate::acts::Acts;
 use crate::config::Config;
 use crate::proto;
 use crate::proto::agent_service_server::AgentServiceServer;
+use crate::proto::key_service_server::KeyServiceServer;
 use crate::proto::operator_service_server::OperatorServiceServer;
 
 pub use health::Health;
@@ -37,6 +39,10 @@ pub use status::Readiness;
 
 /// Largest message from an agent, in bytes: an ask, a proof, and what protobuf adds.
 const AGENT_MESSAGE_BYTES_MAX: usize = 8192;
+/// Largest message about keys: a payload, or a batch of 1,000 digests, and what protobuf adds.
+const KEY_MESSAGE_BYTES_MAX: usize = 131_072;
+/// A page of 1,000 keys with 16 versions each.
+const KEY_ANSWER_BYTES_MAX: usize = 8 << 20;
 /// Largest message from an operator, in bytes.
 const OPERATOR_MESSAGE_BYTES_MAX: usize = 65_536;
 /// File descriptors kept for everything but agents' connections.
@@ -104,6 +110,7 @@ pub async fn serve_agents(
         // A drain waits for every stream.
         tell.send_replace(true);
     };
+    let keys = key_service(key::Keys::new(Arc::clone(&acts)));
     let agents =
         AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams, connections_max, stopping))
             .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
@@ -111,10 +118,12 @@ pub async fn serve_agents(
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .with_service_name("keyward.v1.AgentService")
+        .with_service_name("keyward.v1.KeyService")
         .build_v1()?;
     server()
-        .layer(gatekeeper::Gatekeeper)
+        .layer(gatekeeper::Gatekeeper::default())
         .add_service(agents)
+        .add_service(keys)
         .add_service(health.service())
         .add_service(reflection)
         .serve_with_incoming_shutdown(connections, stop)
@@ -136,6 +145,7 @@ pub async fn serve_operators(
     let path = config.paths.runtime.join("operator.sock");
     let connections = listen::operators(&path, config.operator.clone())
         .map_err(|source| ApiError::Socket { what: path.display().to_string(), source })?;
+    let keys = key_service(key::Keys::new(Arc::clone(&acts)));
     let operators = OperatorServiceServer::new(operator::Operators::new(acts, readiness))
         .max_decoding_message_size(OPERATOR_MESSAGE_BYTES_MAX)
         .max_encoding_message_size(32 << 20);
@@ -143,12 +153,18 @@ pub async fn serve_operators(
         tonic_reflection::server::Builder::configure().register_encoded_file_descriptor_set(proto::DESCRIPTORS).build_v1()?;
     let served = server()
         .add_service(operators)
+        .add_service(keys)
         .add_service(health.service())
         .add_service(reflection)
         .serve_with_incoming_shutdown(connections, stop)
         .await;
     remove_socket(&path);
     Ok(served?)
+}
+
+/// The same on both faces: who calls decides what may be asked.
+fn key_service(keys: key::Keys) -> KeyServiceServer<key::Keys> {
+    KeyServiceServer::new(keys).max_decoding_message_size(KEY_MESSAGE_BYTES_MAX).max_encoding_message_size(KEY_ANSWER_BYTES_MAX)
 }
 
 fn remove_socket(path: &Path) {

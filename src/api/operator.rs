@@ -43,7 +43,7 @@ impl Operators {
 }
 
 /// The caller, if it is an operator.
-fn operator<T>(request: &Request<T>) -> Result<Operator, Status> {
+pub(super) fn operator<T>(request: &Request<T>) -> Result<Operator, Status> {
     let refuse = |refusal: Refusal| Err(status_of(&refusal));
     match request.extensions().get::<LocalPeer>() {
         Some(LocalPeer(Ok(operator))) => Ok(*operator),
@@ -55,7 +55,7 @@ fn operator<T>(request: &Request<T>) -> Result<Operator, Status> {
     }
 }
 
-fn agent_id(name: &str) -> Result<AgentId, Status> {
+pub(super) fn agent_id(name: &str) -> Result<AgentId, Status> {
     AgentId::parse(name)
         .map_err(|error| status_of(&Refusal::new(Reason::MalformedRequest, "name an agent as <class>/<instance>").because(error)))
 }
@@ -67,7 +67,7 @@ fn told<T>(result: Result<T, Refusal>) -> Result<T, Status> {
     })
 }
 
-fn checked_reason(reason: String) -> Result<String, Status> {
+pub(super) fn checked_reason(reason: String) -> Result<String, Status> {
     if reason.chars().count() > 256 {
         return Err(status_of(&Refusal::new(Reason::MalformedRequest, "give a reason of at most 256 characters")));
     }
@@ -75,7 +75,7 @@ fn checked_reason(reason: String) -> Result<String, Status> {
 }
 
 /// Runs an operator's act in a task of its own, so that it ends whether the caller waits or not.
-async fn act<T: Send + 'static>(work: impl Future<Output = Result<T, Refusal>> + Send + 'static) -> Result<T, Status> {
+pub(super) async fn act<T: Send + 'static>(work: impl Future<Output = Result<T, Refusal>> + Send + 'static) -> Result<T, Status> {
     told(tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::internal(error))))
 }
 

@@ -36,6 +36,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::WishBeyondGrant
         | Reason::IdempotencyMismatch
         | Reason::KeyInUse
+        | Reason::AlgorithmUnsupported
         | Reason::AlgorithmRefused
         | Reason::ProfileMismatch
         | Reason::DigestLengthInvalid => Code::InvalidArgument,
@@ -55,10 +56,19 @@ fn code_of(reason: Reason) -> Code {
         | Reason::MessageExpired
         | Reason::Replayed
         | Reason::BindingMismatch => Code::PermissionDenied,
-        Reason::SequenceAhead | Reason::NotQuarantined | Reason::HsmRefused | Reason::OutsideTimeWindow => Code::FailedPrecondition,
-        Reason::AgentExists => Code::AlreadyExists,
-        Reason::NotFound => Code::NotFound,
-        Reason::RateLimited | Reason::Overloaded | Reason::WatchesTaken => Code::ResourceExhausted,
+        Reason::SequenceAhead
+        | Reason::NotQuarantined
+        | Reason::HsmRefused
+        | Reason::OutsideTimeWindow
+        | Reason::KeyDisabled
+        | Reason::KeyDestroyed
+        | Reason::KeyExpired
+        | Reason::KeyLost => Code::FailedPrecondition,
+        Reason::AgentExists | Reason::KeyExists => Code::AlreadyExists,
+        Reason::NotFound | Reason::KeyNotFound => Code::NotFound,
+        Reason::RateLimited | Reason::Overloaded | Reason::WatchesTaken | Reason::KeyBudgetSpent | Reason::KeysTooMany => {
+            Code::ResourceExhausted
+        }
         Reason::RequestInProgress
         | Reason::HsmUnavailable
         | Reason::LedgerUnavailable

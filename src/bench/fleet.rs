@@ -10,11 +10,12 @@ use tonic::transport::Channel;
 
 use super::Failed;
 use super::load::Renewer;
-use crate::client::JoinFile;
 use crate::client::agent::Connection;
 use crate::client::request::Key;
+use crate::client::{JoinFile, tls};
 use crate::model::{Digest, SecretBytes, TrustDomain, hex, join_sign};
 use crate::proto::ask::Claim;
+use crate::proto::key_service_client::KeyServiceClient;
 use crate::proto::operator_service_client::OperatorServiceClient;
 use crate::proto::{Ask, BoundKeyClaim, Credential, EnrolRequest, JoinClaim};
 
@@ -173,6 +174,18 @@ impl Fleet {
             all.extend(took);
         }
         Ok(all)
+    }
+
+    /// Each agent's KeyService, on a connection of its own.
+    pub(super) async fn into_signers(self) -> Result<Vec<KeyServiceClient<Channel>>, Failed> {
+        let place = self.place;
+        let mut signers = Vec::with_capacity(self.members.len());
+        for member in self.members {
+            let (chain, key) = member.holds.as_ref().ok_or("the agent holds no certificate")?;
+            let config = tls::config(&place.authorities, &place.domain, Some((chain, key)))?;
+            signers.push(KeyServiceClient::new(tls::connect(&place.addresses, config).await?.0));
+        }
+        Ok(signers)
     }
 
     /// The agents with their standing connections, and a request for each key that is left: each claims the sequence after the one

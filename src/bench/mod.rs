@@ -1,4 +1,4 @@
-//! What issuing costs: `keyward bench`.
+//! What issuing and signing cost: `keyward bench`.
 //!
 //! Owns: throw-away daemons with throw-away tokens, agents by the thousand, figures. Promises: stock configuration, or the report
 //! says in what it differs; the floor and what is held against it come from one run; keys and requests are made before the clock
@@ -14,7 +14,9 @@ mod overload;
 mod phase;
 mod report;
 pub mod room;
+mod sign;
 mod slow;
+mod standing;
 pub mod token;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +29,7 @@ use house::{House, Running, Site, Wants, ran};
 pub use overload::{OverloadPlan, OverloadReport, overload};
 use phase::{Measured, Phase};
 pub use report::{Comparison, Crowd, Goal, Ground, Report, Side};
+pub use sign::{SignPlan, SignReport, sign};
 pub use slow::{SlowPlan, SlowReport, slow_hsm};
 use token::RawSignatures;
 

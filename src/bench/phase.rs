@@ -68,15 +68,15 @@ pub struct Phase {
 }
 
 /// What the daemon says of itself at one moment.
-struct Snapshot {
-    cpu: CpuParts,
-    commits: u64,
-    ledger_bytes: u64,
+pub(super) struct Snapshot {
+    pub cpu: CpuParts,
+    pub commits: u64,
+    pub ledger_bytes: u64,
     generator_nanos: u64,
 }
 
 impl Snapshot {
-    async fn take(house: &House, running: &mut Running) -> Result<Self, Failed> {
+    pub(super) async fn take(house: &House, running: &mut Running) -> Result<Self, Failed> {
         let ledger_bytes = ledger_bytes(house)?;
         let status = running.operator.status(StatusRequest {}).await?.into_inner();
         Ok(Self {
@@ -186,19 +186,19 @@ fn phase(
     }
 }
 
-struct Difference<'a> {
-    before: &'a CpuParts,
-    after: &'a CpuParts,
+pub(super) struct Difference<'a> {
+    pub before: &'a CpuParts,
+    pub after: &'a CpuParts,
 }
 
 impl Difference<'_> {
-    fn of(&self, part: impl Fn(&CpuParts) -> u64) -> u64 {
+    pub(super) fn of(&self, part: impl Fn(&CpuParts) -> u64) -> u64 {
         part(self.after).saturating_sub(part(self.before))
     }
 
     /// Microseconds a call; 0 where there was none.
     #[expect(clippy::cast_precision_loss, reason = "figures, not accounts")]
-    fn mean_us(&self, part: impl Fn(&CpuParts) -> (u64, u64)) -> f64 {
+    pub(super) fn mean_us(&self, part: impl Fn(&CpuParts) -> (u64, u64)) -> f64 {
         let count = self.of(|cpu| part(cpu).1);
         if count == 0 { 0.0 } else { self.of(|cpu| part(cpu).0) as f64 / 1e3 / count as f64 }
     }

@@ -1,4 +1,4 @@
-//! `keyward bench`: what issuing costs.
+//! `keyward bench`: what issuing and signing cost.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::{Failure, Output, block_on, done};
-use crate::bench::{self, OverloadPlan, OverloadReport, Plan, Report, SlowPlan, SlowReport, room, token};
+use crate::bench::{self, OverloadPlan, OverloadReport, Plan, Report, SignPlan, SignReport, SlowPlan, SlowReport, room, token};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -16,6 +16,9 @@ pub(super) enum Verb {
         after_help = "Examples:\n  keyward bench issue\n  keyward bench issue --format json --keys-in-token 200,10000\n  keyward bench issue --agents 100000"
     )]
     Issue(Issue),
+    /// Signatures of agents' keys, recorded, counted and in batches: CPU against its floor. Keys by the hundred thousand.
+    #[command(after_help = "Examples:\n  keyward bench sign\n  keyward bench sign --keys 10000 --format json")]
+    Sign(Sign),
     /// A device that takes its time to sign: the HSM room alone and the daemon end to end, against bare threads.
     #[command(after_help = "Example:\n  keyward bench slow-hsm --fault-module target/release/examples/libp11shim.so")]
     SlowHsm(SlowHsm),
@@ -53,6 +56,25 @@ pub(super) struct Issue {
     /// Where filled tokens are kept [default: below --work].
     #[arg(long, value_name = "DIR")]
     token_cache: Option<PathBuf>,
+    #[command(flatten)]
+    run: Run,
+}
+
+/// What `sign` takes.
+#[derive(Debug, Args)]
+pub(super) struct Sign {
+    /// Agents, each with a connection and keys of its own.
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = count(1, 1000))]
+    agents: usize,
+    /// Calls under way at once.
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = count(1, 256))]
+    outstanding: usize,
+    /// Signatures of each kind.
+    #[arg(long, default_value_t = 20_000, value_name = "N", value_parser = count(100, 10_000_000))]
+    signatures: usize,
+    /// Wrapped keys that are made, at most 990 for each agent.
+    #[arg(long, default_value_t = 99_000, value_name = "N", value_parser = count(100, 990_000))]
+    keys: usize,
     #[command(flatten)]
     run: Run,
 }
@@ -188,6 +210,19 @@ pub(super) fn run(verb: Verb, output: &mut Output) -> Result<ExitCode, Failure> 
             let issue = Box::pin(bench::issue(&plan, |what| output.say(what)));
             let report = block_on(async { Ok(issue.await) })?.map_err(failed)?;
             done(output.show(&report, Report::text).map_err(Failure::from))
+        }
+        Verb::Sign(ask) => {
+            let plan = SignPlan {
+                agents: ask.agents,
+                outstanding: ask.outstanding,
+                signatures: ask.signatures,
+                keys: ask.keys,
+                work: ask.run.work(),
+                revision: ask.run.revision,
+            };
+            let measured = Box::pin(bench::sign(&plan, |what| output.say(what)));
+            let report = block_on(async { Ok(measured.await) })?.map_err(failed)?;
+            done(output.show(&report, SignReport::text).map_err(Failure::from))
         }
         Verb::SlowHsm(ask) => {
             let plan = SlowPlan {

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::describe_keys;
 use super::render::{pairs, time};
 use crate::model::{UnixTime, hex};
 use crate::proto::entry::Body;
@@ -108,6 +109,13 @@ fn body(body: &Body) -> (&'static str, Value) {
         ),
         Body::KeyIntended(_) | Body::KeyActivated(_) | Body::KeyAbandoned(_) | Body::AuthorityActivated(_) => key(body),
         Body::Intended(e) => ("intended", intended(e)),
+        Body::AgentKeyCreated(_)
+        | Body::AgentKeyRotated(_)
+        | Body::AgentKeyDisabled(_)
+        | Body::AgentKeyDestroyed(_)
+        | Body::SignIntended(_)
+        | Body::SignaturesReserved(_)
+        | Body::SignaturesSealed(_) => describe_keys::body(body),
         Body::Released(e) => ("released", json!({"intent": e.intent, "signature": hex(&e.signature)})),
         Body::Withheld(e) => ("withheld", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
         Body::Failed(e) => ("failed", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
@@ -194,7 +202,7 @@ fn appraised(e: &proto::Appraised) -> Value {
            "channel_proved": e.channel_proved})
 }
 
-fn operator(by: Option<&Operator>) -> Value {
+pub(super) fn operator(by: Option<&Operator>) -> Value {
     by.map_or(Value::Null, |by| json!({"uid": by.uid, "reason": by.reason}))
 }
 
@@ -224,7 +232,7 @@ pub(super) fn purpose_name(purpose: Purpose) -> &'static str {
     }
 }
 
-fn algorithm_name(algorithm: KeyAlgorithm) -> &'static str {
+pub(super) fn algorithm_name(algorithm: KeyAlgorithm) -> &'static str {
     match algorithm {
         KeyAlgorithm::Unspecified => "unknown",
         KeyAlgorithm::P256 => "p256",

@@ -104,7 +104,7 @@ impl From<io::Error> for Failure {
 
 fn code_of(refused: &Refused) -> u8 {
     match refused.reason {
-        Reason::NotFound | Reason::AgentUnknown => EXIT_NOT_FOUND,
+        Reason::NotFound | Reason::AgentUnknown | Reason::KeyNotFound => EXIT_NOT_FOUND,
         Reason::HsmUnavailable
         | Reason::HsmRefused
         | Reason::LedgerUnavailable
@@ -114,6 +114,14 @@ fn code_of(refused: &Refused) -> u8 {
         | Reason::Draining
         | Reason::WatchesTaken
         | Reason::SignatureUnknown => EXIT_UNAVAILABLE,
+        Reason::SignatureInvalid
+        | Reason::AlgorithmRefused
+        | Reason::KidUnknown
+        | Reason::AudienceMismatch
+        | Reason::OutsideTimeWindow
+        | Reason::MessageExpired
+        | Reason::Replayed
+        | Reason::BindingMismatch => EXIT_VERIFICATION_FAILED,
         Reason::Internal => EXIT_ERROR,
         _ => EXIT_REFUSED,
     }

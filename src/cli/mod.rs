@@ -15,10 +15,13 @@ mod clock;
 mod config;
 mod crl;
 mod describe;
+mod describe_keys;
 mod duration;
 mod failure;
 mod hsm;
 mod hsm_status;
+mod key;
+mod key_show;
 mod ledger;
 mod ledger_verify;
 mod quarantine;
@@ -116,6 +119,9 @@ enum Command {
     /// Be an agent: get credentials and keep them fresh.
     #[command(subcommand)]
     Agent(agent::Verb),
+    /// Signing keys that an agent uses and never holds.
+    #[command(subcommand)]
+    Key(Box<key::Verb>),
     /// Take everything back from an agent (operator).
     #[command(subcommand)]
     Quarantine(quarantine::Verb),
@@ -196,6 +202,7 @@ fn dispatch(arguments: Arguments, output: &mut Output) -> Result<ExitCode, Failu
         Command::Serve => serve::serve(&global),
         Command::Agents(verb) => done(block_on(agents::run(verb, &global, output))),
         Command::Agent(verb) => block_on(agent::run(verb, output)),
+        Command::Key(verb) => done(block_on(key::run(*verb, &global, output))),
         Command::Quarantine(verb) => done(block_on(quarantine::run(verb, &global, output))),
         Command::Crl(verb) => done(block_on(crl::run(verb, &global, output))),
         Command::Ledger(verb) => done(block_on(ledger::run(verb, &global, output))),

@@ -10,6 +10,7 @@ mod bundle;
 mod durable;
 mod error;
 mod join;
+pub mod key;
 pub mod operator;
 pub mod request;
 pub mod store;

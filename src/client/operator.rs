@@ -20,16 +20,19 @@ const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// # Errors
 /// `Unreachable` when nobody listens, or this user may not connect.
 pub async fn connect(path: &Path) -> Result<OperatorServiceClient<Channel>, Error> {
+    Ok(OperatorServiceClient::new(channel(path).await?).max_decoding_message_size(ANSWER_BYTES_MAX))
+}
+
+pub(super) async fn channel(path: &Path) -> Result<Channel, Error> {
     let socket: PathBuf = path.to_path_buf();
     let connector = tower::service_fn(move |_: Uri| {
         let socket = socket.clone();
         async move { UnixStream::connect(socket).await.map(TokioIo::new) }
     });
-    let channel = Endpoint::from_static("http://keyward")
+    Endpoint::from_static("http://keyward")
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(CALL_TIMEOUT)
         .connect_with_connector(connector)
         .await
-        .map_err(|error| Error::of_connection(&error, &path.display().to_string()))?;
-    Ok(OperatorServiceClient::new(channel).max_decoding_message_size(ANSWER_BYTES_MAX))
+        .map_err(|error| Error::of_connection(&error, &path.display().to_string()))
 }

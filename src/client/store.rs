@@ -354,11 +354,7 @@ impl AgentDir {
     }
 
     fn current_name(&self) -> Result<Option<String>, StoreError> {
-        match fs::read_link(self.path.join("current")) {
-            Ok(target) => Ok(target.to_str().map(str::to_owned)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(self.failed("current", error)),
-        }
+        current_name(&self.path)
     }
 
     fn remove_all_credentials_but(&self, kept: &[Option<String>]) -> io::Result<()> {
@@ -398,6 +394,26 @@ fn write_card(directory: &Path, card: &Card) -> io::Result<()> {
     let mut json = serde_json::to_vec_pretty(card)?;
     json.push(b'\n');
     durable::write(directory, "agent.json", &json)
+}
+
+/// The credential in force in an agent's directory, read beside whoever works in it.
+///
+/// # Errors
+/// As [`AgentDir::holding`].
+pub fn holding_in(path: &Path) -> Result<Holding, StoreError> {
+    match current_name(path)? {
+        Some(name) => read_holding(&path.join(name)),
+        None => Err(StoreError::Empty { path: path.to_path_buf() }),
+    }
+}
+
+fn current_name(path: &Path) -> Result<Option<String>, StoreError> {
+    let current = path.join("current");
+    match fs::read_link(&current) {
+        Ok(target) => Ok(target.to_str().map(str::to_owned)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(StoreError::Io { path: current, error }),
+    }
 }
 
 fn read_holding(directory: &Path) -> Result<Holding, StoreError> {

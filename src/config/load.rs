@@ -104,6 +104,9 @@ impl Config {
             format!("limits.ledger_queue = {}", limits.ledger_queue),
             format!("limits.hsm_queue = {}", limits.hsm_queue),
             format!("limits.sign_deadline_ms = {}", limits.sign_deadline_ms),
+            format!("limits.keys_per_agent = {}", limits.keys_per_agent),
+            format!("limits.keys_cached = {}", limits.keys_cached),
+            format!("limits.signatures_per_second = {}", limits.signatures_per_second),
             format!("limits.crl_seconds = {}", limits.crl_seconds),
             format!("log.level = {}", quoted(&self.log.level)),
             format!(
@@ -338,6 +341,9 @@ fn limits(mut section: Section<'_>, reader: &mut Reader<'_>) -> Limits {
         ledger_queue: count(number("ledger_queue", 16..=65_536, 4_096)),
         hsm_queue: count(number("hsm_queue", 16..=65_536, 1_024)),
         sign_deadline_ms: number("sign_deadline_ms", 100..=60_000, 5_000),
+        keys_per_agent: count(number("keys_per_agent", 1..=1_000_000, 1_000)),
+        keys_cached: count(number("keys_cached", 16..=1_000_000, 4_096)),
+        signatures_per_second: small(number("signatures_per_second", 1..=1_000_000, 10_000)),
         crl_seconds: small(number("crl_seconds", 60..=604_800, 3_600)),
     };
     section.finish(reader);

@@ -114,6 +114,12 @@ pub struct Limits {
     pub hsm_queue: usize,
     /// Deadline of one signature, from queueing to verification, in milliseconds, 100 to 60,000. Default 5,000.
     pub sign_deadline_ms: u64,
+    /// Signing keys that an agent may have, destroyed ones not counted, 1 to 1,000,000. Default 1,000.
+    pub keys_per_agent: usize,
+    /// Signing keys held in memory, 16 to 1,000,000 (about 2 KiB each). Default 4,096.
+    pub keys_cached: usize,
+    /// Signatures and other calls about keys that an agent may ask for in a second, 1 to 1,000,000. Default 10,000.
+    pub signatures_per_second: u32,
     /// nextUpdate of the CRL, in seconds, 60 to 604,800. Default 3,600.
     pub crl_seconds: u32,
 }

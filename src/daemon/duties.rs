@@ -86,6 +86,14 @@ pub(super) async fn crl(rooms: Rooms) {
     }
 }
 
+/// What denied agents have reserved for their counted keys is sealed.
+pub(super) async fn reservations(rooms: Rooms) {
+    let mut denials = rooms.acts.ledger().denials();
+    while denials.changed().await.is_ok() {
+        rooms.acts.seal_signatures(false);
+    }
+}
+
 /// At most one checkpoint a second, while there is something new.
 pub(super) async fn checkpoints(rooms: Rooms) {
     let mut progress = rooms.acts.ledger().progress();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::acts::{self, Acts, Authorities, Crl, Keys, Tokens};
+use crate::acts::{self, Acts, Authorities, Crl, KeyToken, Keys, Tokens};
 use crate::api::{self, Health, Readiness};
 use crate::authn::Tls;
 use crate::config::Config;
@@ -152,6 +152,7 @@ impl Rooms {
         if !ledger.settled(SETTLE_DEADLINE).await {
             tracing::warn!("intents are open at the stop");
         }
+        self.acts.seal_signatures(true);
         // The duty that does this each second has ended before the last calls did.
         if let Err(refusal) = ledger.seal_refusals().await {
             tracing::warn!(?refusal, "refusals could not be sealed");
@@ -221,9 +222,10 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
+        let reservations = tokio::spawn(duties::reservations(rooms.clone()));
         let until = end_of_service(stopping);
         let served = api::serve_agents(Arc::clone(&rooms.acts), &rooms.config, listener, settings, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints] {
+        for duty in [certificates, crl, checkpoints, reservations] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())
@@ -366,6 +368,8 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     }
     let keys = Keys::bind(acts.ledger(), tokens).await.map_err(told)?;
     acts.set_authorities(Authorities::load(acts.ledger(), keys).await.map_err(told)?);
+    let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.map_err(told)?;
+    acts.set_key_token(KeyToken::new(tokens.agents.clone(), wrapping));
     duties::renew_server_certificate(rooms).await.map(drop).map_err(told)
 }
 

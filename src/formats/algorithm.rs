@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use aws_lc_rs::digest;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ED25519, UnparsedPublicKey, VerificationAlgorithm};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ED25519, UnparsedPublicKey, VerificationAlgorithm};
 
 use crate::model::{Algorithm, PublicKey};
 
@@ -11,6 +11,7 @@ use crate::model::{Algorithm, PublicKey};
 pub(super) fn jws_name(algorithm: Algorithm) -> &'static str {
     match algorithm {
         Algorithm::P256 => "ES256",
+        Algorithm::P384 => "ES384",
         Algorithm::Ed25519 => "EdDSA",
     }
 }
@@ -19,6 +20,7 @@ pub(super) fn jws_name(algorithm: Algorithm) -> &'static str {
 pub(super) fn http_name(algorithm: Algorithm) -> &'static str {
     match algorithm {
         Algorithm::P256 => "ecdsa-p256-sha256",
+        Algorithm::P384 => "ecdsa-p384-sha384",
         Algorithm::Ed25519 => "ed25519",
     }
 }
@@ -27,17 +29,19 @@ pub(super) fn http_name(algorithm: Algorithm) -> &'static str {
 pub(super) fn key_type(algorithm: Algorithm) -> (&'static str, &'static str) {
     match algorithm {
         Algorithm::P256 => ("EC", "P-256"),
+        Algorithm::P384 => ("EC", "P-384"),
         Algorithm::Ed25519 => ("OKP", "Ed25519"),
     }
 }
 
 /// Those that keyward knows.
-pub(super) const ALL: [Algorithm; 2] = [Algorithm::P256, Algorithm::Ed25519];
+pub(super) const ALL: [Algorithm; 3] = [Algorithm::P256, Algorithm::P384, Algorithm::Ed25519];
 
 /// Bytes of `r ‖ s`, or of an Ed25519 signature.
 pub(super) fn signature_size(algorithm: Algorithm) -> usize {
     match algorithm {
         Algorithm::P256 | Algorithm::Ed25519 => 64,
+        Algorithm::P384 => 96,
     }
 }
 
@@ -45,6 +49,7 @@ pub(super) fn signature_size(algorithm: Algorithm) -> usize {
 pub(super) fn hash(algorithm: Algorithm) -> Option<&'static digest::Algorithm> {
     match algorithm {
         Algorithm::P256 => Some(&digest::SHA256),
+        Algorithm::P384 => Some(&digest::SHA384),
         Algorithm::Ed25519 => None,
     }
 }
@@ -61,6 +66,7 @@ pub(super) fn for_token(algorithm: Algorithm, message: &[u8]) -> Arc<[u8]> {
 pub(super) fn verifies(key: &PublicKey, message: &[u8], signature: &[u8]) -> bool {
     let algorithm: &'static dyn VerificationAlgorithm = match key.algorithm() {
         Algorithm::P256 => &ECDSA_P256_SHA256_FIXED,
+        Algorithm::P384 => &ECDSA_P384_SHA384_FIXED,
         Algorithm::Ed25519 => &ED25519,
     };
     UnparsedPublicKey::new(algorithm, key.raw()).verify(message, signature).is_ok()

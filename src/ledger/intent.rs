@@ -6,6 +6,7 @@ use crate::model::{AgentId, Digest, KeyId, PublicKey, Reason, Refusal, Serial, U
 use crate::proto;
 
 use super::agent::Evidence;
+use super::agent_keys::AgentKey;
 use super::{Command, Ledger};
 
 /// What is about to be signed, whole.
@@ -79,6 +80,8 @@ pub struct Intent {
     tbs: Digest,
     asked: bool,
     ended: bool,
+    /// The agent's key that signs, where it is one.
+    key: Option<Arc<AgentKey>>,
 }
 
 impl std::fmt::Debug for Intent {
@@ -89,7 +92,13 @@ impl std::fmt::Debug for Intent {
 
 impl Intent {
     pub(super) fn new(ledger: Ledger, index: u64, slot_epoch: Option<(u32, u32)>, sequence: u64, tbs: Digest) -> Self {
-        Self { ledger, index, slot_epoch, sequence, tbs, asked: false, ended: false }
+        Self { ledger, index, slot_epoch, sequence, tbs, asked: false, ended: false, key: None }
+    }
+
+    /// Released only while this key may sign, too.
+    pub(super) fn of_key(mut self, key: Arc<AgentKey>) -> Self {
+        self.key = Some(key);
+        self
     }
 
     /// Its ledger index.
@@ -128,6 +137,7 @@ impl Intent {
             Some((slot, epoch)) => gate.book.agent(slot).admits(epoch),
             None => Ok(()),
         };
+        let admitted = admitted.and_then(|()| self.key.as_ref().map_or(Ok(()), |key| key.admits()));
         if self.ledger.has_failed() {
             return Err(Refusal::new(
                 Reason::LedgerUnavailable,

@@ -6,6 +6,7 @@
 //! to a token, or goes on after a failed fsync.
 
 mod agent;
+mod agent_keys;
 mod book;
 mod intent;
 pub mod merkle;
@@ -36,6 +37,7 @@ use crate::model::{AgentId, Clock, Digest, Meter, Reason, Refusal};
 use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
+pub use agent_keys::{AgentKey, Ends, KeyOf, KeyTerms, KeyVersion, Reserved, StoredKey, VERSIONS_MAX, key_not_found};
 pub use intent::{Decided, Intent, Intention, Subject};
 pub use recover::{Opened, create};
 pub use standing::Standing;
@@ -139,6 +141,10 @@ pub struct Ledger(Arc<Shared>);
 fn unavailable() -> Refusal {
     Refusal::new(Reason::LedgerUnavailable, "the ledger cannot be written now; ask again later")
         .retry_after(Duration::from_secs(1))
+}
+
+fn overloaded() -> Refusal {
+    Refusal::new(Reason::Overloaded, "too many requests are waiting; ask again in a moment").retry_after(Refusal::SOON)
 }
 
 fn draining() -> Refusal {
@@ -308,8 +314,7 @@ impl Ledger {
                 return Err(draining());
             }
             if gate.intents >= self.0.queue_max {
-                return Err(Refusal::new(Reason::Overloaded, "too many requests are waiting; ask again in a moment")
-                    .retry_after(Refusal::SOON));
+                return Err(overloaded());
             }
             gate.intents += 1;
             gate.push(Command::Intend { intention: Box::new(intention), answer });

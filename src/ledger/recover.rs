@@ -233,6 +233,7 @@ fn apply(
                 book.intended_for(index, slot, wanted_of(&intended)?, forget_seconds);
             }
         }
+        Body::SignIntended(_) => book.intended(index),
         Body::Released(outcome) => ended(book, index, outcome.intent, Ending::Released),
         Body::Withheld(outcome) => ended(book, index, outcome.intent, Ending::Nothing),
         Body::Failed(outcome) => ended(book, index, outcome.intent, Ending::Nothing),

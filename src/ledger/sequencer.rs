@@ -11,6 +11,7 @@ use crate::model::{AgentId, Digest, Reason, Refusal, TokenId, UnixTime, thread_c
 use crate::proto::{self, entry::Body};
 
 use super::agent::{Agent, Ending, Evidence, Token, Verdict};
+use super::agent_keys::commands::KeyCommand;
 use super::book::{Book, Wanted};
 use super::intent::{Decided, Intent, Intention, Outcome};
 use super::merkle::{Tree, leaf_hash};
@@ -77,6 +78,8 @@ pub(super) enum Command {
         rows: Vec<Row>,
         answer: Option<Answer<u64>>,
     },
+    /// About an agent's signing key.
+    Key(Box<KeyCommand>),
     Edge {
         answer: Answer<(u64, Digest)>,
     },
@@ -94,13 +97,13 @@ pub(super) enum Command {
 }
 
 /// What a batch does once it is durable, or cannot be.
-type After = Box<dyn FnOnce(Result<(), Refusal>) + Send>;
+pub(super) type After = Box<dyn FnOnce(Result<(), Refusal>) + Send>;
 
-struct Batch {
+pub(super) struct Batch {
     first: u64,
     entries: Vec<proto::Entry>,
-    rows: Vec<Row>,
-    after: Vec<After>,
+    pub(super) rows: Vec<Row>,
+    pub(super) after: Vec<After>,
     edge: Vec<Answer<(u64, Digest)>>,
     denials: usize,
     /// Every agent's row is due now.
@@ -109,13 +112,13 @@ struct Batch {
 }
 
 impl Batch {
-    fn entry(&mut self, time: UnixTime, body: Body) -> u64 {
+    pub(super) fn entry(&mut self, time: UnixTime, body: Body) -> u64 {
         let index = self.first + self.entries.len() as u64;
         self.entries.push(proto::Entry { index, time_unix_micros: time.micros(), body: Some(body) });
         index
     }
 
-    fn then<T: Send + 'static>(&mut self, answer: Answer<T>, value: T) {
+    pub(super) fn then<T: Send + 'static>(&mut self, answer: Answer<T>, value: T) {
         self.after.push(Box::new(move |durable| {
             let _ = answer.send(durable.map(|()| value));
         }));
@@ -271,6 +274,7 @@ impl Sequencer {
                     batch.then(answer, index);
                 }
             }
+            Command::Key(command) => command.decide(now, &self.ledger, gate, batch),
             Command::Edge { answer } => batch.edge.push(answer),
             Command::Keep { row, answer } => {
                 batch.rows.push(row);
@@ -449,7 +453,7 @@ impl Sequencer {
 }
 
 /// Refuses a wish to sign, once what the decision rests on is durable.
-fn refuse(answer: Answer<Decided>, intents: &mut usize, batch: &mut Batch, refusal: Refusal) {
+pub(super) fn refuse<T: Send + 'static>(answer: Answer<T>, intents: &mut usize, batch: &mut Batch, refusal: Refusal) {
     *intents = intents.saturating_sub(1);
     batch.after.push(Box::new(move |durable| {
         let _ = answer.send(durable.and(Err(refusal)));
@@ -463,6 +467,7 @@ fn refuse_unwritten(command: Command) {
         | Command::Enrol { answer, .. }
         | Command::Record { answer: Some(answer), .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Reinstate { answer, .. } => drop(answer.send(Err(super::unavailable()))),
+        Command::Key(command) => command.refuse_unwritten(),
         Command::Edge { answer } => drop(answer.send(Err(super::unavailable()))),
         Command::Keep { answer, .. } | Command::Stop { answer, .. } => drop(answer.send(Err(super::unavailable()))),
         Command::Quarantine { answer: None, .. }

@@ -11,11 +11,14 @@ use crate::model::{Digest, KeyId, PublicKey};
 use crate::proto;
 
 use super::agent::Agent;
+use super::agent_keys::KeyOf;
+use super::agent_keys::rows::{self, AgentKeyRow};
 use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 2] = [include_str!("migrations/0001.sql"), include_str!("migrations/0002.sql")];
+const MIGRATIONS: [&str; 3] =
+    [include_str!("migrations/0001.sql"), include_str!("migrations/0002.sql"), include_str!("migrations/0003.sql")];
 /// The schema this binary writes.
 const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// Entries read in one go, at most.
@@ -65,7 +68,9 @@ pub struct KeyRow {
     pub algorithm: proto::KeyAlgorithm,
     /// Where it lives.
     pub token: proto::TokenRole,
-    /// Pinned public key once active.
+    /// Whether it is in use; else it was intended and nothing more.
+    pub active: bool,
+    /// Pinned public key once active; a wrapping key has none.
     pub public: Option<PublicKey>,
 }
 
@@ -88,6 +93,10 @@ pub(super) enum Row {
     KeyActivated(proto::KeyActivated),
     KeyAbandoned(Vec<u8>),
     Authority(proto::AuthorityActivated),
+    /// A resident key of an agent is being destroyed, or has been.
+    KeyEnding(KeyId, &'static str),
+    AgentKey(Box<(KeyOf, proto::KeyState, AgentKeyRow)>),
+    AgentKeyUsed(Box<(KeyOf, u64)>),
     Fact(&'static str, Vec<u8>),
 }
 
@@ -275,6 +284,11 @@ fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
                 )?
                 .execute(params![authority.purpose, authority.key_id, authority.certificate, authority.intent.cast_signed()])?;
         }
+        Row::KeyEnding(id, state) => {
+            transaction.prepare_cached("UPDATE hsm_key SET state = ?2 WHERE id = ?1")?.execute(params![id.0, state])?;
+        }
+        Row::AgentKey(key) => rows::write(transaction, &key.0, key.1, &key.2)?,
+        Row::AgentKeyUsed(used) => rows::write_used(transaction, &used.0, used.1)?,
         Row::Fact(name, value) => {
             transaction
                 .prepare_cached("INSERT OR REPLACE INTO fact (name, value) VALUES (?1, ?2)")?
@@ -307,7 +321,7 @@ impl Reader {
         Ok(Self { connection: Mutex::new(connection) })
     }
 
-    fn locked(&self) -> std::sync::MutexGuard<'_, Connection> {
+    pub(super) fn locked(&self) -> std::sync::MutexGuard<'_, Connection> {
         self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -355,7 +369,7 @@ impl Reader {
     pub fn keys(&self) -> Result<Vec<KeyRow>, StoreError> {
         let connection = self.locked();
         let mut select = connection
-            .prepare_cached("SELECT id, purpose, algorithm, token, spki FROM hsm_key WHERE state <> 'abandoned' ORDER BY id")?;
+            .prepare_cached("SELECT id, purpose, algorithm, token, spki, state = 'active' FROM hsm_key WHERE state IN ('intended', 'active') ORDER BY id")?;
         let mut rows = select.query([])?;
         let mut keys = Vec::new();
         while let Some(row) = rows.next()? {
@@ -367,9 +381,10 @@ impl Reader {
                 purpose: row.get::<_, i32>(1)?.try_into().map_err(|_| damaged())?,
                 algorithm: row.get::<_, i32>(2)?.try_into().map_err(|_| damaged())?,
                 token: row.get::<_, i32>(3)?.try_into().map_err(|_| damaged())?,
+                active: row.get(5)?,
                 public: match spki {
-                    Some(spki) => Some(PublicKey::from_spki(&spki).map_err(|_| damaged())?),
-                    None => None,
+                    Some(spki) if !spki.is_empty() => Some(PublicKey::from_spki(&spki).map_err(|_| damaged())?),
+                    _ => None,
                 },
             });
         }

@@ -11,6 +11,7 @@ mod extension;
 mod identity;
 mod join;
 mod key;
+mod key_name;
 mod meter;
 mod number;
 mod outage;
@@ -25,6 +26,7 @@ pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_DER, AgentExtension
 pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
 pub use join::{join_public_key, join_sign};
 pub use key::{Algorithm, InvalidKey, KeyId, PublicKey, RawVerifier};
+pub use key_name::{InvalidKeyName, KeyName};
 pub use meter::{Gauge, Meter, process_cpu_nanos, thread_cpu_nanos};
 pub use number::{Digest, KeyTag, Serial, TokenId, hex, unhex};
 pub use outage::Outage;

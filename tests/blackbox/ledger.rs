@@ -76,7 +76,7 @@ pub fn one_outcome_each(entries: &[Body]) {
     let mut open: BTreeSet<u64> = BTreeSet::new();
     for (index, body) in entries.iter().enumerate() {
         let ended = match body {
-            Body::Intended(_) => {
+            Body::Intended(_) | Body::SignIntended(_) => {
                 open.insert(index as u64);
                 continue;
             }

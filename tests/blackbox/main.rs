@@ -16,6 +16,7 @@ mod faults;
 mod hsm;
 mod init;
 mod instruments;
+mod keys;
 mod ledger;
 mod memory;
 mod quarantine;

@@ -159,11 +159,15 @@ pub fn no_release_while_quarantined(entries: &[Body]) {
             Body::Quarantined(entry) => drop(quarantined.insert(entry.agent.clone())),
             Body::Reinstated(entry) => drop(quarantined.remove(&entry.agent)),
             Body::Released(released) => {
-                let Some(Body::Intended(intent)) = entries.get(usize::try_from(released.intent).unwrap()) else {
-                    panic!("entry {index} releases entry {}, which is no intent", released.intent)
+                let agent = match entries.get(usize::try_from(released.intent).unwrap()) {
+                    Some(Body::Intended(intent)) => {
+                        matches!(intent.kind(), IntentKind::Attest | IntentKind::Renew).then_some(&intent.agent)
+                    }
+                    Some(Body::SignIntended(intent)) => Some(&intent.agent),
+                    _ => panic!("entry {index} releases entry {}, which is no intent", released.intent),
                 };
-                if matches!(intent.kind(), IntentKind::Attest | IntentKind::Renew) {
-                    assert!(!quarantined.contains(&intent.agent), "entry {index} releases to {}", intent.agent);
+                if let Some(agent) = agent {
+                    assert!(!quarantined.contains(agent), "entry {index} releases to {agent}");
                 }
             }
             _ => {}

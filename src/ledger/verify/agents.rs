@@ -8,7 +8,7 @@ use crate::model::{AgentId, Serial, UnixTime};
 use crate::proto::{Enrolled, Quarantined, Reinstated};
 
 /// An agent's place in [`Agents`].
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Slot(usize);
 
 struct Agent {
@@ -131,13 +131,8 @@ impl Agents {
 
     /// A certificate was handed out: promise 5, and the order of releases.
     pub(super) fn released(&mut self, candidate: &Candidate, at: &mut At<'_>) {
+        self.released_to(candidate.slot, candidate.epoch, at);
         let agent = &mut self.agents[candidate.slot.0];
-        if agent.quarantined {
-            at.violates("released-quarantined", format_args!("{} is in quarantine", agent.name));
-        }
-        if Some(candidate.epoch) <= agent.denied {
-            at.violates("released-denied", format_args!("epoch {} of {} is denied", candidate.epoch, agent.name));
-        }
         // A new epoch counts on from wherever its first release is.
         if !agent.may_follow(candidate.sequence) {
             let before = agent.sequence.unwrap_or_default();
@@ -147,6 +142,23 @@ impl Agents {
         agent.sequence = agent.sequence.max(Some(candidate.sequence));
         agent.maybe = None;
         self.live(candidate, at);
+    }
+
+    /// Something was handed out: promise 5.
+    pub(super) fn released_to(&self, slot: Slot, epoch: u32, at: &mut At<'_>) {
+        let agent = &self.agents[slot.0];
+        if agent.quarantined {
+            at.violates("released-quarantined", format_args!("{} is in quarantine", agent.name));
+        }
+        if Some(epoch) <= agent.denied {
+            at.violates("released-denied", format_args!("epoch {epoch} of {} is denied", agent.name));
+        }
+    }
+
+    /// Whether an agent may do anything in this epoch.
+    pub(super) fn admits(&self, slot: Slot, epoch: u32) -> bool {
+        let agent = &self.agents[slot.0];
+        !agent.quarantined && agent.epoch == epoch
     }
 
     /// A certificate may have been handed out: what was asked for next may build upon it.

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 
+use super::agent_keys::Signer;
 use super::agents::{Agents, Candidate};
 use super::keys::Keys;
 use super::tbs::{self, Certificate, Crl, digest_within};
@@ -12,6 +13,8 @@ use crate::proto::{AuthorityActivated, Intended, IntentKind, Purpose, Released};
 
 struct Open {
     kind: IntentKind,
+    /// Of an agent's own signatures.
+    signer: Option<Signer>,
     key: Option<KeyId>,
     /// Of an agent's certificate.
     candidate: Option<Candidate>,
@@ -101,7 +104,20 @@ impl Intents {
         } else {
             let keep = self.signatures || matches!(kind, IntentKind::Root | IntentKind::Issuing);
             let tbs = if keep { intent.tbs.clone() } else { Vec::new() };
-            self.open.insert(at.index, Open { kind, key: KeyId::from_slice(&intent.key_id), candidate, tbs });
+            let key = KeyId::from_slice(&intent.key_id);
+            self.open.insert(at.index, Open { kind, signer: None, key, candidate, tbs });
+        }
+        self.remember(at.index);
+    }
+
+    /// An intent to sign with an agent's key; what is wrong with it has been told.
+    pub(super) fn sign_intended(&mut self, signer: Option<Signer>, at: &mut At<'_>) {
+        self.counts.intents += 1;
+        if self.open.len() >= OPEN_INTENTS_MAX {
+            at.violates("intents-open", format_args!("{OPEN_INTENTS_MAX} others are open"));
+        } else {
+            let open = Open { kind: IntentKind::Unspecified, signer, key: None, candidate: None, tbs: Vec::new() };
+            self.open.insert(at.index, open);
         }
         self.remember(at.index);
     }
@@ -155,13 +171,24 @@ impl Intents {
         }
     }
 
-    pub(super) fn released(&mut self, released: &Released, started: u64, keys: &Keys, agents: &mut Agents, at: &mut At<'_>) {
+    /// An intent was released. Gives whose signatures they are, where they are an agent's own.
+    pub(super) fn released(
+        &mut self,
+        released: &Released,
+        started: u64,
+        keys: &Keys,
+        agents: &mut Agents,
+        at: &mut At<'_>,
+    ) -> Option<Signer> {
         self.counts.released += 1;
-        let Some(open) = self.close(released.intent, at) else { return };
-        self.counts.certificates += u64::from(!matches!(open.kind, IntentKind::Crl | IntentKind::Csr));
+        let open = self.close(released.intent, at)?;
         if released.intent < started {
             at.violates("outcome-restart", format_args!("intent {} is from before the start at {started}", released.intent));
         }
+        if open.kind == IntentKind::Unspecified && open.key.is_none() {
+            return open.signer;
+        }
+        self.counts.certificates += u64::from(!matches!(open.kind, IntentKind::Crl | IntentKind::Csr));
         if let Some(candidate) = &open.candidate {
             agents.released(candidate, at);
         }
@@ -172,9 +199,10 @@ impl Intents {
         let purpose = match open.kind {
             IntentKind::Root => Purpose::Root,
             IntentKind::Issuing => Purpose::Issuing,
-            _ => return,
+            _ => return None,
         };
         self.authorities.insert(released.intent, (purpose, Digest::of(&open.tbs)));
+        None
     }
 
     pub(super) fn withheld(&mut self, intent: u64, at: &mut At<'_>) {

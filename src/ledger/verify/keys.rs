@@ -11,6 +11,8 @@ use crate::proto::{KeyAbandoned, KeyActivated, KeyAlgorithm, KeyIntended, Purpos
 enum State {
     Intended,
     Active(Box<ParsedPublicKey>),
+    /// In use, and signs nothing that the ledger has a signature of: a wrapping key, an agent's.
+    InUse,
     Abandoned,
 }
 
@@ -39,6 +41,10 @@ impl Keys {
 
     pub(super) fn activated(&mut self, activated: &KeyActivated, at: &mut At<'_>) {
         let Some(key) = self.settling(&activated.key_id, at) else { return };
+        if key.purpose == Purpose::Wrapping && activated.spki.is_empty() {
+            key.state = State::InUse;
+            return;
+        }
         key.state = State::Abandoned;
         let expected = match key.algorithm {
             KeyAlgorithm::P256 => Some(Algorithm::P256),
@@ -54,6 +60,13 @@ impl Keys {
             }
             Ok(_) => at.violates("key-spki", format_args!("not a key of the intended algorithm")),
             Err(error) => at.violates("key-spki", format_args!("{error}")),
+        }
+    }
+
+    /// An agent's resident key is in use: what the entry that tells of it settles.
+    pub(super) fn settled_by_agent(&mut self, id: &[u8], at: &mut At<'_>) {
+        if let Some(key) = self.settling(id, at) {
+            key.state = State::InUse;
         }
     }
 

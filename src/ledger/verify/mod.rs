@@ -24,8 +24,12 @@
 //! | `released-quarantined`, `released-denied` | a release to an agent in quarantine; of an epoch that is denied (promise 5) |
 //! | `sequence` | a release that does not follow the one before it |
 //! | `signature` | a signature that is not the named key's over the intent's bytes |
+//! | `agent-key` | a key of an agent that is denied, of a name that is taken, or changed after its end; a name that is not its thumbprint |
+//! | `sign-key`, `sign-digest`, `sign-budget` | an intent to sign with a key that may not, of bytes that are no digests, beyond the budget |
+//! | `reserved`, `sealed` | signatures reserved for who is denied or beyond the budget; a seal of no open reservation, or of more than it had |
 //! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
 
+mod agent_keys;
 mod agents;
 #[cfg(test)]
 mod book;
@@ -43,7 +47,7 @@ use super::merkle::{Tree, empty_root, leaf_hash};
 use super::note::{Checkpoint, ledger_name};
 use crate::model::{Digest, TrustDomain, UnixTime};
 use crate::proto::entry::Body;
-use crate::proto::{Entry, Genesis};
+use crate::proto::{Entry, Genesis, Released};
 
 /// Findings that are kept; the rest are counted.
 pub const VIOLATIONS_KEPT: usize = 1000;
@@ -90,6 +94,12 @@ pub struct Report {
     pub unknown: u64,
     /// Intents without an outcome, by index.
     pub open_intents: Vec<u64>,
+    /// Agents' signing keys created.
+    pub keys: u64,
+    /// Signatures of agents' keys released, one by one or in batches.
+    pub signatures: u64,
+    /// Signatures of counted keys: sealed, or reserved and not sealed.
+    pub signatures_counted: u64,
     /// Quarantines.
     pub quarantines: u64,
     /// Quarantines lifted.
@@ -142,6 +152,7 @@ pub struct Verifier {
     started: u64,
     keys: keys::Keys,
     agents: agents::Agents,
+    agent_keys: agent_keys::AgentKeys,
     intents: intents::Intents,
     violations: Vec<Violation>,
     violations_total: u64,
@@ -163,6 +174,7 @@ impl Verifier {
             started: 0,
             keys: keys::Keys::default(),
             agents: agents::Agents::default(),
+            agent_keys: agent_keys::AgentKeys::default(),
             intents: intents::Intents::new(signatures),
             violations: Vec::new(),
             violations_total: 0,
@@ -217,7 +229,17 @@ impl Verifier {
             Body::Intended(intent) => {
                 self.intents.intended(intent, self.trust_domain.as_ref(), &self.keys, &mut self.agents, at);
             }
-            Body::Released(released) => self.intents.released(released, self.started, &self.keys, &mut self.agents, at),
+            Body::Released(released) => self.released(released, index, time),
+            Body::AgentKeyCreated(created) => self.agent_keys.created(created, &mut self.keys, &self.agents, at),
+            Body::AgentKeyRotated(rotated) => self.agent_keys.rotated(rotated, &mut self.keys, &self.agents, at),
+            Body::AgentKeyDisabled(ended) => self.agent_keys.disabled(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
+            Body::AgentKeyDestroyed(ended) => self.agent_keys.destroyed(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
+            Body::SignIntended(intent) => {
+                let signer = self.agent_keys.sign_intended(intent, &self.agents, at);
+                self.intents.sign_intended(signer, at);
+            }
+            Body::SignaturesReserved(reserved) => self.agent_keys.reserved(reserved, &self.agents, at),
+            Body::SignaturesSealed(sealed) => self.agent_keys.sealed(sealed, at),
             Body::Withheld(withheld) => self.intents.withheld(withheld.intent, at),
             Body::Failed(failed) => self.intents.failed(failed.intent, at),
             Body::Unknown(unknown) => self.intents.unknown(unknown.intent, &mut self.agents, at),
@@ -225,6 +247,13 @@ impl Verifier {
             Body::Quarantined(quarantined) => self.agents.quarantined(quarantined, at),
             Body::Reinstated(reinstated) => self.agents.reinstated(reinstated, at),
             Body::Stopped(_) | Body::ClockAccepted(_) | Body::HsmUnlocked(_) | Body::Refused(_) | Body::RefusalsCounted(_) => {}
+        }
+    }
+
+    fn released(&mut self, released: &Released, index: u64, time: UnixTime) {
+        let at = &mut At { index, time, kept: &mut self.violations, total: &mut self.violations_total };
+        if let Some(signer) = self.intents.released(released, self.started, &self.keys, &mut self.agents, at) {
+            self.agent_keys.released(&signer, &self.agents, at);
         }
     }
 
@@ -262,6 +291,9 @@ impl Verifier {
             failed: counts.failed,
             unknown: counts.unknown,
             open_intents: self.intents.open(),
+            keys: self.agent_keys.count(),
+            signatures: self.agent_keys.released_count(),
+            signatures_counted: self.agent_keys.counted(),
             quarantines: self.agents.quarantines(),
             reinstatements: self.agents.reinstatements(),
             violations: self.violations,

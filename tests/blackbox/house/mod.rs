@@ -7,6 +7,7 @@
 mod agent;
 mod daemon;
 pub mod instrument;
+pub mod keys;
 mod output;
 mod remote;
 mod shim;

@@ -100,7 +100,7 @@ impl Identity {
 
 /// A connection to a house's daemon.
 pub struct Wire {
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
     address: std::net::SocketAddr,
     operator: PathBuf,
 }
@@ -115,7 +115,7 @@ impl House {
 
 impl Wire {
     /// A channel, with or without a client certificate. The server's certificate is taken whatever it says.
-    fn channel(&self, identity: Option<&Identity>) -> Channel {
+    pub(super) fn channel(&self, identity: Option<&Identity>) -> Channel {
         let config = Arc::new(reckless(identity));
         let address = self.address;
         let connector = tower::service_fn(move |_: Uri| {
@@ -315,7 +315,7 @@ impl Wire {
         OperatorServiceClient::new(self.local())
     }
 
-    fn local(&self) -> Channel {
+    pub(super) fn local(&self) -> Channel {
         let socket = self.operator.clone();
         let connector = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();

@@ -1,0 +1,187 @@
+//! An agent gets a key that it can use and never hold.
+
+use std::sync::Arc;
+
+use crate::authn::Connection;
+use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
+use crate::model::{AgentId, KeyId, KeyName, Reason, Refusal, UnixTime};
+use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
+
+use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
+use crate::formats::Jwk;
+use crate::hsm::MadeKey;
+
+/// Life of a version where none is wished for: 30 days.
+const TTL_SECONDS_DEFAULT: u32 = 2_592_000;
+/// The longest.
+const TTL_SECONDS_MAX: u32 = 31_536_000;
+
+/// What an agent would like.
+#[derive(Debug, Clone)]
+pub struct KeyWish {
+    /// Its name for it.
+    pub name: String,
+    /// The one thing that it will sign.
+    pub purpose: KeyPurpose,
+    /// What it signs with; unspecified: P-256.
+    pub algorithm: KeyAlgorithm,
+    /// Where it lives; unspecified: wrapped, or else resident.
+    pub storage: KeyStorage,
+    /// How its signatures are accounted for; unspecified: recorded.
+    pub accounting: KeyAccounting,
+    /// 0: no budget.
+    pub signatures_max: u64,
+    /// Of each version; 0: 30 days.
+    pub ttl_seconds: u32,
+}
+
+impl KeyWish {
+    fn terms(&self) -> Result<KeyTerms, Refusal> {
+        let malformed = |advice: &str| Refusal::new(Reason::MalformedRequest, advice);
+        if self.purpose == KeyPurpose::Unspecified {
+            return Err(malformed("say what the key is for: it signs nothing else"));
+        }
+        if self.ttl_seconds > TTL_SECONDS_MAX {
+            return Err(malformed("choose a lifetime of at most 31,536,000 seconds"));
+        }
+        if i64::try_from(self.signatures_max).is_err() {
+            return Err(malformed("choose a smaller budget, or none"));
+        }
+        let algorithm = if self.algorithm == KeyAlgorithm::Unspecified { KeyAlgorithm::P256 } else { self.algorithm };
+        if self.purpose == KeyPurpose::RawDigest && algorithm == KeyAlgorithm::Ed25519 {
+            return Err(Refusal::new(
+                Reason::AlgorithmRefused,
+                "use a P-256 or P-384 key for raw digests: Ed25519 signs messages",
+            ));
+        }
+        Ok(KeyTerms {
+            purpose: self.purpose,
+            algorithm,
+            storage_asked: self.storage,
+            accounting: match self.accounting {
+                KeyAccounting::Unspecified => KeyAccounting::Recorded,
+                chosen => chosen,
+            },
+            signatures_max: self.signatures_max,
+            ttl_seconds: if self.ttl_seconds == 0 { TTL_SECONDS_DEFAULT } else { self.ttl_seconds },
+        })
+    }
+}
+
+impl Acts {
+    /// A key of the calling agent's own. The same wish again is answered the same.
+    ///
+    /// # Errors
+    /// `MALFORMED_REQUEST`, `KEY_EXISTS` (of that name, with other terms), `KEYS_TOO_MANY`, `ALGORITHM_UNSUPPORTED`, `ALGORITHM_REFUSED`;
+    /// as the agent's standing; `HSM_UNAVAILABLE`, `OVERLOADED`, `LEDGER_UNAVAILABLE`, `REQUEST_IN_PROGRESS`.
+    pub async fn create_key(&self, source: &Arc<Connection>, wish: KeyWish) -> Result<KeyShown, Refusal> {
+        let created = self.create(source, &wish).await;
+        self.refused_key_call("CreateKey", source, created).await
+    }
+
+    async fn create(&self, source: &Connection, wish: &KeyWish) -> Result<KeyShown, Refusal> {
+        let caller = source.agent(&self.ledger)?;
+        let now = self.trusted_now()?;
+        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        let name = KeyName::parse(&wish.name).map_err(|error| {
+            Refusal::new(Reason::MalformedRequest, "name a key with 1 to 64 characters of a-z, 0-9 and -").because(error)
+        })?;
+        let of = KeyOf { agent: caller.agent().clone(), epoch: caller.epoch(), name };
+        let terms = wish.terms()?;
+        // From here on nobody else makes this name, until its entry is durable or will never be.
+        let (making, others) = self.keys.make(&of)?;
+        let (found, count) = self.look(&of).await?;
+        if let Some(found) = found {
+            return self.same(found, &terms);
+        }
+        if count as usize + others >= self.keys.per_agent_max {
+            let advice = format!("destroy a key first: an agent has at most {}", self.keys.per_agent_max);
+            return Err(Refusal::new(Reason::KeysTooMany, advice));
+        }
+        let token = self.keys.token()?;
+        let version = self.make_version(&token, &of.agent, &terms, 1, now).await?;
+        let (key_id, storage) = (version.key_id, version.storage);
+        match self.ledger.create_key(of, terms, version, making).await {
+            Ok((_, key)) => Ok(self.shown(super::stored(&key))),
+            Err(refusal) => {
+                // Denied meanwhile: nobody has used it.
+                self.give_up(&token, key_id, storage, "its agent was denied, or the ledger was not there").await;
+                Err(refusal)
+            }
+        }
+    }
+
+    /// The key of this name, and how many its agent has.
+    async fn look(&self, of: &KeyOf) -> Result<(Option<StoredKey>, u64), Refusal> {
+        let (ledger, of) = (self.ledger.clone(), of.clone());
+        let read = move || {
+            let found = ledger.reader().agent_key(&of)?;
+            let count = if found.is_some() { 0 } else { ledger.reader().agent_key_count(&of.agent, of.epoch)? };
+            Ok::<_, crate::ledger::StoreError>((found, count))
+        };
+        tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+
+    fn same(&self, found: StoredKey, terms: &KeyTerms) -> Result<KeyShown, Refusal> {
+        if found.terms == *terms && found.state != KeyState::Destroyed {
+            return Ok(self.shown(found));
+        }
+        Err(Refusal::new(Reason::KeyExists, "a key of this name was made with other terms, or is gone; choose another name"))
+    }
+
+    /// A key pair in the token. A resident one in two phases: a crash between them leaves an object that the next start destroys; of the
+    /// others nothing is left.
+    pub(super) async fn make_version(
+        &self,
+        token: &KeyToken,
+        agent: &AgentId,
+        terms: &KeyTerms,
+        number: u32,
+        now: UnixTime,
+    ) -> Result<KeyVersion, Refusal> {
+        let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384 or Ed25519");
+        let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
+        let storage = token.storage(terms.storage_asked, algorithm);
+        let key_id = KeyId::random();
+        if storage == KeyStorage::Resident {
+            let intent = proto::KeyIntended {
+                key_id: key_id.0.to_vec(),
+                purpose: Purpose::Agent.into(),
+                algorithm: terms.algorithm.into(),
+                token: TokenRole::Agents.into(),
+            };
+            self.ledger.record(Body::KeyIntended(intent)).await?;
+        }
+        let wrapping = token.wrapping.filter(|_| storage == KeyStorage::Wrapped);
+        let MadeKey { public, wrapped } = match token.hsm.make_agent_key(key_id, algorithm, storage, wrapping).await {
+            Ok(made) => made,
+            Err(error) => {
+                self.give_up(token, key_id, storage, "the token could not make it").await;
+                tracing::warn!(%agent, %error, "an agent's key could not be made");
+                return Err(key_refusal(error));
+            }
+        };
+        Ok(KeyVersion {
+            number,
+            key_id,
+            kid: Jwk::thumbprint(&public).into(),
+            public,
+            storage,
+            wrapped: wrapped.map(Arc::from).zip(wrapping),
+            expires: UnixTime::from_seconds(now.seconds()).plus_seconds(terms.ttl_seconds.into()),
+        })
+    }
+
+    /// Nobody has used it: what there may be of it goes. What cannot be done now, the next start does.
+    pub(super) async fn give_up(&self, token: &KeyToken, key_id: KeyId, storage: KeyStorage, cause: &str) {
+        let destroyed = match token.hsm.destroy_agent_key(key_id, storage).await {
+            Ok(destroyed) => destroyed,
+            Err(error) => return tracing::warn!(key = %key_id, %error, "a key that was never used may be left in the token"),
+        };
+        if storage == KeyStorage::Resident
+            && let Err(refusal) = super::super::keys::abandon(&self.ledger, key_id, cause, destroyed).await
+        {
+            tracing::warn!(key = %key_id, ?refusal, "the next start gives this key up");
+        }
+    }
+}

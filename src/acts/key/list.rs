@@ -1,0 +1,142 @@
+//! What there is of keys, for their owners, for operators, and for those who verify.
+
+use std::sync::Arc;
+
+use crate::authn::Connection;
+use crate::formats::{Jwk, jwks};
+use crate::ledger::{KeyOf, StoreError, StoredKey};
+use crate::model::{AgentId, Reason, Refusal, UnixTime};
+use crate::proto::KeyState;
+
+use super::{Acts, profile_of, stored};
+
+/// Keys of one page, at most.
+const PAGE_MAX: u32 = 1000;
+
+/// A key, for people.
+#[derive(Debug, Clone)]
+pub struct KeyShown {
+    /// What the row says.
+    pub key: StoredKey,
+    /// Its agent is in quarantine, or past its epoch.
+    pub denied: bool,
+}
+
+/// Whose keys.
+#[derive(Debug, Clone)]
+pub enum JwksOf {
+    /// One agent's.
+    Agent(AgentId),
+    /// Those of all agents of a class.
+    Class(String),
+}
+
+impl Acts {
+    /// A key of the caller's own.
+    ///
+    /// # Errors
+    /// `KEY_NOT_FOUND`; as the agent's standing.
+    pub async fn show_key(&self, source: &Arc<Connection>, name: &str) -> Result<KeyShown, Refusal> {
+        let found = async {
+            let caller = source.agent(&self.ledger)?;
+            let loaded = self.load_key(&Self::own_key(caller, name)?).await?;
+            Ok(self.shown(stored(&loaded.key)))
+        };
+        let found = found.await;
+        self.refused_key_call("GetPublicKey", source, found).await
+    }
+
+    /// A page of the caller's own keys.
+    ///
+    /// # Errors
+    /// As the agent's standing.
+    pub async fn list_own_keys(&self, source: &Arc<Connection>, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+        let caller = source.agent(&self.ledger)?;
+        self.page(caller.agent().clone(), caller.epoch(), after, limit).await
+    }
+
+    /// A page of an agent's keys, for an operator; epoch 0 is the current one.
+    ///
+    /// # Errors
+    /// `AGENT_UNKNOWN`.
+    pub async fn list_keys(&self, agent: AgentId, epoch: u32, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+        let epoch = self.epoch_or_current(&agent, epoch)?;
+        self.page(agent, epoch, after, limit).await
+    }
+
+    async fn page(&self, agent: AgentId, epoch: u32, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+        let page = self.read(move |reader| reader.agent_keys(&agent, epoch, &after, limit.min(PAGE_MAX))).await?;
+        Ok(page.into_iter().map(|key| self.shown(key)).collect())
+    }
+
+    /// The keys by which messages of an agent, or of a class, verify now, and where the next page starts. Nothing is kept: an agent
+    /// that is denied has no keys from that moment on.
+    ///
+    /// # Errors
+    /// As the caller's standing; `MALFORMED_REQUEST`.
+    pub async fn jwks(&self, source: &Arc<Connection>, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
+        let caller = source.agent(&self.ledger)?;
+        let now = self.ledger.clock().reckoned();
+        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        let page = match of {
+            JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
+                Ok(found) => {
+                    let after = after.to_owned();
+                    self.read(move |reader| reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)).await?
+                }
+                // Nobody's keys are none.
+                Err(_) => Vec::new(),
+            },
+            JwksOf::Class(class) => {
+                let after = place(after)?;
+                self.read(move |reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX)).await?
+            }
+        };
+        let next = page.last().filter(|_| page.len() == PAGE_MAX as usize).map(|last| place_of(&last.of));
+        let admitted = self.ledger.admitted(page.iter().map(|key| (&key.of.agent, key.of.epoch)));
+        let good = page.iter().zip(admitted).filter(|(key, admitted)| *admitted && key.state != KeyState::Destroyed);
+        Ok((jwks(good.flat_map(|(key, _)| published(key, now))), next))
+    }
+
+    pub(super) fn shown(&self, key: StoredKey) -> KeyShown {
+        let denied = self.ledger.admits(&key.of.agent, key.of.epoch).is_err();
+        KeyShown { key, denied }
+    }
+
+    pub(super) fn epoch_or_current(&self, agent: &AgentId, epoch: u32) -> Result<u32, Refusal> {
+        let current = self.ledger.agent(agent)?.epoch;
+        Ok(if epoch == 0 { current } else { epoch })
+    }
+
+    pub(super) async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&crate::ledger::Reader) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let ledger = self.ledger.clone();
+        let read = tokio::task::spawn_blocking(move || read(ledger.reader())).await;
+        read.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+}
+
+/// The versions of a key that have not expired, where its purpose is one that is published.
+fn published(key: &StoredKey, now: UnixTime) -> Vec<Jwk> {
+    let Some(profile) = profile_of(key.terms.purpose) else { return Vec::new() };
+    let good = key.versions.iter().filter(|version| version.expires > now);
+    good.filter_map(|version| Jwk::published(profile, &version.public)).collect()
+}
+
+fn place_of(of: &KeyOf) -> String {
+    format!("{} {} {}", of.agent, of.epoch, of.name)
+}
+
+fn place(text: &str) -> Result<(String, u32, String), Refusal> {
+    let wrong = || Refusal::new(Reason::MalformedRequest, "page on from what the last page said is next");
+    if text.is_empty() {
+        return Ok(Default::default());
+    }
+    let mut parts = text.splitn(3, ' ');
+    match (parts.next(), parts.next().and_then(|epoch| epoch.parse().ok()), parts.next()) {
+        (Some(agent), Some(epoch), Some(name)) => Ok((agent.to_owned(), epoch, name.to_owned())),
+        _ => Err(wrong()),
+    }
+}

@@ -1,0 +1,266 @@
+//! Agents' signing keys: made, used, rotated, ended, published. An agent names a key of its own, so a key that is another's and a key that
+//! is nobody's are the same thing to it: not found.
+
+mod create;
+mod end;
+mod list;
+mod loaded;
+mod rotate;
+mod sign;
+mod verify;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+
+use crate::authn::{AgentConnection, Connection};
+use crate::config::Limits;
+use crate::formats::{Profile, ReplayCache};
+use crate::hsm::{self, Hsm};
+use crate::ledger::{AgentKey, KeyOf, KeyVersion, StoredKey};
+use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
+use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
+
+use super::{Acts, hsm_refusal};
+use loaded::{Loaded, LoadedKeys};
+
+pub use create::KeyWish;
+pub use list::{JwksOf, KeyShown};
+pub use sign::{Content, SignaturesMade};
+pub use verify::{Message, Signer};
+
+/// Messages that `verify` remembers, in all and of one key: 16 MiB at most.
+const REPLAYS_MAX: usize = 65_536;
+const REPLAYS_PER_KEY_MAX: usize = 8192;
+
+/// The token that agents' keys live in.
+pub struct KeyToken {
+    hsm: Hsm,
+    wrapping: Option<KeyId>,
+}
+
+impl KeyToken {
+    /// With the key that wraps, where the token can.
+    #[must_use]
+    pub fn new(hsm: Hsm, wrapping: Option<KeyId>) -> Self {
+        Self { hsm, wrapping }
+    }
+
+    /// Where a key will live: as wished, or else in the next class that the token has. The answer says so.
+    fn storage(&self, wished: KeyStorage, algorithm: Algorithm) -> KeyStorage {
+        let has = self.hsm.storages(algorithm);
+        let can = |storage: &KeyStorage| has.contains(storage) && (*storage != KeyStorage::Wrapped || self.wrapping.is_some());
+        let order: &[KeyStorage] = match wished {
+            KeyStorage::Session => &[KeyStorage::Session, KeyStorage::Wrapped],
+            KeyStorage::Wrapped | KeyStorage::Unspecified => &[KeyStorage::Wrapped],
+            KeyStorage::Resident => &[],
+        };
+        order.iter().copied().find(can).unwrap_or(KeyStorage::Resident)
+    }
+}
+
+/// What is in memory of agents' keys.
+pub struct AgentKeys {
+    token: ArcSwapOption<KeyToken>,
+    loaded: LoadedKeys,
+    /// Names that are being made.
+    making: Arc<Mutex<BTreeSet<KeyOf>>>,
+    /// Signatures asked for in this second, by agent.
+    rates: Mutex<(u64, HashMap<AgentId, u32>)>,
+    seen: ReplayCache,
+    per_agent_max: usize,
+    per_second_max: u32,
+}
+
+/// A name that nobody else makes a key under until this is dropped.
+struct Making {
+    names: Arc<Mutex<BTreeSet<KeyOf>>>,
+    of: KeyOf,
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.of);
+    }
+}
+
+impl AgentKeys {
+    pub(super) fn new(limits: &Limits, clock: &Clock) -> Self {
+        Self {
+            token: ArcSwapOption::empty(),
+            loaded: LoadedKeys::new(limits.keys_cached),
+            making: Arc::default(),
+            rates: Mutex::default(),
+            seen: ReplayCache::new(REPLAYS_MAX, REPLAYS_PER_KEY_MAX, clock.reckoned()),
+            per_agent_max: limits.keys_per_agent,
+            per_second_max: limits.signatures_per_second,
+        }
+    }
+
+    fn token(&self) -> Result<Arc<KeyToken>, Refusal> {
+        self.token.load_full().ok_or_else(|| {
+            Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
+                .retry_after(Duration::from_secs(1))
+        })
+    }
+
+    /// Nobody takes more of the token than its share.
+    fn spend_rate(&self, agent: &AgentId, count: usize, second: u64) -> Result<(), Refusal> {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        if rates.0 != second {
+            *rates = (second, HashMap::new());
+        }
+        let spent = match rates.1.get_mut(agent) {
+            Some(spent) => spent,
+            None => rates.1.entry(agent.clone()).or_default(),
+        };
+        if spent.saturating_add(count) > self.per_second_max {
+            let advice = format!("ask for at most {} signatures a second", self.per_second_max);
+            return Err(Refusal::new(Reason::RateLimited, advice).retry_after(Duration::from_secs(1)));
+        }
+        *spent += count;
+        Ok(())
+    }
+
+    /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
+    fn make(&self, of: &KeyOf) -> Result<(Making, usize), Refusal> {
+        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = making.iter().filter(|other| other.agent == of.agent).count();
+        if !making.insert(of.clone()) {
+            return Err(in_progress());
+        }
+        Ok((Making { names: Arc::clone(&self.making), of: of.clone() }, others))
+    }
+}
+
+fn in_progress() -> Refusal {
+    let advice = "the same key is being worked on; repeat the request in a moment";
+    Refusal::new(Reason::RequestInProgress, advice).retry_after(Duration::from_millis(200))
+}
+
+impl Acts {
+    /// The token is there: agents' keys can be made and used.
+    pub fn set_key_token(&self, token: KeyToken) {
+        self.keys.token.store(Some(Arc::new(token)));
+    }
+
+    /// Seals what the keys of denied agents have reserved; with `all`, of every agent: before the last entry.
+    pub fn seal_signatures(&self, all: bool) {
+        for loaded in self.keys.loaded.with_reservations() {
+            if all || self.ledger.admits_key(&loaded.key).is_err() {
+                self.ledger.seal_signatures(&loaded.key);
+            }
+        }
+    }
+
+    /// The key of this name, of the epoch that the caller is in.
+    fn own_key(caller: &AgentConnection, name: &str) -> Result<KeyOf, Refusal> {
+        // A name that cannot be is one that is not there.
+        let name = KeyName::parse(name).map_err(|_| crate::ledger::key_not_found())?;
+        Ok(KeyOf { agent: caller.agent().clone(), epoch: caller.epoch(), name })
+    }
+
+    /// A key in use, loaded if it is not. What is destroyed is loaded as well: it says so.
+    async fn load_key(&self, of: &KeyOf) -> Result<Arc<Loaded>, Refusal> {
+        loop {
+            let generation = match self.keys.loaded.get(of) {
+                Ok(loaded) => return Ok(loaded),
+                Err(generation) => generation,
+            };
+            let (ledger, wanted) = (self.ledger.clone(), of.clone());
+            let read = tokio::task::spawn_blocking(move || ledger.load_key(&wanted)).await;
+            let key = read.map_err(Refusal::internal)??.ok_or_else(crate::ledger::key_not_found)?;
+            // None: what was read may be out of date.
+            if let Some(loaded) = self.keys.loaded.insert(Arc::new(Loaded::new(key)), generation, &self.ledger) {
+                return Ok(loaded);
+            }
+        }
+    }
+
+    /// A key's newest version, bound to its object.
+    fn signer(&self, loaded: &Loaded, version: &KeyVersion) -> Result<hsm::AgentKey, Refusal> {
+        let token = self.keys.token()?;
+        loaded.signer(version.number, || {
+            let (wrapped, wrapping) = version.wrapped.clone().unzip();
+            let bound = token.hsm.agent_key(version.key_id, version.public.clone(), version.storage, wrapped, wrapping);
+            bound.map_err(key_refusal)
+        })
+    }
+
+    /// As the ledger records refusals of a known identity.
+    async fn refused_key_call<T>(&self, method: &str, source: &Connection, result: Result<T, Refusal>) -> Result<T, Refusal> {
+        match result {
+            Ok(done) => Ok(done),
+            Err(refusal) => match source.named() {
+                // What passes by itself is load, not an attempt at anything.
+                Some(agent) if !is_passing(refusal.reason) => Err(self.ledger.refused(agent, method, refusal).await),
+                _ => {
+                    self.ledger.refused_stranger(refusal.reason, Some(source.source()));
+                    Err(refusal)
+                }
+            },
+        }
+    }
+}
+
+fn is_passing(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::HsmUnavailable
+            | Reason::LedgerUnavailable
+            | Reason::Overloaded
+            | Reason::RateLimited
+            | Reason::Draining
+            | Reason::RequestInProgress
+            | Reason::SignatureUnknown
+    )
+}
+
+/// What an agent is told when its key could not be asked.
+fn key_refusal(error: hsm::Error) -> Refusal {
+    match error {
+        hsm::Error::KeyLost(_) => {
+            let advice = "this key lived in a session, or in a token, that is gone; make a new one";
+            Refusal::new(Reason::KeyLost, advice).because(error)
+        }
+        hsm::Error::Incapable { .. } => {
+            Refusal::new(Reason::AlgorithmUnsupported, "the token does not have this; choose another algorithm").because(error)
+        }
+        other => hsm_refusal(other),
+    }
+}
+
+/// The profile of what a key signs.
+fn profile_of(purpose: KeyPurpose) -> Option<Profile> {
+    match purpose {
+        KeyPurpose::Jws => Some(Profile::Jws),
+        KeyPurpose::HttpMessageSignature => Some(Profile::HttpMessageSignature),
+        KeyPurpose::Dpop => Some(Profile::Dpop),
+        KeyPurpose::RawDigest => Some(Profile::RawDigest),
+        KeyPurpose::Tls => Some(Profile::Tls),
+        KeyPurpose::Unspecified => None,
+    }
+}
+
+fn algorithm_of(algorithm: KeyAlgorithm) -> Option<Algorithm> {
+    match algorithm {
+        KeyAlgorithm::P256 => Some(Algorithm::P256),
+        KeyAlgorithm::Ed25519 => Some(Algorithm::Ed25519),
+        KeyAlgorithm::P384 => Some(Algorithm::P384),
+        KeyAlgorithm::Unspecified => None,
+    }
+}
+
+/// A key in use as its row has it.
+fn stored(key: &AgentKey) -> StoredKey {
+    StoredKey {
+        of: key.of().clone(),
+        terms: *key.terms(),
+        state: key.state(),
+        used: key.used(),
+        versions: key.versions().to_vec(),
+    }
+}

@@ -1,0 +1,65 @@
+//! A key's next version.
+
+use std::sync::Arc;
+
+use crate::authn::Connection;
+use crate::ledger::VERSIONS_MAX;
+use crate::model::{Reason, Refusal};
+
+use super::{Acts, KeyShown, in_progress, stored};
+
+impl Acts {
+    /// A new version signs from its entry on; the older ones verify until they expire. `known` is the newest version that the caller knows
+    /// of (0: whatever it is), so that a request whose answer was lost rotates once. Gives the entry's index; none: it had been rotated.
+    ///
+    /// # Errors
+    /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    pub async fn rotate_key(&self, source: &Arc<Connection>, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
+        let rotated = self.rotate(source, name, known).await;
+        self.refused_key_call("RotateKey", source, rotated).await
+    }
+
+    async fn rotate(&self, source: &Connection, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
+        let caller = source.agent(&self.ledger)?;
+        let now = self.trusted_now()?;
+        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        let of = Self::own_key(caller, name)?;
+        let loaded = self.load_key(&of).await?;
+        let key = &loaded.key;
+        // An expired key may be rotated: that is what the advice says. A disabled one may not.
+        self.ledger.may_rotate(key)?;
+        let before = key.newest()?;
+        if known != 0 && known < before.number {
+            return Ok((self.shown(stored(key)), None));
+        }
+        if key.versions().iter().filter(|version| version.expires > now).count() >= VERSIONS_MAX {
+            let advice = format!("wait until an older version expires: {VERSIONS_MAX} of them verify at once");
+            return Err(Refusal::new(Reason::KeysTooMany, advice));
+        }
+        let (making, _) = self.keys.make(&of)?;
+        let token = self.keys.token()?;
+        let version = self.make_version(&token, &of.agent, key.terms(), before.number + 1, now).await?;
+        let (key_id, storage) = (version.key_id, version.storage);
+        let changing = Arc::clone(&loaded.changing).lock_owned().await;
+        // Whoever signs with the old version finishes first.
+        let signing = Arc::clone(&loaded.signing).write_owned().await;
+        let entered = if key.newest()?.number == before.number {
+            self.ledger.rotate_key(key, version, now, (changing, signing, making)).await
+        } else {
+            Err(in_progress())
+        };
+        match entered {
+            Ok(index) => {
+                self.ledger.seal_signatures(key);
+                // What signed until now never signs again.
+                loaded.unbind();
+                self.destroy_objects(&token, vec![(before.key_id, before.storage)]).await;
+                Ok((self.shown(stored(key)), Some(index)))
+            }
+            Err(refusal) => {
+                self.give_up(&token, key_id, storage, "the key was not rotated after all").await;
+                Err(refusal)
+            }
+        }
+    }
+}

@@ -1,0 +1,601 @@
+//! Signing keys that agents use and never hold.
+
+use std::sync::Barrier;
+use std::thread;
+
+use keyward::proto::signature::Form;
+use keyward::proto::{
+    Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, VerifyRequest, content,
+    get_jwks_request::Of, verify_request,
+};
+
+use crate::house::keys::{digest, payload, verifies, wish};
+use crate::house::wire::{Identity, refused};
+use crate::house::{Body, House};
+
+const STORAGES: [KeyStorage; 3] = [KeyStorage::Session, KeyStorage::Wrapped, KeyStorage::Resident];
+
+fn for_jws(name: &str) -> CreateKeyRequest {
+    CreateKeyRequest { purpose: KeyPurpose::Jws.into(), ..wish(name) }
+}
+
+#[test]
+fn an_agent_signs_with_keys_of_every_storage_class_and_the_book_has_each_signature() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        for storage in STORAGES {
+            let name = storage.as_str_name().to_lowercase().replace('_', "-");
+            let key = keys.create(CreateKeyRequest { storage: storage.into(), ..wish(&name) }).unwrap();
+            assert_eq!(key.versions[0].storage(), storage);
+            for message in ["one", "two"] {
+                let signed = keys.sign(&name, digest(message.as_bytes())).unwrap();
+                assert_eq!(signed.kid, key.versions[0].kid);
+                let form = signed.signature.and_then(|signature| signature.form);
+                assert!(verifies(&key, message.as_bytes(), form.as_ref()));
+            }
+        }
+        assert_eq!(keys.list("").unwrap().len(), 3);
+    }
+    let entries = house.stopped_entries();
+    let intents = entries.iter().filter(|body| matches!(body, Body::SignIntended(_))).count();
+    assert_eq!(intents, 6);
+    crate::ledger::one_outcome_each(&entries);
+    house.verify().ok();
+}
+
+#[test]
+fn the_same_wish_for_a_key_is_the_same_key_and_another_wish_of_its_name_is_refused() {
+    let house = House::serving();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    let first = keys.create(wish("a")).unwrap();
+    assert_eq!(keys.create(wish("a")).unwrap(), first);
+    refused(keys.create(for_jws("a")), "KEY_EXISTS");
+    refused(keys.create(CreateKeyRequest { signatures_max: 1, ..wish("a") }), "KEY_EXISTS");
+    keys.destroy("", "a").unwrap();
+    refused(keys.create(wish("a")), "KEY_EXISTS");
+}
+
+#[test]
+fn of_many_wishes_for_one_name_at_once_one_key_comes() {
+    let mut house = House::serving();
+    {
+        let identity = Identity::of(&house.attested("builder/1"));
+        let (house, identity, start) = (&house, &identity, &Barrier::new(8));
+        let kids: Vec<_> = thread::scope(|scope| {
+            let askers: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(move || {
+                        let mut keys = house.keys(identity);
+                        start.wait();
+                        loop {
+                            match keys.create(wish("a")) {
+                                Ok(key) => return key.versions[0].kid.clone(),
+                                Err(refused) => assert_eq!(refused.reason, "REQUEST_IN_PROGRESS"),
+                            }
+                        }
+                    })
+                })
+                .collect();
+            askers.into_iter().map(|asker| asker.join().unwrap()).collect()
+        });
+        assert!(kids.iter().all(|kid| *kid == kids[0]));
+    }
+    let entries = house.stopped_entries();
+    assert_eq!(entries.iter().filter(|body| matches!(body, Body::AgentKeyCreated(_))).count(), 1);
+}
+
+#[test]
+fn a_key_of_somebody_else_is_not_found_as_one_that_nobody_has() {
+    let house = House::serving();
+    let mut own = house.keys(&Identity::of(&house.attested("builder/1")));
+    let mut other = house.keys(&Identity::of(&house.attested("builder/2")));
+    own.create(wish("a")).unwrap();
+    let foreign = refused(other.sign("a", digest(b"x")), "KEY_NOT_FOUND");
+    let missing = refused(other.sign("b", digest(b"x")), "KEY_NOT_FOUND");
+    let never = refused(other.sign("no such name", digest(b"x")), "KEY_NOT_FOUND");
+    for told in [&missing, &never] {
+        assert_eq!((foreign.code, &foreign.message), (told.code, &told.message));
+    }
+    refused(other.show("a"), "KEY_NOT_FOUND");
+    refused(other.rotate("a", 0), "KEY_NOT_FOUND");
+    refused(other.disable("", "a"), "KEY_NOT_FOUND");
+    refused(other.destroy("", "a"), "KEY_NOT_FOUND");
+    refused(other.destroy("builder/1", "a"), "KEY_NOT_FOUND");
+    refused(other.list("builder/1"), "KEY_NOT_FOUND");
+    own.sign("a", digest(b"x")).unwrap();
+}
+
+#[test]
+fn a_key_signs_its_purpose_and_nothing_else() {
+    let house = House::serving();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(wish("digests")).unwrap();
+    keys.create(for_jws("tokens")).unwrap();
+    refused(keys.sign("digests", payload("{}")), "PROFILE_MISMATCH");
+    refused(keys.sign("tokens", digest(b"x")), "PROFILE_MISMATCH");
+    let dpop = content::DpopProof { method: "GET".into(), uri: "https://a.example/".into(), ..Default::default() };
+    refused(keys.sign("tokens", Content { content: Some(content::Content::Dpop(dpop)) }), "PROFILE_MISMATCH");
+    let typed = content::Jws { payload: b"{}".to_vec(), typ: "dpop+jwt".into(), ..Default::default() };
+    refused(keys.sign("tokens", Content { content: Some(content::Content::Jws(typed)) }), "PROFILE_MISMATCH");
+    refused(keys.sign("tokens", Content::default()), "MALFORMED_REQUEST");
+    refused(keys.create(CreateKeyRequest { name: "none".into(), ..Default::default() }), "MALFORMED_REQUEST");
+}
+
+#[test]
+fn what_is_not_a_digest_of_the_keys_length_is_refused() {
+    let house = House::serving();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(wish("a")).unwrap();
+    for length in [0, 20, 31, 33, 48, 64] {
+        let short = Content { content: Some(content::Content::Digest(vec![7; length])) };
+        refused(keys.sign("a", short), "DIGEST_LENGTH_INVALID");
+    }
+    keys.create(CreateKeyRequest { algorithm: KeyAlgorithm::P384.into(), ..wish("b") }).unwrap();
+    refused(keys.sign("b", digest(b"x")), "DIGEST_LENGTH_INVALID");
+    keys.sign("b", Content { content: Some(content::Content::Digest(vec![7; 48])) }).unwrap();
+    let edwards = CreateKeyRequest { algorithm: KeyAlgorithm::Ed25519.into(), ..wish("c") };
+    refused(keys.create(edwards), "ALGORITHM_REFUSED");
+}
+
+#[test]
+fn sizes_and_numbers_have_bounds() {
+    let house = House::new().configured("limits", "keys_per_agent = 2").initialised().served();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    for name in ["", "UPPER", "a/b", &"a".repeat(65)] {
+        refused(keys.create(wish(name)), "MALFORMED_REQUEST");
+    }
+    keys.create(for_jws("a")).unwrap();
+    keys.create(wish("b")).unwrap();
+    refused(keys.create(wish("c")), "KEYS_TOO_MANY");
+    keys.destroy("", "b").unwrap();
+    keys.create(wish("c")).unwrap();
+    refused(keys.sign("a", payload(&"x".repeat(65_537))), "REQUEST_TOO_LARGE");
+    keys.sign("a", payload(&"x".repeat(65_536))).unwrap();
+    refused(keys.sign_batch("c", vec![]), "REQUEST_TOO_LARGE");
+    refused(keys.sign_batch("c", vec![digest(b"x"); 1001]), "REQUEST_TOO_LARGE");
+    refused(keys.create(CreateKeyRequest { ttl_seconds: 31_536_001, ..wish("d") }), "MALFORMED_REQUEST");
+}
+
+#[test]
+fn an_agent_asks_for_so_much_in_a_second_and_not_more() {
+    let house = House::new().configured("limits", "signatures_per_second = 10").initialised().served();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(wish("a")).unwrap();
+    let refusal = refused(keys.sign_batch("a", vec![digest(b"x"); 11]), "RATE_LIMITED");
+    assert!(refusal.retry_after.is_some());
+}
+
+#[test]
+fn a_disabled_key_signs_no_more_and_a_destroyed_one_is_gone() {
+    let mut house = House::serving();
+    {
+        let agent = house.attested("builder/1");
+        let mut keys = house.keys(&Identity::of(&agent));
+        let mut operator = house.operator_keys();
+        for storage in STORAGES {
+            let name = storage.as_str_name().to_lowercase().replace('_', "-");
+            keys.create(CreateKeyRequest { storage: storage.into(), ..wish(&name) }).unwrap();
+            keys.sign(&name, digest(b"x")).unwrap();
+            assert!(operator.disable("builder/1", &name).unwrap() > 0);
+            assert_eq!(operator.disable("builder/1", &name).unwrap(), 0, "it was so before");
+            refused(keys.sign(&name, digest(b"x")), "KEY_DISABLED");
+            refused(keys.rotate(&name, 0), "KEY_DISABLED");
+            assert!(keys.destroy("", &name).unwrap() > 0);
+            refused(keys.sign(&name, digest(b"x")), "KEY_DESTROYED");
+            refused(keys.disable("", &name), "KEY_DESTROYED");
+            assert_eq!(keys.destroy("", &name).unwrap(), 0);
+        }
+        let states: Vec<_> = operator.list("builder/1").unwrap().iter().map(|key| key.state()).collect();
+        assert_eq!(states, [KeyState::Destroyed; 3]);
+    }
+    house.restart();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        refused(keys.sign("key-storage-wrapped", digest(b"x")), "KEY_DESTROYED");
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn only_its_agent_makes_and_uses_a_key() {
+    let house = House::serving();
+    house.attested("builder/1");
+    let mut operator = house.operator_keys();
+    refused(operator.create(wish("a")), "CALLER_NOT_ALLOWED");
+    refused(operator.sign("a", digest(b"x")), "CALLER_NOT_ALLOWED");
+    refused(operator.disable("builder/1", "a"), "KEY_NOT_FOUND");
+    refused(operator.disable("builder/9", "a"), "AGENT_UNKNOWN");
+}
+
+#[test]
+fn an_expired_key_signs_no_more_until_it_is_rotated() {
+    let house = House::serving();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(CreateKeyRequest { ttl_seconds: 1, ..wish("a") }).unwrap();
+    // Its life is what is tested: time must pass.
+    thread::sleep(std::time::Duration::from_millis(1200));
+    refused(keys.sign("a", digest(b"x")), "KEY_EXPIRED");
+    let (key, _) = keys.rotate("a", 0).unwrap();
+    assert_eq!(key.versions.len(), 1, "what has expired is forgotten");
+    assert_eq!(key.versions[0].number, 2);
+}
+
+#[test]
+fn a_budget_is_kept_to_the_last_signature_also_across_a_restart() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(CreateKeyRequest { signatures_max: 5, ..wish("recorded") }).unwrap();
+        let counted = CreateKeyRequest { accounting: KeyAccounting::Counted.into(), signatures_max: 5, ..wish("counted") };
+        keys.create(counted).unwrap();
+        for name in ["recorded", "counted"] {
+            keys.sign(name, digest(b"x")).unwrap();
+            keys.sign_batch(name, vec![digest(b"x"); 2]).unwrap();
+        }
+    }
+    house.restart();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        for name in ["recorded", "counted"] {
+            refused(keys.sign_batch(name, vec![digest(b"x"); 3]), "KEY_BUDGET_SPENT");
+            keys.sign_batch(name, vec![digest(b"x"); 2]).unwrap();
+            refused(keys.sign(name, digest(b"x")), "KEY_BUDGET_SPENT");
+        }
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn what_a_crash_leaves_reserved_counts_as_made() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish("a") }).unwrap();
+        for _ in 0..10 {
+            keys.sign("a", digest(b"x")).unwrap();
+        }
+    }
+    house.kill9();
+    house.serve();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        assert!(keys.show("a").unwrap().signatures >= 10);
+        keys.sign("a", digest(b"x")).unwrap();
+    }
+    let entries = house.stopped_entries();
+    let (mut sum, mut open) = (0, std::collections::BTreeMap::new());
+    for (index, body) in entries.iter().enumerate() {
+        match body {
+            Body::SignaturesReserved(reserved) => drop(open.insert(index as u64, reserved.count)),
+            Body::SignaturesSealed(sealed) => {
+                open.remove(&sealed.reservation).expect("a reservation that is open");
+                sum += sealed.used;
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(open.len(), 1, "the crash left one");
+    assert_eq!(sum, 1, "the stop sealed the other");
+    assert!(sum + open.values().sum::<u64>() >= 11);
+    house.verify().ok();
+}
+
+#[test]
+fn a_batch_is_one_entry_and_all_of_it_verifies() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let key = keys.create(wish("a")).unwrap();
+        let messages: Vec<_> = (0_u32..1000).map(|number| number.to_be_bytes()).collect();
+        let made = keys.sign_batch("a", messages.iter().map(|message| digest(message)).collect()).unwrap();
+        assert_eq!(made.signatures.len(), 1000);
+        for (message, signature) in messages.iter().zip(&made.signatures) {
+            assert!(verifies(&key, message, signature.form.as_ref()));
+        }
+    }
+    let entries = house.stopped_entries();
+    let intents: Vec<_> = entries.iter().filter(|body| matches!(body, Body::SignIntended(_))).collect();
+    assert!(matches!(intents.as_slice(), [Body::SignIntended(one)] if one.digests.len() == 1000));
+    house.verify().ok();
+}
+
+#[test]
+fn an_intent_to_sign_that_a_crash_left_open_is_closed_as_unknown() {
+    let mut house = House::new().with_shim().initialised().served();
+    let identity = Identity::of(&house.attested("builder/1"));
+    house.keys(&identity).create(wish("a")).unwrap();
+    {
+        let house = &house;
+        thread::scope(|scope| {
+            // The token does not answer; the intent is durable by then.
+            house.shim().tell("hang C_Sign count=all");
+            let asker = scope.spawn(|| house.keys(&identity).sign("a", digest(b"x")));
+            let intended = || house.entries().iter().any(|body| matches!(body, Body::SignIntended(_)));
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            while !intended() {
+                assert!(std::time::Instant::now() < until, "no intent was recorded");
+            }
+            house.daemon_signal(rustix::process::Signal::KILL);
+            asker.join().unwrap().unwrap_err();
+        });
+    }
+    house.kill9();
+    house.serve();
+    let entries = house.stopped_entries();
+    crate::ledger::one_outcome_each(&entries);
+    let intent = entries.iter().position(|body| matches!(body, Body::SignIntended(_))).unwrap() as u64;
+    assert!(entries.iter().any(|body| matches!(body, Body::Unknown(unknown) if unknown.intent == intent)));
+    house.verify().ok();
+}
+
+#[test]
+fn from_a_quarantines_acknowledgement_on_no_signature_is_handed_out() {
+    let mut house = House::serving();
+    for accounting in [KeyAccounting::Recorded, KeyAccounting::Counted] {
+        let name = format!("builder/{}", i32::from(accounting));
+        let identity = Identity::of(&house.attested(&name));
+        house.keys(&identity).create(CreateKeyRequest { accounting: accounting.into(), ..wish("a") }).unwrap();
+        let (house, identity, start) = (&house, &identity, &Barrier::new(5));
+        let acknowledged = &std::sync::OnceLock::new();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(move || {
+                    let mut keys = house.keys(identity);
+                    keys.sign("a", digest(b"x")).unwrap();
+                    start.wait();
+                    loop {
+                        let late = acknowledged.get().is_some();
+                        match keys.sign_batch("a", vec![digest(b"x"); 50]) {
+                            Ok(_) => assert!(!late, "signatures came after the quarantine was acknowledged"),
+                            Err(refused) => {
+                                let denied = ["AGENT_QUARANTINED", "DENIED_MEANWHILE"];
+                                assert!(denied.contains(&refused.reason.as_str()), "{refused:?}");
+                                break;
+                            }
+                        }
+                    }
+                });
+            }
+            start.wait();
+            house.wire().quarantine(&name);
+            acknowledged.set(()).unwrap();
+        });
+        refused(house.keys(identity).sign("a", digest(b"x")), "AGENT_QUARANTINED");
+        refused(house.keys(identity).create(wish("b")), "AGENT_QUARANTINED");
+    }
+    let entries = house.stopped_entries();
+    crate::ledger::one_outcome_each(&entries);
+    crate::quarantine::no_release_while_quarantined(&entries);
+    house.verify().ok();
+}
+
+#[test]
+fn keys_of_before_a_release_stay_denied() {
+    let mut house = House::serving();
+    {
+        let agent = house.attested("builder/1");
+        let old = Identity::of(&agent);
+        let kid = house.keys(&old).create(for_jws("a")).unwrap().versions[0].kid.clone();
+        agent.quarantine().ok();
+        agent.release().ok();
+        agent.attest(&[]).ok();
+        refused(house.keys(&old).sign("a", payload("{}")), "EPOCH_STALE");
+        let mut keys = house.keys(&Identity::of(&agent));
+        refused(keys.sign("a", payload("{}")), "KEY_NOT_FOUND");
+        let new = keys.create(for_jws("a")).unwrap();
+        assert_ne!(new.versions[0].kid, kid);
+        assert_eq!(keys.kids(Of::Agent("builder/1".into())).unwrap(), [new.versions[0].kid.clone()]);
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn older_versions_verify_after_a_rotation_and_a_repeated_one_rotates_once() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        for storage in STORAGES {
+            let name = storage.as_str_name().to_lowercase().replace('_', "-");
+            let first = keys.create(CreateKeyRequest { storage: storage.into(), ..for_jws(&name) }).unwrap();
+            let before = keys.jws(&name, "{}").unwrap();
+            let (rotated, index) = keys.rotate(&name, 1).unwrap();
+            assert!(index > 0);
+            assert_eq!(keys.rotate(&name, 1).unwrap(), (rotated.clone(), 0), "a lost answer is asked for again");
+            assert_eq!(rotated.versions[1], first.versions[0]);
+            let after = keys.jws(&name, "{}").unwrap();
+            let kids = keys.kids(Of::Class("builder".into())).unwrap();
+            for (token, version) in [(before, &rotated.versions[1]), (after, &rotated.versions[0])] {
+                assert!(kids.contains(&version.kid));
+                assert_eq!(keys.verify(received(token)).unwrap().kid, version.kid);
+            }
+        }
+    }
+    house.stop_and_verify();
+}
+
+fn received(token: String) -> VerifyRequest {
+    let jws = verify_request::Jws { token, ..verify_request::Jws::default() };
+    VerifyRequest { agent: String::new(), message: Some(verify_request::Message::Jws(jws)) }
+}
+
+#[test]
+fn a_jwks_drops_an_agents_keys_the_moment_it_is_quarantined() {
+    let house = House::serving();
+    let mut reader = house.keys(&Identity::of(&house.attested("reader/1")));
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    let mut other = house.keys(&Identity::of(&house.attested("builder/2")));
+    let kid = keys.create(for_jws("a")).unwrap().versions[0].kid.clone();
+    let stays = other.create(for_jws("a")).unwrap().versions[0].kid.clone();
+    keys.create(wish("digests")).unwrap();
+    let token = keys.jws("a", "{}").unwrap();
+    assert_eq!(reader.verify(received(token.clone())).unwrap().agent, "builder/1");
+    assert_eq!(
+        reader.kids(Of::Agent("builder/1".into())).unwrap(),
+        std::slice::from_ref(&kid),
+        "a key for digests is not published"
+    );
+    assert_eq!(reader.kids(Of::Class("builder".into())).unwrap().len(), 2);
+    house.wire().quarantine("builder/1");
+    assert!(reader.kids(Of::Agent("builder/1".into())).unwrap().is_empty());
+    assert_eq!(reader.kids(Of::Class("builder".into())).unwrap(), [stays]);
+    assert!(reader.kids(Of::Agent("builder/9".into())).unwrap().is_empty());
+    refused(reader.verify(received(token)), "KID_UNKNOWN");
+}
+
+#[test]
+fn a_received_message_is_refused_for_what_is_wrong_with_it() {
+    let house = House::serving();
+    let mut reader = house.keys(&Identity::of(&house.attested("reader/1")));
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(for_jws("a")).unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let claims = |audience: &str, jti: &str, exp: u64| format!(r#"{{"aud":"{audience}","jti":"{jti}","iat":{now},"exp":{exp}}}"#);
+    let check = |token: String| {
+        let jws = verify_request::Jws { token, audience: "here".into(), ..verify_request::Jws::default() };
+        VerifyRequest { agent: "builder/1".into(), message: Some(verify_request::Message::Jws(jws)) }
+    };
+    let good = keys.jws("a", &claims("here", "one", now + 60)).unwrap();
+    let verified = reader.verify(check(good.clone())).unwrap();
+    assert_eq!((verified.agent.as_str(), verified.key.as_str()), ("builder/1", "a"));
+    refused(reader.verify(check(good.clone())), "REPLAYED");
+    let elsewhere = keys.jws("a", &claims("there", "two", now + 60)).unwrap();
+    refused(reader.verify(check(elsewhere)), "AUDIENCE_MISMATCH");
+    let expired = keys.jws("a", &claims("here", "three", now - 120)).unwrap();
+    refused(reader.verify(check(expired)), "MESSAGE_EXPIRED");
+    let endless = keys.jws("a", &claims("here", "four", now + 86_400)).unwrap();
+    refused(reader.verify(check(endless)), "OUTSIDE_TIME_WINDOW");
+    let mut forged = good.clone().into_bytes();
+    let at = forged.len() - 10;
+    forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
+    refused(reader.verify(check(String::from_utf8(forged).unwrap())), "SIGNATURE_INVALID");
+    let unsigned = {
+        use base64::Engine as _;
+        let encode = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+        format!("{}.{}.", encode(r#"{"alg":"none","kid":"x"}"#), encode(&claims("here", "five", now + 60)))
+    };
+    refused(reader.verify(check(unsigned)), "ALGORITHM_REFUSED");
+    let mut not_theirs = check(good);
+    not_theirs.agent = "builder/2".into();
+    refused(reader.verify(not_theirs), "KID_UNKNOWN");
+}
+
+#[test]
+fn a_proof_and_an_http_message_are_signed_and_verified() {
+    let house = House::serving();
+    let mut reader = house.keys(&Identity::of(&house.attested("reader/1")));
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(CreateKeyRequest { purpose: KeyPurpose::Dpop.into(), ..wish("proofs") }).unwrap();
+    let http = CreateKeyRequest {
+        purpose: KeyPurpose::HttpMessageSignature.into(),
+        algorithm: KeyAlgorithm::Ed25519.into(),
+        ..wish("web")
+    };
+    keys.create(http).unwrap();
+    let (method, uri) = ("POST".to_owned(), "https://api.example/token".to_owned());
+    let dpop = content::DpopProof { method: method.clone(), uri: uri.clone(), ..Default::default() };
+    let signed = keys.sign("proofs", Content { content: Some(content::Content::Dpop(dpop)) }).unwrap();
+    let Some(Form::Dpop(proof)) = signed.signature.and_then(|signature| signature.form) else { panic!("a proof") };
+    let check = |uri: &str| {
+        let dpop = verify_request::Dpop { proof: proof.clone(), method: method.clone(), uri: uri.into(), ..Default::default() };
+        VerifyRequest { agent: String::new(), message: Some(verify_request::Message::Dpop(dpop)) }
+    };
+    refused(reader.verify(check("https://api.example/other")), "BINDING_MISMATCH");
+    assert_eq!(reader.verify(check(&uri)).unwrap().kid, signed.kid);
+    refused(reader.verify(check(&uri)), "REPLAYED");
+
+    let component = |identifier: &str, value: &str| content::Component { identifier: identifier.into(), value: value.into() };
+    let components = vec![component("@method", "GET"), component("@authority", "api.example")];
+    let message = content::HttpMessage { components: components.clone(), nonce: "n1".into(), ..Default::default() };
+    let signed = keys.sign("web", Content { content: Some(content::Content::HttpMessage(message)) }).unwrap();
+    let Some(Form::Http(fields)) = signed.signature.and_then(|signature| signature.form) else { panic!("fields") };
+    let check = |components: Vec<content::Component>| {
+        let http = verify_request::Http {
+            signature_input: fields.signature_input.clone(),
+            signature: fields.signature.clone(),
+            components,
+            required: vec!["@method".into()],
+            ..Default::default()
+        };
+        VerifyRequest { agent: "builder/1".into(), message: Some(verify_request::Message::Http(http)) }
+    };
+    let other = vec![component("@method", "DELETE"), component("@authority", "api.example")];
+    refused(reader.verify(check(other)), "SIGNATURE_INVALID");
+    assert_eq!(reader.verify(check(components)).unwrap().covered.len(), 2);
+}
+
+#[test]
+fn session_keys_die_with_the_daemon_and_the_others_come_back() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        for storage in STORAGES {
+            let name = storage.as_str_name().to_lowercase().replace('_', "-");
+            keys.create(CreateKeyRequest { storage: storage.into(), ..wish(&name) }).unwrap();
+        }
+    }
+    house.restart();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        refused(keys.sign("key-storage-session", digest(b"x")), "KEY_LOST");
+        for name in ["key-storage-wrapped", "key-storage-resident"] {
+            let key = keys.show(name).unwrap();
+            let signed = keys.sign(name, digest(b"x")).unwrap();
+            assert!(verifies(&key, b"x", signed.signature.and_then(|signature| signature.form).as_ref()));
+        }
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn more_keys_than_memory_holds_are_used_one_after_the_other() {
+    let mut house = House::new().configured("limits", "keys_cached = 16").initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let counted = |name: &str| CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish(name) };
+        for number in 0..64 {
+            let name = format!("k{number}");
+            let terms = if number % 2 == 0 { wish(&name) } else { counted(&name) };
+            keys.create(CreateKeyRequest { signatures_max: 3, ..terms }).unwrap();
+        }
+        for _ in 0..3 {
+            for number in 0..64 {
+                keys.sign(&format!("k{number}"), digest(b"x")).unwrap();
+            }
+        }
+        for number in 0..64 {
+            refused(keys.sign(&format!("k{number}"), digest(b"x")), "KEY_BUDGET_SPENT");
+        }
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn the_command_makes_a_key_signs_verifies_and_ends_it() {
+    let mut house = House::serving();
+    {
+        let agent = house.attested("builder/1");
+        let dir = agent.dir();
+        let dir = dir.to_str().unwrap();
+        let own = |verb: &str, more: &[&str]| house.keyward(&[&["key", verb, "--dir", dir][..], more].concat());
+        let made = own("create", &["tokens", "--purpose", "jws", "--ttl", "1h", "--format", "json"]).ok().json();
+        assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some("wrapped"), Some("active")));
+        let file = house.path("payload");
+        std::fs::write(&file, b"{}").unwrap();
+        let signed = own("sign", &["tokens", "--payload", file.to_str().unwrap(), "--format", "json"]).ok().json();
+        let token = house.path("token");
+        std::fs::write(&token, signed["jws"].as_str().unwrap()).unwrap();
+        let verified = own("verify", &["--jws", token.to_str().unwrap(), "--format", "json"]).ok().json();
+        assert_eq!((verified["agent"].as_str(), verified["key"].as_str()), (Some("builder/1"), Some("tokens")));
+        own("rotate", &["tokens"]).ok();
+        let set = own("jwks", &["--class", "builder"]).ok().json();
+        assert_eq!(set["keys"].as_array().unwrap().len(), 2);
+        let listed = house.keyward(&["key", "list", "--agent", "builder/1", "--format", "json"]).ok().json();
+        assert_eq!(listed[0]["versions"].as_array().unwrap().len(), 2);
+        own("disable", &["tokens", "--yes"]).ok();
+        house.keyward(&["key", "destroy", "tokens", "--agent", "builder/1", "--reason", "case 1", "--yes"]).ok();
+        let gone = own("sign", &["tokens", "--payload", file.to_str().unwrap()]);
+        gone.refused("KEY_DESTROYED");
+    }
+    house.stop_and_verify();
+}

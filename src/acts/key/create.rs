@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::authn::Connection;
 use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
-use crate::model::{AgentId, KeyId, KeyName, Reason, Refusal, UnixTime};
+use crate::model::{AgentId, Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
@@ -99,6 +99,7 @@ impl Acts {
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
         let token = self.keys.token()?;
+        self.has_room_for_resident(&token, &of, &terms).await?;
         let version = self.make_version(&token, &of.agent, &terms, 1, now).await?;
         let (key_id, storage) = (version.key_id, version.storage);
         match self.ledger.create_key(of, terms, version, making).await {
@@ -120,6 +121,25 @@ impl Acts {
             Ok::<_, crate::ledger::StoreError>((found, count))
         };
         tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+
+    /// Objects in the token are few: nobody fills it.
+    async fn has_room_for_resident(&self, token: &KeyToken, of: &KeyOf, terms: &KeyTerms) -> Result<(), Refusal> {
+        let algorithm = algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256);
+        if token.storage(terms.storage_asked, algorithm) != KeyStorage::Resident {
+            return Ok(());
+        }
+        let (agent, epoch) = (of.agent.clone(), of.epoch);
+        let most = self.keys.resident_max;
+        let is_resident = |key: &StoredKey| key.versions.last().is_some_and(|newest| newest.storage == KeyStorage::Resident);
+        let count = self.read(move |reader| {
+            Ok(reader.agent_keys(&agent, epoch, "", u32::MAX)?.iter().filter(|key| is_resident(key)).count())
+        });
+        if count.await? >= most {
+            let advice = format!("choose another storage, or destroy a key first: {most} keys of an agent live in the token");
+            return Err(Refusal::new(Reason::KeysTooMany, advice));
+        }
+        Ok(())
     }
 
     fn same(&self, found: StoredKey, terms: &KeyTerms) -> Result<KeyShown, Refusal> {

@@ -26,6 +26,7 @@
 //! | `signature` | a signature that is not the named key's over the intent's bytes |
 //! | `agent-key` | a key of an agent that is denied, of a name that is taken, or changed after its end; a name that is not its thumbprint |
 //! | `sign-key`, `sign-digest`, `sign-budget` | an intent to sign with a key that may not, of bytes that are no digests, beyond the budget |
+//! | `released-ended` | signatures released by a key that was disabled or destroyed by then |
 //! | `reserved`, `sealed` | signatures reserved for who is denied or beyond the budget; a seal of no open reservation, or of more than it had |
 //! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
 

@@ -9,7 +9,7 @@ use keyward::proto::{
     get_jwks_request::Of, verify_request,
 };
 
-use crate::house::keys::{digest, payload, verifies, wish};
+use crate::house::keys::{digest, lives, payload, verifies, wish};
 use crate::house::wire::{Identity, refused};
 use crate::house::{Body, House};
 
@@ -27,7 +27,7 @@ fn an_agent_signs_with_keys_of_every_storage_class_and_the_book_has_each_signatu
         for storage in STORAGES {
             let name = storage.as_str_name().to_lowercase().replace('_', "-");
             let key = keys.create(CreateKeyRequest { storage: storage.into(), ..wish(&name) }).unwrap();
-            assert_eq!(key.versions[0].storage(), storage);
+            assert_eq!((key.storage_asked(), key.versions[0].storage()), (storage, lives(storage)));
             for message in ["one", "two"] {
                 let signed = keys.sign(&name, digest(message.as_bytes())).unwrap();
                 assert_eq!(signed.kid, key.versions[0].kid);
@@ -142,14 +142,15 @@ fn what_is_not_a_digest_of_the_keys_length_is_refused() {
 fn sizes_and_numbers_have_bounds() {
     let house = House::new().configured("limits", "keys_per_agent = 2\nresident_keys_per_agent = 1").initialised().served();
     let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    let session = |wish| CreateKeyRequest { storage: KeyStorage::Session.into(), ..wish };
     for name in ["", "UPPER", "a/b", &"a".repeat(65)] {
         refused(keys.create(wish(name)), "MALFORMED_REQUEST");
     }
-    keys.create(for_jws("a")).unwrap();
-    keys.create(wish("b")).unwrap();
-    refused(keys.create(wish("c")), "KEYS_TOO_MANY");
+    keys.create(session(for_jws("a"))).unwrap();
+    keys.create(session(wish("b"))).unwrap();
+    refused(keys.create(session(wish("c"))), "KEYS_TOO_MANY");
     keys.destroy("", "b").unwrap();
-    keys.create(wish("c")).unwrap();
+    keys.create(session(wish("c"))).unwrap();
     refused(keys.sign("a", payload(&"x".repeat(65_537))), "REQUEST_TOO_LARGE");
     keys.sign("a", payload(&"x".repeat(65_536))).unwrap();
     refused(keys.sign_batch("c", vec![]), "REQUEST_TOO_LARGE");
@@ -160,7 +161,7 @@ fn sizes_and_numbers_have_bounds() {
     keys.create(resident("e")).unwrap();
     keys.destroy("", "c").unwrap();
     refused(keys.create(resident("f")), "KEYS_TOO_MANY");
-    keys.create(wish("f")).unwrap();
+    keys.create(session(wish("f"))).unwrap();
 }
 
 #[test]
@@ -650,7 +651,7 @@ fn session_keys_die_with_the_daemon_and_the_others_come_back() {
 
 #[test]
 fn more_keys_than_memory_holds_are_used_one_after_the_other() {
-    let mut house = House::new().configured("limits", "keys_cached = 16").initialised().served();
+    let mut house = House::new().configured("limits", "keys_cached = 16\nresident_keys_per_agent = 64").initialised().served();
     {
         let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
         let counted = |name: &str| CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish(name) };
@@ -679,8 +680,9 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         let dir = agent.dir();
         let dir = dir.to_str().unwrap();
         let own = |verb: &str, more: &[&str]| house.keyward(&[&["key", verb, "--dir", dir][..], more].concat());
+        let stored = if lives(KeyStorage::Wrapped) == KeyStorage::Wrapped { "wrapped" } else { "resident" };
         let made = own("create", &["tokens", "--purpose", "jws", "--ttl", "1h", "--format", "json"]).ok().json();
-        assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some("wrapped"), Some("active")));
+        assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some(stored), Some("active")));
         let file = house.path("payload");
         std::fs::write(&file, b"{}").unwrap();
         let signed = own("sign", &["tokens", "--payload", file.to_str().unwrap(), "--format", "json"]).ok().json();

@@ -181,10 +181,17 @@ impl Acts {
                 return Err(key_refusal(error));
             }
         };
+        let kid = Jwk::thumbprint(&public);
+        let named = kid.clone();
+        if self.read(move |reader| reader.agent_key_by_kid(&named)).await?.is_some() {
+            // Two agents' messages could not be told apart.
+            self.give_up(token, key_id, storage, "the token made a key that there is already").await;
+            return Err(Refusal::internal(format!("the token made key {kid} twice: its random numbers are none")));
+        }
         Ok(KeyVersion {
             number,
             key_id,
-            kid: Jwk::thumbprint(&public).into(),
+            kid: kid.into(),
             public,
             storage,
             wrapped: wrapped.map(Arc::from).zip(wrapping),

@@ -1,7 +1,7 @@
 //! Offline verification: what the ledger says, held against what keyward promises.
 //!
 //! Owns: [`Verifier`], which is fed the stored entries in order, and its [`Report`]. Promises: every entry is hashed and
-//! decoded once; memory grows with live agents and certificates, not with entries; a finding has a rule with a stable name.
+//! decoded once; memory grows with agents, their keys and live certificates, not with entries; a finding has a rule with a stable name.
 //! It shares no code with what writes the ledger but the wire types and the tree, and believes nothing but the pinned key.
 //! Never: a database, a clock.
 //!

@@ -5,7 +5,7 @@ use std::thread;
 
 use keyward::proto::signature::Form;
 use keyward::proto::{
-    Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, VerifyRequest, content,
+    Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, VerifyRequest, content,
     get_jwks_request::Of, verify_request,
 };
 
@@ -428,6 +428,33 @@ fn a_resident_key_that_a_crash_left_half_made_is_given_up_at_the_next_start() {
     let entries = house.stopped_entries();
     assert_eq!(entries.iter().filter(|body| matches!(body, Body::KeyAbandoned(_))).count(), 1);
     assert_eq!(entries.iter().filter(|body| matches!(body, Body::AgentKeyCreated(_))).count(), 1);
+    house.verify().ok();
+}
+
+#[test]
+fn a_key_that_is_being_made_when_its_agent_is_quarantined_is_given_up() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let identity = Identity::of(&house.attested("builder/1"));
+        house.shim().tell("delay C_GenerateKeyPair ms=2000");
+        let (house, identity) = (&house, &identity);
+        thread::scope(|scope| {
+            let resident = CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("a") };
+            let asker = scope.spawn(move || house.keys(identity).create(resident));
+            let intended = |body: &Body| matches!(body, Body::KeyIntended(key) if key.purpose() == Purpose::Agent);
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            while !house.entries().iter().any(intended) {
+                assert!(std::time::Instant::now() < until, "no key was intended");
+            }
+            house.wire().quarantine("builder/1");
+            assert!(!asker.is_finished(), "the key was made before the quarantine");
+            refused(asker.join().unwrap(), "AGENT_QUARANTINED");
+        });
+    }
+    let entries = house.stopped_entries();
+    assert!(!entries.iter().any(|body| matches!(body, Body::AgentKeyCreated(_))));
+    let abandoned = |body: &Body| matches!(body, Body::KeyAbandoned(key) if key.objects_destroyed > 0);
+    assert_eq!(entries.iter().filter(|body| abandoned(body)).count(), 1);
     house.verify().ok();
 }
 

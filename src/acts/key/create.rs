@@ -1,6 +1,7 @@
 //! An agent gets a key that it can use and never hold.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::authn::Connection;
 use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
@@ -83,6 +84,10 @@ impl Acts {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
         self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        if !self.ledger.is_writable() {
+            let advice = "the ledger cannot be written now; ask again later";
+            return Err(Refusal::new(Reason::LedgerUnavailable, advice).retry_after(Duration::from_secs(1)));
+        }
         let name = KeyName::parse(&wish.name).map_err(|error| {
             Refusal::new(Reason::MalformedRequest, "name a key with 1 to 64 characters of a-z, 0-9 and -").because(error)
         })?;
@@ -105,8 +110,7 @@ impl Acts {
         match self.ledger.create_key(of, terms, version, making).await {
             Ok((_, key)) => Ok(self.shown(super::stored(&key))),
             Err(refusal) => {
-                // Denied meanwhile: nobody has used it.
-                self.give_up(&token, key_id, storage, "its agent was denied, or the ledger was not there").await;
+                self.not_entered(&refusal, &token, key_id, storage).await;
                 Err(refusal)
             }
         }
@@ -197,6 +201,14 @@ impl Acts {
             wrapped: wrapped.map(Arc::from).zip(wrapping),
             expires: UnixTime::from_seconds(now.seconds()).plus_seconds(terms.ttl_seconds.into()),
         })
+    }
+
+    /// What becomes of a key pair whose entry was refused. Where the ledger did not answer, the entry may be made yet: then nothing is
+    /// destroyed, and of a resident key without an entry the next start takes care.
+    pub(super) async fn not_entered(&self, refusal: &Refusal, token: &KeyToken, key_id: KeyId, storage: KeyStorage) {
+        if !matches!(refusal.reason, Reason::LedgerUnavailable | Reason::Draining) {
+            self.give_up(token, key_id, storage, "its agent or its key was denied meanwhile").await;
+        }
     }
 
     /// Nobody has used it: what there may be of it goes. What cannot be done now, the next start does.

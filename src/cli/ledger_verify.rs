@@ -51,6 +51,9 @@ struct Verdict {
     agents: u64,
     intents: u64,
     certificates: u64,
+    keys: u64,
+    signatures: u64,
+    signatures_counted: u64,
     released: u64,
     withheld: u64,
     failed: u64,
@@ -164,6 +167,9 @@ impl Verdict {
             agents: report.agents,
             intents: report.intents,
             certificates: report.certificates,
+            keys: report.keys,
+            signatures: report.signatures,
+            signatures_counted: report.signatures_counted,
             released: report.released,
             withheld: report.withheld,
             failed: report.failed,
@@ -190,6 +196,8 @@ impl Verdict {
             ("agents", format!("{}, {} quarantines, {} lifted", self.agents, self.quarantines, self.reinstatements)),
             ("intents", format!("{}: {}", self.intents, self.outcomes())),
             ("certificates", self.certificates.to_string()),
+            ("agents' keys", self.keys.to_string()),
+            ("their signatures", format!("{} recorded, {} counted", self.signatures, self.signatures_counted)),
         ]);
         if !self.violations.is_empty() {
             let row = |v: &Violation| vec![v.index.to_string(), v.rule.to_owned(), v.detail.clone()];

@@ -116,7 +116,9 @@ pub struct Limits {
     pub sign_deadline_ms: u64,
     /// Signing keys that an agent may have, destroyed ones not counted, 1 to 1,000,000. Default 1,000.
     pub keys_per_agent: usize,
-    /// Signing keys held in memory, 16 to 1,000,000 (about 2 KiB each). Default 4,096.
+    /// Of them, objects in the token, 1 to 10,000. Default 16.
+    pub resident_keys_per_agent: usize,
+    /// Signing keys held in memory, and unwrapped keys in sessions of the token, 16 to 1,000,000 (about 2 KiB each). Default 4,096.
     pub keys_cached: usize,
     /// Signatures and other calls about keys that an agent may ask for in a second, 1 to 1,000,000. Default 10,000.
     pub signatures_per_second: u32,

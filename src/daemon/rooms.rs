@@ -369,6 +369,7 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     let keys = Keys::bind(acts.ledger(), tokens).await.map_err(told)?;
     acts.set_authorities(Authorities::load(acts.ledger(), keys).await.map_err(told)?);
     let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.map_err(told)?;
+    tokens.agents.set_unwrapped_max(rooms.config.limits.keys_cached);
     acts.set_key_token(KeyToken::new(tokens.agents.clone(), wrapping));
     duties::renew_server_certificate(rooms).await.map(drop).map_err(told)
 }

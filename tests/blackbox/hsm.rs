@@ -3,6 +3,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use keyward::proto::{CreateKeyRequest, KeyStorage};
+
+use crate::house::keys::wish;
+use crate::house::wire::Identity;
 use crate::house::{Body, DEADLINE, House, Output, PIN};
 use crate::instruments;
 
@@ -83,15 +87,25 @@ fn authority_keys_were_made_in_the_token_and_cannot_leave_it() {
 #[test]
 fn every_key_in_the_token_is_in_the_book() {
     let house = House::serving();
-    house.attested("builder/1");
+    let agent = house.attested("builder/1");
+    let resident = CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("a") };
+    let made = house.keys(&Identity::of(&agent)).create(resident).unwrap();
     let mut told: Vec<String> = house
         .entries()
         .iter()
         .filter_map(|body| match body {
-            Body::KeyActivated(key) => Some(key.key_id.iter().map(|byte| format!("{byte:02x}")).collect()),
+            // The wrapping key is a secret key, and has no public half.
+            Body::KeyActivated(key) if !key.spki.is_empty() => {
+                Some(key.key_id.iter().map(|byte| format!("{byte:02x}")).collect())
+            }
             _ => None,
         })
         .collect();
+    let of_agents = house.entries().into_iter().find_map(|body| match body {
+        Body::AgentKeyCreated(key) => key.version.filter(|version| version.spki == made.versions[0].spki),
+        _ => None,
+    });
+    told.extend(of_agents.map(|version| version.key_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>()));
     let mut held: Vec<String> =
         ["authority", "agents"].iter().flat_map(|token| instruments::private_keys(&house, token)).map(|key| key.id).collect();
     told.sort();

@@ -5,11 +5,11 @@ use std::thread;
 
 use keyward::proto::signature::Form;
 use keyward::proto::{
-    Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, VerifyRequest, content,
+    Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, VerifyRequest, content,
     get_jwks_request::Of, verify_request,
 };
 
-use crate::house::keys::{digest, payload, verifies, wish};
+use crate::house::keys::{digest, lives, payload, verifies, wish};
 use crate::house::wire::{Identity, refused};
 use crate::house::{Body, House};
 
@@ -27,7 +27,7 @@ fn an_agent_signs_with_keys_of_every_storage_class_and_the_book_has_each_signatu
         for storage in STORAGES {
             let name = storage.as_str_name().to_lowercase().replace('_', "-");
             let key = keys.create(CreateKeyRequest { storage: storage.into(), ..wish(&name) }).unwrap();
-            assert_eq!(key.versions[0].storage(), storage);
+            assert_eq!((key.storage_asked(), key.versions[0].storage()), (storage, lives(storage)));
             for message in ["one", "two"] {
                 let signed = keys.sign(&name, digest(message.as_bytes())).unwrap();
                 assert_eq!(signed.kid, key.versions[0].kid);
@@ -140,21 +140,28 @@ fn what_is_not_a_digest_of_the_keys_length_is_refused() {
 
 #[test]
 fn sizes_and_numbers_have_bounds() {
-    let house = House::new().configured("limits", "keys_per_agent = 2").initialised().served();
+    let house = House::new().configured("limits", "keys_per_agent = 2\nresident_keys_per_agent = 1").initialised().served();
     let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    let session = |wish| CreateKeyRequest { storage: KeyStorage::Session.into(), ..wish };
     for name in ["", "UPPER", "a/b", &"a".repeat(65)] {
         refused(keys.create(wish(name)), "MALFORMED_REQUEST");
     }
-    keys.create(for_jws("a")).unwrap();
-    keys.create(wish("b")).unwrap();
-    refused(keys.create(wish("c")), "KEYS_TOO_MANY");
+    keys.create(session(for_jws("a"))).unwrap();
+    keys.create(session(wish("b"))).unwrap();
+    refused(keys.create(session(wish("c"))), "KEYS_TOO_MANY");
     keys.destroy("", "b").unwrap();
-    keys.create(wish("c")).unwrap();
+    keys.create(session(wish("c"))).unwrap();
     refused(keys.sign("a", payload(&"x".repeat(65_537))), "REQUEST_TOO_LARGE");
     keys.sign("a", payload(&"x".repeat(65_536))).unwrap();
     refused(keys.sign_batch("c", vec![]), "REQUEST_TOO_LARGE");
     refused(keys.sign_batch("c", vec![digest(b"x"); 1001]), "REQUEST_TOO_LARGE");
     refused(keys.create(CreateKeyRequest { ttl_seconds: 31_536_001, ..wish("d") }), "MALFORMED_REQUEST");
+    keys.destroy("", "a").unwrap();
+    let resident = |name: &str| CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish(name) };
+    keys.create(resident("e")).unwrap();
+    keys.destroy("", "c").unwrap();
+    refused(keys.create(resident("f")), "KEYS_TOO_MANY");
+    keys.create(session(wish("f"))).unwrap();
 }
 
 #[test]
@@ -326,6 +333,128 @@ fn an_intent_to_sign_that_a_crash_left_open_is_closed_as_unknown() {
     crate::ledger::one_outcome_each(&entries);
     let intent = entries.iter().position(|body| matches!(body, Body::SignIntended(_))).unwrap() as u64;
     assert!(entries.iter().any(|body| matches!(body, Body::Unknown(unknown) if unknown.intent == intent)));
+    house.verify().ok();
+}
+
+#[test]
+fn a_batch_under_way_when_its_agent_or_its_key_is_denied_is_withheld_as_a_whole() {
+    let mut house = House::new().with_shim().initialised().served();
+    let quarantined = |house: &House, name: &str| house.wire().quarantine(name);
+    let disabled = |house: &House, name: &str| house.operator_keys().disable(name, "a").unwrap();
+    for (accounting, deny) in [
+        (KeyAccounting::Recorded, &quarantined as &dyn Fn(&House, &str) -> u64),
+        (KeyAccounting::Counted, &quarantined),
+        (KeyAccounting::Recorded, &disabled),
+    ] {
+        let name = format!("builder/{}", house.entries().len());
+        let identity = Identity::of(&house.attested(&name));
+        house.keys(&identity).create(CreateKeyRequest { accounting: accounting.into(), ..wish("a") }).unwrap();
+        // A second or so for all of it on any number of lanes: less than the deadline of a signature.
+        let count = (thread::available_parallelism().unwrap().get() * 2 * 100).min(1000);
+        house.shim().tell("delay C_Sign ms=10");
+        let (house, identity) = (&house, &identity);
+        let begun = |body: &Body| match body {
+            Body::SignIntended(intent) => intent.agent == name,
+            Body::SignaturesReserved(reserved) => reserved.agent == name,
+            _ => false,
+        };
+        thread::scope(|scope| {
+            let asker = scope.spawn(move || house.keys(identity).sign_batch("a", vec![digest(b"x"); count]));
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            while !house.entries().iter().any(begun) {
+                assert!(std::time::Instant::now() < until, "nothing was intended");
+            }
+            deny(house, &name);
+            assert!(!asker.is_finished(), "the batch was over before the denial");
+            refused(asker.join().unwrap(), "DENIED_MEANWHILE");
+        });
+        house.shim().tell("clear");
+    }
+    let entries = house.stopped_entries();
+    assert_eq!(entries.iter().filter(|body| matches!(body, Body::Withheld(_))).count(), 2);
+    crate::ledger::one_outcome_each(&entries);
+    house.verify().ok();
+}
+
+#[test]
+fn keys_are_rotated_while_they_sign_and_every_signature_is_of_the_version_it_names() {
+    let mut house = House::serving();
+    {
+        let identity = Identity::of(&house.attested("builder/1"));
+        let (house, identity, over) = (&house, &identity, &std::sync::atomic::AtomicBool::new(false));
+        for accounting in [KeyAccounting::Recorded, KeyAccounting::Counted] {
+            let name = &format!("a{}", i32::from(accounting));
+            house.keys(identity).create(CreateKeyRequest { accounting: accounting.into(), ..wish(name) }).unwrap();
+            over.store(false, std::sync::atomic::Ordering::SeqCst);
+            let signed: Vec<_> = thread::scope(|scope| {
+                let signers: Vec<_> = (0..3)
+                    .map(|_| {
+                        scope.spawn(move || {
+                            let (mut keys, mut made) = (house.keys(identity), Vec::new());
+                            while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                                made.push(keys.sign(name, digest(b"x")).unwrap());
+                            }
+                            made
+                        })
+                    })
+                    .collect();
+                let mut keys = house.keys(identity);
+                (0..8).for_each(|_| drop(keys.rotate(name, 0).unwrap()));
+                over.store(true, std::sync::atomic::Ordering::SeqCst);
+                signers.into_iter().flat_map(|signer| signer.join().unwrap()).collect()
+            });
+            let key = house.keys(identity).show(name).unwrap();
+            assert_eq!(key.versions.len(), 9);
+            for one in signed {
+                let version = key.versions.iter().find(|version| version.kid == one.kid).expect("a version that verifies");
+                let of_version = keyward::proto::Key { versions: vec![version.clone()], ..key.clone() };
+                assert!(verifies(&of_version, b"x", one.signature.and_then(|signature| signature.form).as_ref()));
+            }
+        }
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_resident_key_that_a_crash_left_half_made_is_given_up_at_the_next_start() {
+    let mut house = House::new().with_shim().initialised().served();
+    let identity = Identity::of(&house.attested("builder/1"));
+    house.shim().tell("abort C_GenerateKeyPair");
+    let resident = || CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("a") };
+    house.keys(&identity).create(resident()).unwrap_err();
+    assert_ne!(house.ended(), Some(0));
+    house.serve();
+    house.keys(&identity).create(resident()).unwrap();
+    let entries = house.stopped_entries();
+    assert_eq!(entries.iter().filter(|body| matches!(body, Body::KeyAbandoned(_))).count(), 1);
+    assert_eq!(entries.iter().filter(|body| matches!(body, Body::AgentKeyCreated(_))).count(), 1);
+    house.verify().ok();
+}
+
+#[test]
+fn a_key_that_is_being_made_when_its_agent_is_quarantined_is_given_up() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let identity = Identity::of(&house.attested("builder/1"));
+        house.shim().tell("delay C_GenerateKeyPair ms=2000");
+        let (house, identity) = (&house, &identity);
+        thread::scope(|scope| {
+            let resident = CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("a") };
+            let asker = scope.spawn(move || house.keys(identity).create(resident));
+            let intended = |body: &Body| matches!(body, Body::KeyIntended(key) if key.purpose() == Purpose::Agent);
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            while !house.entries().iter().any(intended) {
+                assert!(std::time::Instant::now() < until, "no key was intended");
+            }
+            house.wire().quarantine("builder/1");
+            assert!(!asker.is_finished(), "the key was made before the quarantine");
+            refused(asker.join().unwrap(), "AGENT_QUARANTINED");
+        });
+    }
+    let entries = house.stopped_entries();
+    assert!(!entries.iter().any(|body| matches!(body, Body::AgentKeyCreated(_))));
+    let abandoned = |body: &Body| matches!(body, Body::KeyAbandoned(key) if key.objects_destroyed > 0);
+    assert_eq!(entries.iter().filter(|body| abandoned(body)).count(), 1);
     house.verify().ok();
 }
 
@@ -549,7 +678,7 @@ fn session_keys_die_with_the_daemon_and_the_others_come_back() {
 
 #[test]
 fn more_keys_than_memory_holds_are_used_one_after_the_other() {
-    let mut house = House::new().configured("limits", "keys_cached = 16").initialised().served();
+    let mut house = House::new().configured("limits", "keys_cached = 16\nresident_keys_per_agent = 64").initialised().served();
     {
         let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
         let counted = |name: &str| CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish(name) };
@@ -578,8 +707,9 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         let dir = agent.dir();
         let dir = dir.to_str().unwrap();
         let own = |verb: &str, more: &[&str]| house.keyward(&[&["key", verb, "--dir", dir][..], more].concat());
+        let stored = if lives(KeyStorage::Wrapped) == KeyStorage::Wrapped { "wrapped" } else { "resident" };
         let made = own("create", &["tokens", "--purpose", "jws", "--ttl", "1h", "--format", "json"]).ok().json();
-        assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some("wrapped"), Some("active")));
+        assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some(stored), Some("active")));
         let file = house.path("payload");
         std::fs::write(&file, b"{}").unwrap();
         let signed = own("sign", &["tokens", "--payload", file.to_str().unwrap(), "--format", "json"]).ok().json();

@@ -59,13 +59,13 @@ fn health_says_which_dependency_is_missing_when_the_disk_is_full() {
 }
 
 #[test]
-fn reflection_lists_to_operators_everything_to_agents_their_service_and_to_strangers_nothing() {
+fn reflection_lists_to_operators_everything_to_agents_their_services_and_to_strangers_nothing() {
     let house = House::serving();
     let wire = house.wire();
     let all = wire.reflected(Face::Operator, None).unwrap();
     assert!(all.contains(&"keyward.v1.OperatorService".to_owned()), "{all:?}");
     let agent = Identity::of(&house.attested("builder/1"));
-    assert_eq!(wire.reflected(Face::Tcp, Some(&agent)).unwrap(), ["keyward.v1.AgentService"]);
+    assert_eq!(wire.reflected(Face::Tcp, Some(&agent)).unwrap(), ["keyward.v1.AgentService", "keyward.v1.KeyService"]);
     refused(wire.reflected(Face::Tcp, None), "UNAUTHENTICATED");
 }
 

@@ -1,10 +1,11 @@
 //! An agent gets a key that it can use and never hold.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::authn::Connection;
 use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
-use crate::model::{AgentId, KeyId, KeyName, Reason, Refusal, UnixTime};
+use crate::model::{AgentId, Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
@@ -83,6 +84,10 @@ impl Acts {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
         self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        if !self.ledger.is_writable() {
+            let advice = "the ledger cannot be written now; ask again later";
+            return Err(Refusal::new(Reason::LedgerUnavailable, advice).retry_after(Duration::from_secs(1)));
+        }
         let name = KeyName::parse(&wish.name).map_err(|error| {
             Refusal::new(Reason::MalformedRequest, "name a key with 1 to 64 characters of a-z, 0-9 and -").because(error)
         })?;
@@ -99,13 +104,13 @@ impl Acts {
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
         let token = self.keys.token()?;
+        self.has_room_for_resident(&token, &of, &terms).await?;
         let version = self.make_version(&token, &of.agent, &terms, 1, now).await?;
         let (key_id, storage) = (version.key_id, version.storage);
         match self.ledger.create_key(of, terms, version, making).await {
             Ok((_, key)) => Ok(self.shown(super::stored(&key))),
             Err(refusal) => {
-                // Denied meanwhile: nobody has used it.
-                self.give_up(&token, key_id, storage, "its agent was denied, or the ledger was not there").await;
+                self.not_entered(&refusal, &token, key_id, storage).await;
                 Err(refusal)
             }
         }
@@ -120,6 +125,25 @@ impl Acts {
             Ok::<_, crate::ledger::StoreError>((found, count))
         };
         tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+
+    /// Objects in the token are few: nobody fills it.
+    async fn has_room_for_resident(&self, token: &KeyToken, of: &KeyOf, terms: &KeyTerms) -> Result<(), Refusal> {
+        let algorithm = algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256);
+        if token.storage(terms.storage_asked, algorithm) != KeyStorage::Resident {
+            return Ok(());
+        }
+        let (agent, epoch) = (of.agent.clone(), of.epoch);
+        let most = self.keys.resident_max;
+        let is_resident = |key: &StoredKey| key.versions.last().is_some_and(|newest| newest.storage == KeyStorage::Resident);
+        let count = self.read(move |reader| {
+            Ok(reader.agent_keys(&agent, epoch, "", u32::MAX)?.iter().filter(|key| is_resident(key)).count())
+        });
+        if count.await? >= most {
+            let advice = format!("choose another storage, or destroy a key first: {most} keys of an agent live in the token");
+            return Err(Refusal::new(Reason::KeysTooMany, advice));
+        }
+        Ok(())
     }
 
     fn same(&self, found: StoredKey, terms: &KeyTerms) -> Result<KeyShown, Refusal> {
@@ -161,15 +185,30 @@ impl Acts {
                 return Err(key_refusal(error));
             }
         };
+        let kid = Jwk::thumbprint(&public);
+        let named = kid.clone();
+        if self.read(move |reader| reader.agent_key_by_kid(&named)).await?.is_some() {
+            // Two agents' messages could not be told apart.
+            self.give_up(token, key_id, storage, "the token made a key that there is already").await;
+            return Err(Refusal::internal(format!("the token made key {kid} twice: its random numbers are none")));
+        }
         Ok(KeyVersion {
             number,
             key_id,
-            kid: Jwk::thumbprint(&public).into(),
+            kid: kid.into(),
             public,
             storage,
             wrapped: wrapped.map(Arc::from).zip(wrapping),
             expires: UnixTime::from_seconds(now.seconds()).plus_seconds(terms.ttl_seconds.into()),
         })
+    }
+
+    /// What becomes of a key pair whose entry was refused. Where the ledger did not answer, the entry may be made yet: then nothing is
+    /// destroyed, and of a resident key without an entry the next start takes care.
+    pub(super) async fn not_entered(&self, refusal: &Refusal, token: &KeyToken, key_id: KeyId, storage: KeyStorage) {
+        if !matches!(refusal.reason, Reason::LedgerUnavailable | Reason::Draining) {
+            self.give_up(token, key_id, storage, "its agent or its key was denied meanwhile").await;
+        }
     }
 
     /// Nobody has used it: what there may be of it goes. What cannot be done now, the next start does.

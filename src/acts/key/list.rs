@@ -8,7 +8,7 @@ use crate::ledger::{KeyOf, StoreError, StoredKey};
 use crate::model::{AgentId, Reason, Refusal, UnixTime};
 use crate::proto::KeyState;
 
-use super::{Acts, profile_of, stored};
+use super::{Acts, PAGE_COSTS, profile_of, stored};
 
 /// Keys of one page, at most.
 const PAGE_MAX: u32 = 1000;
@@ -52,6 +52,7 @@ impl Acts {
     /// As the agent's standing.
     pub async fn list_own_keys(&self, source: &Arc<Connection>, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
         let caller = source.agent(&self.ledger)?;
+        self.keys.spend_rate(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
         self.page(caller.agent().clone(), caller.epoch(), after, limit).await
     }
 
@@ -77,7 +78,7 @@ impl Acts {
     pub async fn jwks(&self, source: &Arc<Connection>, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.ledger.clock().reckoned();
-        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        self.keys.spend_rate(caller.agent(), PAGE_COSTS, now.seconds())?;
         let page = match of {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
                 Ok(found) => {

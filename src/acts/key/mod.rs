@@ -34,6 +34,8 @@ pub use verify::{Message, Signer};
 /// Messages that `verify` remembers, in all and of one key: 16 MiB at most.
 const REPLAYS_MAX: usize = 65_536;
 const REPLAYS_PER_KEY_MAX: usize = 8192;
+/// What a page of keys costs, in signatures, of what an agent may ask for in a second.
+const PAGE_COSTS: usize = 100;
 
 /// The token that agents' keys live in.
 pub struct KeyToken {
@@ -71,6 +73,7 @@ pub struct AgentKeys {
     rates: Mutex<(u64, HashMap<AgentId, u32>)>,
     seen: ReplayCache,
     per_agent_max: usize,
+    resident_max: usize,
     per_second_max: u32,
 }
 
@@ -95,6 +98,7 @@ impl AgentKeys {
             rates: Mutex::default(),
             seen: ReplayCache::new(REPLAYS_MAX, REPLAYS_PER_KEY_MAX, clock.reckoned()),
             per_agent_max: limits.keys_per_agent,
+            resident_max: limits.resident_keys_per_agent,
             per_second_max: limits.signatures_per_second,
         }
     }

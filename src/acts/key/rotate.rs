@@ -57,7 +57,7 @@ impl Acts {
                 Ok((self.shown(stored(key)), Some(index)))
             }
             Err(refusal) => {
-                self.give_up(&token, key_id, storage, "the key was not rotated after all").await;
+                self.not_entered(&refusal, &token, key_id, storage).await;
                 Err(refusal)
             }
         }

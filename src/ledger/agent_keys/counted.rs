@@ -49,7 +49,7 @@ struct Held {
 pub(super) struct Blocks {
     held: Mutex<Held>,
     /// One reservation at a time.
-    reserving: tokio::sync::Mutex<()>,
+    pub(super) reserving: Arc<tokio::sync::Mutex<()>>,
     /// One is under way, or the budget has no more.
     ahead: AtomicBool,
 }
@@ -122,6 +122,11 @@ impl Ledger {
 
     async fn reserve_ahead(&self, key: &Arc<AgentKey>, key_id: KeyId) {
         let _one = key.blocks.reserving.lock().await;
+        if key.newest().is_ok_and(|newest| newest.key_id != key_id) {
+            // Rotated meanwhile: nothing is reserved for what signs no more.
+            key.blocks.ahead.store(false, Ordering::Release);
+            return;
+        }
         match self.reserve(key, key_id, 1, BLOCK).await {
             Ok(block) => {
                 let before = key.blocks.held().next.replace(block);

@@ -354,6 +354,8 @@ impl Ledger {
         now: UnixTime,
         keep: impl Send + 'static,
     ) -> Result<u64, Refusal> {
+        // No block is reserved for a version that signs no more.
+        let reserving = Arc::clone(&key.blocks.reserving).lock_owned().await;
         key.admits()?;
         let body = proto::AgentKeyRotated {
             agent: key.of.agent.to_string(),
@@ -373,7 +375,7 @@ impl Ledger {
         let (admitted, key) = (Some((key.slot, key.of.epoch)), Arc::clone(key));
         let then = Box::new(move |_| {
             key.versions.store(Arc::new(versions));
-            drop(keep);
+            drop((reserving, keep));
         });
         self.key_entry(Body::AgentKeyRotated(body), rows, admitted, then).await
     }

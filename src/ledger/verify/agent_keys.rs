@@ -160,6 +160,9 @@ impl AgentKeys {
     pub(super) fn released(&mut self, signer: &Signer, agents: &Agents, at: &mut At<'_>) {
         let key = &self.keys[signer.key];
         agents.released_to(key.slot, key.epoch, at);
+        if key.state != KeyState::Active {
+            at.violates("released-ended", format_args!("the key signed no more by then"));
+        }
         self.released += signer.count;
     }
 
@@ -222,5 +225,167 @@ fn version(version: &AgentKeyVersion, algorithm: KeyAlgorithm, keys: &mut Keys, 
     }
     if version.storage() == KeyStorage::Resident {
         keys.settled_by_agent(&version.key_id, at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::book::{AGENT, Book};
+    use super::*;
+    use crate::proto::entry::Body;
+    use crate::proto::{self, AgentKeyDisabled, Released};
+
+    const KEY_ID: [u8; 16] = [9; 16];
+
+    fn version(number: u32, key_id: [u8; 16]) -> AgentKeyVersion {
+        let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let spki = rcgen::PublicKeyData::subject_public_key_info(&pair);
+        let kid = Jwk::thumbprint(&PublicKey::from_spki(&spki).unwrap());
+        let (key_id, storage) = (key_id.to_vec(), KeyStorage::Session.into());
+        AgentKeyVersion { number, key_id, spki, kid, storage, expires_unix_seconds: 2_000_000_000, ..Default::default() }
+    }
+
+    fn creation() -> AgentKeyCreated {
+        AgentKeyCreated {
+            agent: AGENT.into(),
+            epoch: 1,
+            name: "a".into(),
+            purpose: KeyPurpose::RawDigest.into(),
+            algorithm: KeyAlgorithm::P256.into(),
+            signatures_max: 10,
+            version: Some(version(1, KEY_ID)),
+            ..Default::default()
+        }
+    }
+
+    fn wish() -> SignIntended {
+        let digests = vec![vec![1; 32]];
+        let (key_id, profile) = (KEY_ID.to_vec(), KeyPurpose::RawDigest.into());
+        SignIntended { agent: AGENT.into(), epoch: 1, name: "a".into(), key_id, profile, digests }
+    }
+
+    fn reservation(count: u64) -> Body {
+        let (agent, name, key_id) = (AGENT.to_owned(), "a".to_owned(), KEY_ID.to_vec());
+        Body::SignaturesReserved(SignaturesReserved { agent, epoch: 1, name, key_id, count })
+    }
+
+    fn seal(reservation: u64, used: u64) -> Body {
+        Body::SignaturesSealed(SignaturesSealed { reservation, used })
+    }
+
+    /// With a key that may make ten signatures.
+    fn book() -> Book {
+        let mut book = Book::new();
+        book.add(Body::AgentKeyCreated(creation()));
+        book
+    }
+
+    fn released(book: &mut Book, intent: u64) {
+        book.add(Body::Released(Released { intent, signature: Vec::new() }));
+    }
+
+    fn disabled(book: &mut Book) {
+        let ended = AgentKeyDisabled { agent: AGENT.into(), epoch: 1, name: "a".into(), by: None };
+        book.add(Body::AgentKeyDisabled(ended));
+    }
+
+    #[test]
+    fn signatures_are_counted_and_what_is_not_sealed_counts_as_made() {
+        let mut book = book();
+        let one = book.add(Body::SignIntended(SignIntended { digests: vec![vec![1; 32]; 3], ..wish() }));
+        released(&mut book, one);
+        let sealed = book.add(reservation(4));
+        book.add(seal(sealed, 1));
+        book.add(reservation(6));
+        let report = book.report(&[]);
+        assert_eq!(report.violations, []);
+        assert_eq!((report.keys, report.signatures, report.signatures_counted), (1, 3, 7));
+        book.add(Body::SignIntended(wish()));
+        assert_eq!(book.broken(), ["sign-budget"]);
+    }
+
+    #[test]
+    fn a_key_is_of_an_agent_that_is_admitted_and_is_made_once_under_a_name() {
+        let mut twice = book();
+        twice.add(Body::AgentKeyCreated(AgentKeyCreated { version: Some(version(1, [8; 16])), ..creation() }));
+        assert_eq!(twice.broken(), ["agent-key"]);
+        let mut nobodys = Book::new();
+        nobodys.add(Body::AgentKeyCreated(AgentKeyCreated { agent: "builder/99".into(), ..creation() }));
+        assert_eq!(nobodys.broken(), ["agent-key"]);
+        let mut denied = Book::new();
+        denied.quarantine(AGENT, 1);
+        denied.add(Body::AgentKeyCreated(creation()));
+        assert_eq!(denied.broken(), ["agent-key"]);
+        let mut misnamed = Book::new();
+        let other = AgentKeyVersion { kid: version(1, KEY_ID).kid, ..version(1, KEY_ID) };
+        misnamed.add(Body::AgentKeyCreated(AgentKeyCreated { version: Some(other), ..creation() }));
+        assert_eq!(misnamed.broken(), ["agent-key"]);
+    }
+
+    #[test]
+    fn only_the_newest_version_of_an_active_key_signs_digests_of_its_purpose() {
+        for (wrong, rule) in [
+            (SignIntended { name: "b".into(), ..wish() }, "sign-key"),
+            (SignIntended { key_id: vec![8; 16], ..wish() }, "sign-key"),
+            (SignIntended { profile: KeyPurpose::Jws.into(), ..wish() }, "sign-key"),
+            (SignIntended { digests: vec![vec![1; 31]], ..wish() }, "sign-digest"),
+            (SignIntended { digests: Vec::new(), ..wish() }, "sign-digest"),
+            (SignIntended { digests: vec![vec![1; 32]; 11], ..wish() }, "sign-budget"),
+        ] {
+            let mut book = book();
+            book.add(Body::SignIntended(wrong));
+            assert_eq!(book.broken(), [rule]);
+        }
+        let mut rotated = book();
+        let (agent, name) = (AGENT.to_owned(), "a".to_owned());
+        rotated.add(Body::AgentKeyRotated(AgentKeyRotated { agent, epoch: 1, name, version: Some(version(2, [8; 16])) }));
+        assert!(rotated.report(&[]).holds());
+        rotated.add(Body::SignIntended(wish()));
+        assert_eq!(rotated.broken(), ["sign-key"]);
+        let mut ended = book();
+        disabled(&mut ended);
+        ended.add(Body::SignIntended(wish()));
+        assert_eq!(ended.broken(), ["sign-key"]);
+    }
+
+    #[test]
+    fn nothing_is_released_or_reserved_for_who_is_denied() {
+        let mut denied = book();
+        let intent = denied.add(Body::SignIntended(wish()));
+        denied.quarantine(AGENT, 1);
+        released(&mut denied, intent);
+        assert_eq!(denied.broken(), ["released-quarantined", "released-denied"]);
+        let mut denied = book();
+        denied.quarantine(AGENT, 1);
+        denied.add(reservation(1));
+        assert_eq!(denied.broken(), ["reserved"]);
+        let mut ended = book();
+        let intent = ended.add(Body::SignIntended(wish()));
+        disabled(&mut ended);
+        released(&mut ended, intent);
+        assert_eq!(ended.broken(), ["released-ended"]);
+    }
+
+    #[test]
+    fn an_intent_to_sign_ends_once() {
+        let mut book = book();
+        let intent = book.add(Body::SignIntended(wish()));
+        assert_eq!(book.report(&[]).open_intents, [intent]);
+        released(&mut book, intent);
+        book.add(Body::Unknown(proto::Unknown { intent, cause: "again".into() }));
+        assert_eq!(book.broken(), ["outcome-twice"]);
+    }
+
+    #[test]
+    fn a_reservation_is_sealed_once_with_no_more_than_it_had() {
+        let mut twice = book();
+        let index = twice.add(reservation(4));
+        twice.add(seal(index, 4));
+        twice.add(seal(index, 4));
+        assert_eq!(twice.broken(), ["sealed"]);
+        let mut more = book();
+        let index = more.add(reservation(4));
+        more.add(seal(index, 5));
+        assert_eq!(more.broken(), ["sealed"]);
     }
 }

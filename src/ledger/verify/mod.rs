@@ -1,7 +1,7 @@
 //! Offline verification: what the ledger says, held against what keyward promises.
 //!
 //! Owns: [`Verifier`], which is fed the stored entries in order, and its [`Report`]. Promises: every entry is hashed and
-//! decoded once; memory grows with live agents and certificates, not with entries; a finding has a rule with a stable name.
+//! decoded once; memory grows with agents, their keys and live certificates, not with entries; a finding has a rule with a stable name.
 //! It shares no code with what writes the ledger but the wire types and the tree, and believes nothing but the pinned key.
 //! Never: a database, a clock.
 //!
@@ -26,6 +26,7 @@
 //! | `signature` | a signature that is not the named key's over the intent's bytes |
 //! | `agent-key` | a key of an agent that is denied, of a name that is taken, or changed after its end; a name that is not its thumbprint |
 //! | `sign-key`, `sign-digest`, `sign-budget` | an intent to sign with a key that may not, of bytes that are no digests, beyond the budget |
+//! | `released-ended` | signatures released by a key that was disabled or destroyed by then |
 //! | `reserved`, `sealed` | signatures reserved for who is denied or beyond the budget; a seal of no open reservation, or of more than it had |
 //! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
 

@@ -3,8 +3,8 @@
 use keyward::proto::key_service_client::KeyServiceClient;
 use keyward::proto::{
     Content, CreateKeyRequest, CreateKeyResponse, DestroyKeyRequest, DisableKeyRequest, GetJwksRequest, GetPublicKeyRequest, Key,
-    KeyPurpose, ListKeysRequest, RotateKeyRequest, SignBatchRequest, SignBatchResponse, SignRequest, SignResponse, VerifyRequest,
-    VerifyResponse, content, get_jwks_request, signature::Form,
+    KeyPurpose, KeyStorage, ListKeysRequest, RotateKeyRequest, SignBatchRequest, SignBatchResponse, SignRequest, SignResponse,
+    VerifyRequest, VerifyResponse, content, get_jwks_request, signature::Form,
 };
 use tonic::transport::Channel;
 
@@ -36,6 +36,11 @@ impl House {
 /// A wish for a key on P-256 for raw digests.
 pub fn wish(name: &str) -> CreateKeyRequest {
     CreateKeyRequest { name: name.to_owned(), purpose: KeyPurpose::RawDigest.into(), ..CreateKeyRequest::default() }
+}
+
+/// Where a key lives that was wished to live there: a class that the token lacks falls back to the next, visibly.
+pub fn lives(storage: KeyStorage) -> KeyStorage {
+    if storage == KeyStorage::Wrapped && !super::token::wraps() { KeyStorage::Resident } else { storage }
 }
 
 /// A digest to be signed.

@@ -33,6 +33,11 @@ fn kind() -> Kind {
     }
 }
 
+/// Whether the module under test wraps keys.
+pub fn wraps() -> bool {
+    matches!(kind(), Kind::SoftHsm)
+}
+
 /// The module under test.
 pub fn module() -> PathBuf {
     match kind() {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Why something was not queued.
@@ -131,6 +132,7 @@ impl Mark {
 /// The threads of one token. Each takes its mark off when it ends, also by a panic.
 pub(super) struct Crew {
     marks: Mutex<Vec<Arc<Mark>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     gone: Condvar,
 }
 
@@ -147,7 +149,7 @@ pub(super) struct Count {
 
 impl Crew {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { marks: Mutex::new(Vec::new()), gone: Condvar::new() })
+        Arc::new(Self { marks: Mutex::default(), threads: Mutex::default(), gone: Condvar::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Mark>>> {
@@ -173,10 +175,13 @@ impl Crew {
         let leave = Leave(Arc::clone(self), Arc::clone(&mark));
         self.lock().push(Arc::clone(&mark));
         // A thread that is refused drops `leave`, and with it the mark.
-        std::thread::Builder::new().name(name.into()).spawn(move || {
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let leave = leave;
             work(&leave.1);
         })?;
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
         Ok(())
     }
 
@@ -211,12 +216,25 @@ impl Crew {
         Count { serving: of(Post::Sign) - hanging, hanging, singles: of(Post::Single) }
     }
 
-    /// Waits until nobody is left.
+    /// Waits until nobody is left, and what the module keeps for each thread is gone too: a module that is finalized, or a process that
+    /// ends, while a thread still clears up is a double free.
     pub(super) fn wait_until_gone(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
         let marks = self.lock();
         let (marks, _) =
             self.gone.wait_timeout_while(marks, patience, |marks| !marks.is_empty()).unwrap_or_else(PoisonError::into_inner);
-        marks.is_empty()
+        if !marks.is_empty() {
+            return false;
+        }
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(marks);
+        let (joined, all) = std::sync::mpsc::channel();
+        // Joining knows no deadline, and clearing up is code of the module.
+        let joining = std::thread::Builder::new().name("hsm-join".into()).spawn(move || {
+            threads.into_iter().for_each(|thread| drop(thread.join()));
+            let _ = joined.send(());
+        });
+        joining.is_ok() && all.recv_timeout(until.saturating_duration_since(Instant::now())).is_ok()
     }
 }
 

@@ -4,39 +4,48 @@
 //! runs to its end whether the caller waits or not; refusals of a known identity become entries, of strangers counts. Never:
 //! speaks a wire format, decides who a caller is, signs what the ledger has not recorded.
 
+mod adopt;
 mod authorities;
 mod certificate;
+mod certify;
 mod checkpoint;
 mod clock;
 mod crl;
+mod due;
 mod enrol;
 mod files;
 mod init;
 mod issue;
 mod keys;
 mod quarantine;
+mod reconcile;
 mod release;
+mod rotate;
 mod server_certificate;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use tokio::sync::{Mutex, watch};
 
-use crate::config::{Config, Limits};
+use crate::authn::Tls;
+use crate::config::{Config, Limits, Rotation};
 use crate::hsm;
 use crate::ledger::Ledger;
-use crate::model::{Clock, Reason, Refusal, TrustDomain};
+use crate::model::{Clock, KeyId, Reason, Refusal, TrustDomain};
 use crate::proto;
 
 pub use authorities::Authorities;
 pub use certificate::{Authority, Issued, assemble};
 pub use checkpoint::verifier_key;
 pub use crl::Crl;
+pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use keys::{Keys, Tokens, reconcile};
-pub use server_certificate::ServerCertificate;
+pub use keys::{Tokens, reconcile};
+pub use reconcile::Stray;
 
 /// When a caller may ask again whom the token could not serve.
 const HSM_RETRY: Duration = Duration::from_millis(500);
@@ -50,20 +59,43 @@ pub struct Acts {
     addresses: ArcSwap<Vec<String>>,
     /// Absent while the token is.
     authorities: ArcSwapOption<Authorities>,
-    crl: Crl,
+    /// Counts changes of `authorities`.
+    changes: watch::Sender<u64>,
+    /// Trusts clients by the authorities, and serves under the server's own certificate.
+    tls: Arc<Tls>,
+    /// Whose the server's certificate is.
+    server_issuer: ArcSwapOption<KeyId>,
+    rotation: Rotation,
+    /// One arrow at a time.
+    rotating: Mutex<()>,
+    /// What the outside root is asked to sign for a planned issuing authority: its key, PKCS#10 in DER.
+    request: ArcSwapOption<(KeyId, Vec<u8>)>,
+    crl: Arc<Crl>,
+    /// One set of CRLs at a time.
+    publishing: Mutex<()>,
+    /// The state directory.
+    state: PathBuf,
 }
 
 impl Acts {
     /// Without authorities: those come when the token is there.
     #[must_use]
-    pub fn new(config: &Config, ledger: Ledger, crl: Crl) -> Self {
+    pub fn new(config: &Config, ledger: Ledger, crl: Crl, tls: Arc<Tls>) -> Self {
         Self {
             ledger,
             domain: config.trust_domain.clone(),
             limits: config.limits.clone(),
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
-            crl,
+            changes: watch::Sender::new(0),
+            tls,
+            server_issuer: ArcSwapOption::empty(),
+            rotation: config.rotation.clone(),
+            rotating: Mutex::new(()),
+            request: ArcSwapOption::empty(),
+            crl: Arc::new(crl),
+            publishing: Mutex::new(()),
+            state: config.paths.state.clone(),
         }
     }
 
@@ -84,9 +116,16 @@ impl Acts {
         self.addresses.store(Arc::new(addresses));
     }
 
-    /// The token is there: its keys are bound.
-    pub fn set_authorities(&self, authorities: Authorities) {
+    /// The authorities in force from now on: clients are trusted by them, and new certificates are signed by them.
+    ///
+    /// # Errors
+    /// `INTERNAL`: a certificate of theirs is none.
+    pub fn set_authorities(&self, authorities: Authorities) -> Result<(), Refusal> {
+        // First, so that nobody holds a certificate that is not trusted yet.
+        self.tls.trust(self.clock(), &authorities.anchors()).map_err(Refusal::internal)?;
         self.authorities.store(Some(Arc::new(authorities)));
+        self.changes.send_modify(|count| *count += 1);
+        Ok(())
     }
 
     /// The authorities, if the token is there.

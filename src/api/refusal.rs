@@ -35,7 +35,8 @@ fn code_of(reason: Reason) -> Code {
         | Reason::KeyUnsupported
         | Reason::WishBeyondGrant
         | Reason::IdempotencyMismatch
-        | Reason::KeyInUse => Code::InvalidArgument,
+        | Reason::KeyInUse
+        | Reason::CertificateUnfit => Code::InvalidArgument,
         Reason::Unauthenticated | Reason::TokenUnknown | Reason::ProofInvalid | Reason::ChallengeExpired => Code::Unauthenticated,
         Reason::CallerNotAllowed
         | Reason::TokenExpired
@@ -46,9 +47,13 @@ fn code_of(reason: Reason) -> Code {
         | Reason::CloneSuspected
         | Reason::RejoinExpired
         | Reason::DeniedMeanwhile => Code::PermissionDenied,
-        Reason::SequenceAhead | Reason::NotQuarantined => Code::FailedPrecondition,
+        Reason::SequenceAhead
+        | Reason::NotQuarantined
+        | Reason::RotationPaused
+        | Reason::RotationUnderWay
+        | Reason::NoSuchAuthorityHere => Code::FailedPrecondition,
         Reason::AgentExists => Code::AlreadyExists,
-        Reason::NotFound => Code::NotFound,
+        Reason::NotFound | Reason::AuthorityUnknown => Code::NotFound,
         Reason::RateLimited | Reason::Overloaded => Code::ResourceExhausted,
         Reason::RequestInProgress
         | Reason::HsmUnavailable
@@ -56,6 +61,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::EnforcedNotDurable
         | Reason::ClockUntrusted
         | Reason::Draining
+        | Reason::AuthoritySuperseded
         | Reason::SignatureUnknown => Code::Unavailable,
         Reason::Internal | Reason::Unspecified => Code::Internal,
     }

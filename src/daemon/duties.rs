@@ -7,7 +7,6 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::hsm::Health as TokenHealth;
-use crate::model::Refusal;
 
 use super::Cause;
 use super::rooms::Rooms;
@@ -16,18 +15,13 @@ use super::rooms::Rooms;
 const BACK_OFF_MAX: Duration = Duration::from_secs(30);
 /// Denials within this time share a CRL.
 const CRL_COALESCE: Duration = Duration::from_secs(1);
+/// Between two looks at what is due.
+const ROTATION_LOOK: Duration = Duration::from_secs(1);
 /// Between two checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 
 fn back_off(tries: u32) -> Duration {
     Duration::from_secs(1 << tries.min(5)).min(BACK_OFF_MAX)
-}
-
-/// Makes a server certificate and puts it into service. Gives the time until the next one.
-pub(super) async fn renew_server_certificate(rooms: &Rooms) -> Result<Duration, Refusal> {
-    let made = rooms.acts.certify_server().await?;
-    rooms.tls.serve(made.chain, made.key).map_err(Refusal::internal)?;
-    Ok(made.renew_in)
 }
 
 /// The server's certificate, renewed at a third of its life.
@@ -36,7 +30,7 @@ pub(super) async fn server_certificate(rooms: Rooms) {
     let mut tries = 0;
     loop {
         sleep(wait).await;
-        wait = match renew_server_certificate(&rooms).await {
+        wait = match rooms.acts.serve_certificate().await {
             Ok(next) => {
                 tries = 0;
                 next
@@ -78,6 +72,25 @@ pub(super) async fn crl(rooms: Rooms) {
                 back_off(tries)
             }
         };
+    }
+}
+
+/// The authorities, once a second: what is due moves on. What failed is due again.
+pub(super) async fn rotation(rooms: Rooms) {
+    let mut tries = 0;
+    loop {
+        let wait = match rooms.acts.rotate_due().await {
+            Ok(_) => {
+                tries = 0;
+                ROTATION_LOOK
+            }
+            Err(refusal) => {
+                tracing::warn!(?refusal, "the rotation of the authorities has to wait");
+                tries += 1;
+                back_off(tries)
+            }
+        };
+        sleep(wait).await;
     }
 }
 

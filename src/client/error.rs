@@ -60,6 +60,7 @@ impl Refused {
                 | Reason::RateLimited
                 | Reason::RequestInProgress
                 | Reason::ChallengeExpired
+                | Reason::AuthoritySuperseded
                 | Reason::Internal
         )
     }

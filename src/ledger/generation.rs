@@ -114,9 +114,13 @@ impl Generations {
         self.paused
     }
 
-    /// Whether a generation in this state signs this. A key that is no generation yet is one that `init` makes.
+    /// Whether a generation in this state signs this. A key that is no generation is one that `init` makes, while there is none in force
+    /// yet; one that is no generation any more signs nothing.
     pub(super) fn may_sign(&self, kind: IntentKind, key: &KeyId) -> bool {
-        let Some(found) = self.by_key.get(key) else { return true };
+        let Some(found) = self.by_key.get(key) else {
+            let purpose = if matches!(kind, IntentKind::Root | IntentKind::Issuing) { Purpose::Root } else { Purpose::Issuing };
+            return self.active(purpose).is_none();
+        };
         match kind {
             IntentKind::Attest | IntentKind::Renew | IntentKind::Issuing => found.state == State::Active,
             IntentKind::Server => matches!(found.state, State::Active | State::Retiring),

@@ -14,6 +14,8 @@ mod overload;
 mod phase;
 mod report;
 pub mod room;
+mod rotation;
+mod rotation_peers;
 mod slow;
 pub mod token;
 
@@ -27,6 +29,7 @@ use house::{House, Running, Site, Wants, ran};
 pub use overload::{OverloadPlan, OverloadReport, overload};
 use phase::{Measured, Phase};
 pub use report::{Comparison, Crowd, Goal, Ground, Report, Side};
+pub use rotation::{RotationPlan, RotationReport, rotation, under_clock};
 pub use slow::{SlowPlan, SlowReport, slow_hsm};
 use token::RawSignatures;
 

@@ -1,6 +1,7 @@
 //! Authorities replace themselves: no agent notices, no verifier meets an unknown issuer, nothing is left behind in the token.
 
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -315,16 +316,56 @@ fn a_token_signing_key_is_made_when_it_is_asked_for_and_is_known_before_it_signs
 
 #[test]
 fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked() {
-    let mut house = House::serving();
-    // A key of keyward's that some other book knows: the token was used before.
-    let (key, issuing) = (generations(&house, "ledger")[0].0.clone(), generations(&house, "issuing")[0].0.clone());
-    assert_eq!(house.stop(), 0);
-    let db = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
-    let spare = db.query_row("SELECT lower(hex(id)) FROM hsm_key WHERE purpose = 1", [], |row| row.get::<_, String>(0)).unwrap();
-    assert!(spare != key && spare != issuing);
-    drop(db);
+    let mut house = House::new().initialised();
+    // The same tokens under a new book: the keys of the one before are nobody's.
+    std::fs::remove_dir_all(house.state()).unwrap();
+    house.keyward(&["init"]).ok();
     house.serve();
+    let found = |house: &House, more: &[&str]| {
+        let arguments = [&["hsm", "reconcile", "--format", "json"], more].concat();
+        house.keyward(&arguments).json().as_array().unwrap().clone()
+    };
+    let orphans = found(&house, &[]);
+    assert_eq!(orphans.len(), 5, "root, issuing, ledger, two canaries: {orphans:?}");
+    assert!(orphans.iter().all(|one| one["found"] == "object without a row" && one["objects"] == 2), "{orphans:?}");
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
+    assert_eq!(found(&house, &[]), orphans);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
     nothing_is_left_over(&house);
+    house.attested("builder/1").renew().ok();
+    // A key of the book that the token has lost is told as well, and is nobody's to destroy.
+    rotate(&house, "issuing").ok();
+    let (lost, _) = generations(&house, "issuing").pop().unwrap();
+    let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
+    instruments::destroy(&house, "authority", &id);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).exits(5);
+    let missing = found(&house, &[]);
+    assert_eq!((missing.len(), &missing[0]["found"], &missing[0]["key_id"]), (1, &"row without an object".into(), &lost.into()));
+    assert_eq!(house.stop(), 0);
+    let destroyed = house.ended_entries().iter().filter(|body| matches!(body, Body::OrphansDestroyed(_))).count();
+    assert_eq!(destroyed, 5);
+    house.verify().ok();
+}
+
+/// The whole of it at once, as `keyward bench rotation` judges it: days pass, agents renew, authorities of all kinds follow each other, and
+/// daemons die of it.
+#[test]
+fn through_many_rotations_nothing_is_refused_rejected_or_left_over() {
+    let (rotations, kills) = if instruments::slow() { ("1000", "200") } else { ("20", "5") };
+    let runs = if instruments::slow() { vec!["0", kills] } else { vec![kills] };
+    for kills in runs {
+        let work = tempfile::tempdir().unwrap();
+        let mut bench = Command::new(env!("CARGO_BIN_EXE_keyward"));
+        bench.args(["bench", "rotation", "--format", "json", "--rotations", rotations, "--kills", kills]);
+        bench.arg("--clock").arg(crate::house::instrument::preload_library()).arg("--work").arg(work.path());
+        let report = run(&mut bench).ok().json();
+        for figure in ["failed_issues", "rejected", "orphans", "violations"] {
+            assert_eq!(report[figure], 0, "{figure}: {}", report["complaints"]);
+        }
+        assert!(report["rotations"].as_u64() >= rotations.parse().ok(), "{}", report["rotations"]);
+        assert_eq!(report["kills"].to_string(), kills);
+        assert!(report["issued"].as_u64() > Some(20));
+    }
 }
 
 #[test]

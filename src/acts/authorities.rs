@@ -1,50 +1,128 @@
 //! The authorities in force, and the bundle that peers trust.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use rustls::pki_types::CertificateDer;
+
 use crate::hsm::SigningKey;
-use crate::ledger::{AuthorityRow, Ledger};
-use crate::model::Refusal;
-use crate::proto::{self, Purpose};
+use crate::ledger::{Generation, KeyRow, Ledger};
+use crate::model::{KeyId, Refusal};
+use crate::proto::{self, AuthorityState as State, Purpose};
 
 use super::certificate::Authority;
-use super::keys::Keys;
+use super::hsm_refusal;
+use super::keys::{self, Tokens};
 
 /// How long a peer may keep a bundle before it asks again, in seconds.
-const REFRESH_HINT_SECONDS: u32 = 300;
+pub(super) const REFRESH_HINT_SECONDS: u32 = 300;
 
-/// What signs, and under what it is trusted.
+/// What signs, and under what it is trusted: the generations of the ledger that are trusted, each bound to its key.
 pub struct Authorities {
-    issuing: Arc<Authority>,
-    root: Vec<u8>,
-    /// Held so that it is watched with the others; an outside root's is not here.
-    root_key: Option<SigningKey>,
-    ledger_key: SigningKey,
+    tokens: Tokens,
+    generations: Vec<Generation>,
+    keys: BTreeMap<KeyId, SigningKey>,
+    /// Of all trusted issuing authorities, the active one first.
+    issuing: Vec<Arc<Authority>>,
+    /// None with an outside root.
+    root: Option<Arc<Authority>>,
+    /// The active one first, then those that sign beside it.
+    ledger_keys: Vec<SigningKey>,
     bundle: proto::Bundle,
 }
 
 impl Authorities {
-    /// From the bound keys and the certificates in force.
+    /// From what the ledger says. Keys that `before` has bound are taken from it.
     ///
     /// # Errors
-    /// When `keyward init` has not finished.
-    pub async fn load(ledger: &Ledger, keys: Keys) -> Result<Self, Refusal> {
-        let rows = certificates(ledger).await?;
-        let certificate = |purpose: Purpose| {
-            rows.iter().find(|row| row.purpose == purpose).map(|row| row.certificate.clone()).ok_or_else(|| {
-                Refusal::internal("`keyward init` has not finished: run it, or give it the certificates of the outside root")
-            })
+    /// When `keyward init` has not finished, or the token does not have a key that is active.
+    pub async fn load(ledger: &Ledger, tokens: Tokens, before: Option<&Self>) -> Result<Self, Refusal> {
+        let (generations, sequence) = ledger.generations();
+        let rows = keys::rows(ledger).await?;
+        if before.is_none() {
+            keys::set_canaries(&tokens, &rows).await?;
+        }
+        let mut keys = BTreeMap::new();
+        for generation in generations.iter().filter(|found| found.is_trusted() && !found.is_outside()) {
+            let bound = before.and_then(|before| before.keys.get(&generation.key_id).cloned());
+            let bound = match bound {
+                Some(bound) => Ok(bound),
+                None => bind(&tokens, &rows, generation).await,
+            };
+            match bound {
+                Ok(key) => drop(keys.insert(generation.key_id, key)),
+                Err(refusal) if generation.state == State::Active => return Err(refusal),
+                // What it still had to sign stays as it is; the others are not to wait for it.
+                Err(refusal) => tracing::error!(key = %generation.key_id, ?refusal, "a key that is not active cannot be used"),
+            }
+        }
+        let unfinished =
+            || Refusal::internal("`keyward init` has not finished: run it, or give it the certificates of the outside root");
+        let sorted = |purpose| in_order(&generations, purpose);
+        let authority = |found: &Generation| match keys.get(&found.key_id) {
+            Some(key) => Authority::new(key.clone(), found.certificate.clone()).map(Arc::new).map(Some),
+            None => Ok(None),
         };
-        let root = certificate(Purpose::Root)?;
-        let issuing = Arc::new(Authority::new(keys.issuing, certificate(Purpose::Issuing)?)?);
-        let bundle = proto::Bundle { authorities: vec![root.clone()], sequence: 1, refresh_hint_seconds: REFRESH_HINT_SECONDS };
-        Ok(Self { issuing, root, root_key: keys.root, ledger_key: keys.ledger, bundle })
+        let mut issuing = Vec::new();
+        for found in sorted(Purpose::Issuing) {
+            issuing.extend(authority(found)?);
+        }
+        if sorted(Purpose::Issuing).first().is_none_or(|first| first.state != State::Active) {
+            return Err(unfinished());
+        }
+        let roots = sorted(Purpose::Root);
+        let active_root = roots.first().filter(|root| root.state == State::Active).ok_or_else(unfinished)?;
+        let root = authority(active_root)?;
+        let ledger_keys: Vec<_> = sorted(Purpose::Ledger).iter().filter_map(|found| keys.get(&found.key_id).cloned()).collect();
+        if sorted(Purpose::Ledger).first().is_none_or(|first| first.state != State::Active) {
+            return Err(unfinished());
+        }
+        let bundle = proto::Bundle {
+            authorities: roots.iter().map(|root| root.certificate.clone()).collect(),
+            sequence,
+            refresh_hint_seconds: REFRESH_HINT_SECONDS,
+        };
+        Ok(Self { tokens, generations, keys, issuing, root, ledger_keys, bundle })
     }
 
-    /// What signs leaves and CRLs.
+    /// What signs leaves.
     #[must_use]
     pub fn issuing(&self) -> Arc<Authority> {
-        Arc::clone(&self.issuing)
+        Arc::clone(&self.issuing[0])
+    }
+
+    /// All issuing authorities that are trusted, each with a CRL of its own; the active one first.
+    #[must_use]
+    pub fn issuing_trusted(&self) -> &[Arc<Authority>] {
+        &self.issuing
+    }
+
+    /// What signs the server's own certificate: the newest issuing authority under the oldest root that is in service, so that whoever was
+    /// away while a root was replaced still knows the server.
+    #[must_use]
+    pub fn issuing_for_server(&self) -> Arc<Authority> {
+        let mut roots = in_order(&self.generations, Purpose::Root);
+        roots.sort_by_key(|root| (root.state != State::Retiring, root.since));
+        let newest_under = |root: &&Generation| {
+            let under = in_order(&self.generations, Purpose::Issuing);
+            let mut under =
+                under.into_iter().filter(|found| found.issuer == Some(root.key_id) && found.state != State::Prepublished);
+            under.next().and_then(|found| self.issuing.iter().find(|authority| authority.key().id() == found.key_id))
+        };
+        Arc::clone(roots.iter().find_map(newest_under).unwrap_or(&self.issuing[0]))
+    }
+
+    /// What clients' certificates may hang from.
+    #[must_use]
+    pub fn anchors(&self) -> Vec<CertificateDer<'static>> {
+        let trusted = in_order(&self.generations, Purpose::Issuing);
+        trusted.into_iter().map(|found| found.certificate.clone().into()).collect()
+    }
+
+    /// What signs issuing authorities; none with an outside root.
+    #[must_use]
+    pub fn root(&self) -> Option<Arc<Authority>> {
+        self.root.clone()
     }
 
     /// What peers trust.
@@ -56,34 +134,52 @@ impl Authorities {
     /// What signs checkpoints.
     #[must_use]
     pub fn ledger_key(&self) -> &SigningKey {
-        &self.ledger_key
+        &self.ledger_keys[0]
     }
 
-    /// For people.
+    /// All that sign checkpoints, the active one first.
     #[must_use]
-    pub fn list(&self) -> Vec<proto::Authority> {
-        vec![
-            proto::Authority {
-                purpose: Purpose::Root.into(),
-                key_id: self.root_key.as_ref().map(|key| key.id().0.to_vec()).unwrap_or_default(),
-                certificate: self.root.clone(),
-                in_hsm: self.root_key.is_some(),
-            },
-            proto::Authority {
-                purpose: Purpose::Issuing.into(),
-                key_id: self.issuing.key().id().0.to_vec(),
-                certificate: self.issuing.certificate().to_vec(),
-                in_hsm: true,
-            },
-        ]
+    pub fn ledger_keys(&self) -> &[SigningKey] {
+        &self.ledger_keys
+    }
+
+    /// The key of a trusted generation.
+    #[must_use]
+    pub fn key(&self, id: &KeyId) -> Option<&SigningKey> {
+        self.keys.get(id)
+    }
+
+    /// Where the keys are.
+    #[must_use]
+    pub fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    /// What the ledger said when this was loaded.
+    #[must_use]
+    pub fn generations(&self) -> &[Generation] {
+        &self.generations
     }
 }
 
-/// The certificates in force.
-pub(super) async fn certificates(ledger: &Ledger) -> Result<Vec<AuthorityRow>, Refusal> {
-    let ledger = ledger.clone();
-    tokio::task::spawn_blocking(move || ledger.reader().authorities())
-        .await
-        .map_err(Refusal::internal)?
-        .map_err(Refusal::internal)
+/// The trusted generations of a purpose: the active one, the one to come, those before from the newest on.
+fn in_order(generations: &[Generation], purpose: Purpose) -> Vec<&Generation> {
+    let mut found: Vec<_> = generations.iter().filter(|found| found.purpose == purpose && found.is_trusted()).collect();
+    let rank = |state| match state {
+        State::Active => 0,
+        State::Prepublished => 1,
+        _ => 2,
+    };
+    found.sort_by_key(|found| (rank(found.state), std::cmp::Reverse(found.since)));
+    found
+}
+
+/// A generation's key, looked up once and bound to its pinned public key.
+pub(super) async fn bind(tokens: &Tokens, rows: &[KeyRow], generation: &Generation) -> Result<SigningKey, Refusal> {
+    let row = rows.iter().find(|row| row.id == generation.key_id);
+    let pinned = row.and_then(|row| Some((row.token, row.public.clone()?)));
+    let (role, public) = pinned.ok_or_else(|| {
+        Refusal::internal(format!("the ledger knows no {} key {}", keys::name(generation.purpose), generation.key_id))
+    })?;
+    tokens.of(role).key(generation.key_id, public).await.map_err(hsm_refusal)
 }

@@ -17,25 +17,34 @@ pub fn verifier_key(domain: &TrustDomain, key: PublicKey) -> Result<VerifierKey,
 }
 
 impl Acts {
-    /// Signs the tree as it is now, if it has grown since the last checkpoint. What is signed starts with the origin in ASCII; a
-    /// certificate's bytes of that first byte would be shorter than any certificate. Gives the size.
+    /// Signs the tree as it is now, if it has grown since the last checkpoint. Gives the size.
     ///
     /// # Errors
     /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
     pub async fn checkpoint(&self, last: u64) -> Result<u64, Refusal> {
-        let (size, root) = self.ledger.edge().await?;
-        if size == last {
-            return Ok(size);
+        if self.ledger.edge().await?.0 == last {
+            return Ok(last);
         }
+        let (size, note) = self.sign_checkpoint().await?;
+        self.ledger.keep_checkpoint(note).await?;
+        Ok(size)
+    }
+
+    /// The tree as it is now, signed by every ledger key in service: while one follows another, whoever trusts either is served. What is
+    /// signed starts with the origin in ASCII; a certificate's bytes of that first byte would be shorter than any certificate.
+    pub(super) async fn sign_checkpoint(&self) -> Result<(u64, String), Refusal> {
         let authorities = self.authorities()?;
-        let key = authorities.ledger_key();
+        let (size, root) = self.ledger.edge().await?;
         let name = ledger_name(&self.domain);
         let checkpoint = Checkpoint { origin: name.clone(), size, root };
         let body: Arc<[u8]> = checkpoint.body().into_bytes().into();
-        let signature = key.sign(body).await.map_err(|error| match error {
-            SignError::NotSigned(error) | SignError::Unknown(error) => hsm_refusal(error),
-        })?;
-        self.ledger.keep_checkpoint(checkpoint.signed(&name, key.public(), &signature)).await?;
-        Ok(size)
+        let mut signatures = Vec::new();
+        for key in authorities.ledger_keys() {
+            let signature = key.sign(Arc::clone(&body)).await.map_err(|error| match error {
+                SignError::NotSigned(error) | SignError::Unknown(error) => hsm_refusal(error),
+            })?;
+            signatures.push((key.public(), signature));
+        }
+        Ok((size, checkpoint.signed(&name, &signatures)))
     }
 }

@@ -1,110 +1,136 @@
-//! The list of what is taken back, for those who only know CRLs (RFC 5280 §5). Containment does not wait for it.
+//! The lists of what is taken back, for those who only know CRLs (RFC 5280 §5). Containment does not wait for them.
 
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevocationReason, RevokedCertParams, SerialNumber};
-use x509_parser::prelude::FromDer;
-use x509_parser::revocation_list::CertificateRevocationList;
 
-use crate::model::{Refusal, UnixTime};
+use crate::model::{KeyId, Refusal, Serial, UnixTime, hex};
 use crate::proto::IntentKind;
 
 use super::Acts;
-use super::certificate::{assemble, offset, sign_own};
+use super::certificate::{Authority, assemble, offset, sign_own};
 
-/// The newest CRL, in memory and beside the ledger as `crl.der`.
+/// The newest CRL of each trusted issuing authority, in memory and beside the ledger: `crl.der` of the active one, `crl-<key id>.der` of
+/// the others. Each lists all that is denied, whichever of them signed it: serials are random, none is another's.
 pub struct Crl {
-    path: PathBuf,
-    der: ArcSwap<Vec<u8>>,
+    state: PathBuf,
+    /// What an earlier daemon left, until there is a newer one.
+    left: Vec<u8>,
+    newest: ArcSwap<BTreeMap<KeyId, Vec<u8>>>,
 }
 
 impl Crl {
     /// With what an earlier daemon left in the state directory.
     #[must_use]
     pub fn open(state: &Path) -> Self {
-        let path = state.join("crl.der");
-        let der = std::fs::read(&path).unwrap_or_default();
-        Self { path, der: ArcSwap::from_pointee(der) }
+        let left = std::fs::read(state.join("crl.der")).unwrap_or_default();
+        Self { state: state.to_owned(), left, newest: ArcSwap::default() }
     }
 
-    /// DER; empty before the first.
-    #[must_use]
-    pub fn der(&self) -> Arc<Vec<u8>> {
-        self.der.load_full()
+    /// Blocking. Of `keys` the first is active; the files of those that are not among them go.
+    fn keep(&self, keys: &[KeyId]) -> std::io::Result<()> {
+        let newest = self.newest.load();
+        let mut names = HashSet::new();
+        for (at, key) in keys.iter().enumerate() {
+            let Some(der) = newest.get(key) else { continue };
+            let name = if at == 0 { "crl.der".to_owned() } else { format!("crl-{}.der", hex(&key.0[..4])) };
+            let path = self.state.join(&name);
+            if std::fs::read(&path).ok().as_ref() != Some(der) {
+                super::files::replace(&path, der, 0o644)?;
+            }
+            names.insert(name);
+        }
+        for entry in std::fs::read_dir(&self.state)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("crl-") && !names.contains(&name) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 }
 
 impl Acts {
-    /// The newest CRL.
+    /// The newest CRLs, of the active issuing authority first; none before the first.
     #[must_use]
-    pub fn crl(&self) -> Arc<Vec<u8>> {
-        self.crl.der()
+    pub fn crls(&self) -> Vec<Vec<u8>> {
+        let newest = self.crl.newest.load();
+        let Ok(authorities) = self.authorities() else { return Vec::new() };
+        let trusted = authorities.issuing_trusted().iter().filter_map(|issuing| newest.get(&issuing.key().id()).cloned());
+        let all: Vec<_> = trusted.collect();
+        if all.is_empty() && !self.crl.left.is_empty() { vec![self.crl.left.clone()] } else { all }
     }
 
-    /// Signs and publishes a new CRL. Its number is the tree's size when it was prepared, so it grows; a serial is on it until one period
-    /// after its notAfter. Gives the time until the next one is due: half a period.
+    /// Signs and publishes a new CRL of each trusted issuing authority. Gives the time until the next ones are due: half a period.
     ///
     /// # Errors
-    /// `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`: the old one stays.
+    /// `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`: the old ones stay.
     pub async fn publish_crl(&self) -> Result<Duration, Refusal> {
+        // Two at once would overwrite each other's files.
+        let _one = self.publishing.lock().await;
         let now = self.trusted_now()?;
-        let issuing = self.authorities()?.issuing();
-        let period = u64::from(self.limits.crl_seconds);
+        let authorities = self.authorities()?;
+        let mut newest = BTreeMap::new();
+        for issuing in authorities.issuing_trusted() {
+            newest.insert(issuing.key().id(), self.sign_crl(issuing, now).await?);
+        }
+        tracing::info!(authorities = newest.len(), "a CRL was published");
+        self.crl.newest.store(Arc::new(newest));
+        self.keep_crls().await?;
+        Ok(Duration::from_secs(u64::from(self.limits.crl_seconds) / 2))
+    }
+
+    /// The first CRL of an authority that is about to sign: who goes by CRLs has it before a certificate.
+    ///
+    /// # Errors
+    /// As `publish_crl`.
+    pub(super) async fn publish_first_crl(&self, issuing: &Authority) -> Result<(), Refusal> {
+        let _one = self.publishing.lock().await;
+        let der = self.sign_crl(issuing, self.trusted_now()?).await?;
+        let mut newest = BTreeMap::clone(&self.crl.newest.load());
+        newest.insert(issuing.key().id(), der);
+        self.crl.newest.store(Arc::new(newest));
+        self.keep_crls().await
+    }
+
+    /// The files are what is in memory, under the names that fit who is active now.
+    pub(super) async fn keep_crls(&self) -> Result<(), Refusal> {
+        let authorities = self.authorities()?;
+        let keys: Vec<_> = authorities.issuing_trusted().iter().map(|issuing| issuing.key().id()).collect();
+        let crl = Arc::clone(&self.crl);
+        tokio::task::spawn_blocking(move || crl.keep(&keys)).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+
+    /// Its number is the tree's size when it was prepared, so it grows; a serial is on it until one period after its notAfter.
+    async fn sign_crl(&self, issuing: &Authority, now: UnixTime) -> Result<Vec<u8>, Refusal> {
         let number = self.ledger.edge().await?.0;
         let denied = self.ledger.denied_certificates(now);
-        let listed = denied.len();
-        let revoked_certs = denied
-            .into_iter()
-            .map(|(serial, since)| {
-                Ok(RevokedCertParams {
-                    serial_number: SerialNumber::from_slice(&serial.0),
-                    revocation_time: offset(since)?,
-                    reason_code: Some(RevocationReason::KeyCompromise),
-                    invalidity_date: None,
-                })
-            })
-            .collect::<Result<Vec<_>, Refusal>>()?;
-        let key_identifier = authority_key_identifier(issuing.certificate())?;
         let params = CertificateRevocationListParams {
             this_update: offset(now.minus_seconds(30))?,
-            next_update: offset(now.plus_seconds(period))?,
+            next_update: offset(now.plus_seconds(self.limits.crl_seconds.into()))?,
             crl_number: SerialNumber::from_slice(minimal(&number.to_be_bytes())),
             issuing_distribution_point: None,
-            revoked_certs,
-            key_identifier_method: KeyIdMethod::PreSpecified(key_identifier),
+            revoked_certs: denied.into_iter().map(revoked).collect::<Result<_, _>>()?,
+            key_identifier_method: KeyIdMethod::PreSpecified(authority_key_identifier(issuing.certificate())?),
         };
         let tbs = issuing.to_be_signed(|issuer| params.signed_by(issuer))?;
-        let (index, signature) = sign_own(&self.ledger, IntentKind::Crl, issuing.key(), tbs.clone()).await?;
-        let der = assemble(&tbs, &signature);
-        self.keep_crl(der).await?;
-        tracing::info!(index, number, listed, "a CRL was published");
-        Ok(Duration::from_secs(period / 2))
+        let (_, signature) = sign_own(&self.ledger, IntentKind::Crl, issuing.key(), tbs.clone()).await?;
+        Ok(assemble(&tbs, &signature))
     }
+}
 
-    async fn keep_crl(&self, der: Vec<u8>) -> Result<(), Refusal> {
-        let path = self.crl.path.clone();
-        let bytes = der.clone();
-        tokio::task::spawn_blocking(move || super::files::replace(&path, &bytes, 0o644))
-            .await
-            .map_err(Refusal::internal)?
-            .map_err(Refusal::internal)?;
-        self.crl.der.store(Arc::new(der));
-        Ok(())
-    }
-
-    /// How long the newest CRL may stay as it is: until half of its period is over. Zero without one.
-    #[must_use]
-    pub fn crl_due_in(&self) -> Duration {
-        let der = self.crl.der();
-        let Ok((_, crl)) = CertificateRevocationList::from_der(&der) else { return Duration::ZERO };
-        let from = crl.last_update().timestamp();
-        let until = crl.next_update().map_or(from, |next| next.timestamp());
-        let due = u64::try_from(from + (until - from) / 2).unwrap_or(0);
-        Duration::from_secs(due.saturating_sub(UnixTime::wall().seconds()))
-    }
+fn revoked((serial, since): (Serial, UnixTime)) -> Result<RevokedCertParams, Refusal> {
+    Ok(RevokedCertParams {
+        serial_number: SerialNumber::from_slice(&serial.0),
+        revocation_time: offset(since)?,
+        reason_code: Some(RevocationReason::KeyCompromise),
+        invalidity_date: None,
+    })
 }
 
 fn authority_key_identifier(certificate: &[u8]) -> Result<Vec<u8>, Refusal> {

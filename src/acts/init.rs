@@ -2,22 +2,16 @@
 
 use std::path::Path;
 
-use rcgen::CertificateParams;
 use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
-use crate::model::{Algorithm, KeyId, PublicKey, Refusal, Serial, TrustDomain, UnixTime, hex};
-use crate::proto::{self, IntentKind, Purpose, TokenRole, entry::Body};
+use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal, TrustDomain, UnixTime};
+use crate::proto::{self, Purpose, TokenRole, entry::Body};
 
-use super::authorities::certificates;
-use super::certificate::{self, Authority, assemble, self_to_be_signed, sign_own};
+use super::certificate::Authority;
+use super::certify::{certify_issuing, certify_root, request_issuing};
 use super::keys::{Tokens, ensure, reconcile};
 use super::{files, verifier_key};
-
-/// Ten years, in seconds.
-const ROOT_SECONDS: u64 = 3650 * 86_400;
-/// One year, in seconds.
-const ISSUING_SECONDS: u64 = 365 * 86_400;
 
 /// Where the root comes from.
 pub enum Root {
@@ -63,13 +57,16 @@ pub async fn initialise(
     state: &Path,
     root: Root,
 ) -> Result<Initialised, Refusal> {
-    let known = certificates(ledger).await?;
-    let has = |purpose: Purpose| known.iter().any(|row| row.purpose == purpose);
+    let known = ledger.generations().0;
+    let has = |purpose: Purpose| known.iter().any(|found| found.purpose == purpose);
     if has(Purpose::Issuing) && state.join("ledger.vkey").exists() {
         return Ok(Initialised::Already);
     }
     reconcile(ledger, tokens).await?;
     let ledger_key = ensure(ledger, tokens, Purpose::Ledger, TokenRole::Authority).await?;
+    if !has(Purpose::Ledger) {
+        activate(ledger, Purpose::Ledger, Some(ledger_key.id()), &[], 0).await?;
+    }
     ensure(ledger, tokens, Purpose::Canary, TokenRole::Authority).await?;
     if !tokens.shared {
         ensure(ledger, tokens, Purpose::Canary, TokenRole::Agents).await?;
@@ -82,50 +79,47 @@ pub async fn initialise(
                 if state.join("issuing.csr").exists() {
                     let advice =
                         "an outside root was asked for: give its certificates (--root-certificate, --issuing-certificate)";
-                    return Err(Refusal::new(crate::model::Reason::MalformedRequest, advice));
+                    return Err(Refusal::new(Reason::MalformedRequest, advice));
                 }
                 let root_key = ensure(ledger, tokens, Purpose::Root, TokenRole::Authority).await?;
-                let root = match known.iter().find(|row| row.purpose == Purpose::Root) {
-                    Some(row) => row.certificate.clone(),
+                let root = match known.iter().find(|found| found.purpose == Purpose::Root) {
+                    Some(found) => found.certificate.clone(),
                     None => {
-                        let name = format!("{domain} root {}", short(root_key.id()));
-                        let params = params(domain, &name, 1, now, ROOT_SECONDS)?;
-                        let tbs = self_to_be_signed(&params, root_key.public())?;
-                        let (intent, signature) = sign_own(ledger, IntentKind::Root, &root_key, tbs.clone()).await?;
-                        let der = assemble(&tbs, &signature);
+                        let (der, intent) = certify_root(ledger, domain, &root_key, now).await?;
                         activate(ledger, Purpose::Root, Some(root_key.id()), &der, intent).await?;
                         der
                     }
                 };
-                let authority = Authority::new(root_key.clone(), root)?;
-                let name = format!("{domain} issuing {}", short(issuing_key.id()));
-                let params = params(domain, &name, 0, now, ISSUING_SECONDS)?;
-                let tbs = certificate::leaf_to_be_signed(&authority, &params, issuing_key.public())?;
-                let (intent, signature) = sign_own(ledger, IntentKind::Issuing, &root_key, tbs.clone()).await?;
-                activate(ledger, Purpose::Issuing, Some(issuing_key.id()), &assemble(&tbs, &signature), intent).await?;
+                let authority = Authority::new(root_key, root)?;
+                let (der, intent) = certify_issuing(ledger, domain, &issuing_key, &authority, now).await?;
+                activate(ledger, Purpose::Issuing, Some(issuing_key.id()), &der, intent).await?;
             }
             Root::Outside => {
-                let name = format!("{domain} issuing {}", short(issuing_key.id()));
-                let params = params(domain, &name, 0, now, ISSUING_SECONDS)?;
-                let tbs = certificate::request_to_be_signed(&params, issuing_key.public())?;
-                let (_, signature) = sign_own(ledger, IntentKind::Csr, &issuing_key, tbs.clone()).await?;
-                let csr = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", assemble(&tbs, &signature)));
+                let der = request_issuing(ledger, domain, &issuing_key, now).await?;
+                let csr = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", der));
                 // From here on the root is the outside one's matter.
                 files::replace(&state.join("issuing.csr"), csr.as_bytes(), 0o644).map_err(Refusal::internal)?;
                 return Ok(Initialised::AwaitsRoot { csr });
             }
             Root::Signed { root, issuing } => {
                 check_outside(domain, &root, &issuing, issuing_key.public(), now)?;
-                activate(ledger, Purpose::Root, None, &root, 0).await?;
+                match known.iter().find(|found| found.purpose == Purpose::Root) {
+                    None => activate(ledger, Purpose::Root, None, &root, 0).await?,
+                    Some(found) if found.certificate == root => {}
+                    // A crash came between it and its issuing certificate.
+                    Some(_) => {
+                        return Err(Refusal::new(Reason::CertificateUnfit, "another root was given before: give that one"));
+                    }
+                }
                 activate(ledger, Purpose::Issuing, Some(issuing_key.id()), &issuing, 0).await?;
             }
         }
     }
-    let rows = certificates(ledger).await?;
+    let (generations, _) = ledger.generations();
     let pem_of = |purpose: Purpose| {
-        rows.iter()
-            .find(|row| row.purpose == purpose)
-            .map(|row| pem::encode(&pem::Pem::new("CERTIFICATE", row.certificate.as_slice())))
+        let found = generations.iter().find(|found| found.purpose == purpose);
+        found
+            .map(|found| pem::encode(&pem::Pem::new("CERTIFICATE", found.certificate.as_slice())))
             .ok_or_else(|| Refusal::internal("an authority is missing"))
     };
     let bundle = pem_of(Purpose::Root)?;
@@ -135,14 +129,6 @@ pub async fn initialise(
     // Last: a start and a repeated init both go by it.
     files::replace(&state.join("ledger.vkey"), format!("{vkey}\n").as_bytes(), 0o644).map_err(Refusal::internal)?;
     Ok(Initialised::Complete { vkey, bundle })
-}
-
-fn short(id: KeyId) -> String {
-    hex(&id.0[..4])
-}
-
-fn params(domain: &TrustDomain, name: &str, path_length: u8, now: UnixTime, seconds: u64) -> Result<CertificateParams, Refusal> {
-    certificate::authority(domain, name, path_length, &Serial::random(), now.minus_seconds(30), now.plus_seconds(seconds))
 }
 
 async fn activate(ledger: &Ledger, purpose: Purpose, key_id: Option<KeyId>, der: &[u8], intent: u64) -> Result<(), Refusal> {
@@ -157,9 +143,14 @@ async fn activate(ledger: &Ledger, purpose: Purpose, key_id: Option<KeyId>, der:
 
 /// An outside root has to be dedicated to this trust domain: the issuing certificate is for our key, a CA of path length 0 that may sign
 /// certificates and CRLs, names the trust domain if anything, is in force, and is the root's.
-fn check_outside(domain: &TrustDomain, root: &[u8], issuing: &[u8], key: &PublicKey, now: UnixTime) -> Result<(), Refusal> {
-    let bad =
-        |why: &str| Refusal::new(crate::model::Reason::MalformedRequest, format!("the outside certificates do not fit: {why}"));
+pub(super) fn check_outside(
+    domain: &TrustDomain,
+    root: &[u8],
+    issuing: &[u8],
+    key: &PublicKey,
+    now: UnixTime,
+) -> Result<(), Refusal> {
+    let bad = |why: &str| Refusal::new(Reason::CertificateUnfit, format!("the outside certificates do not fit: {why}"));
     let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
     let (root, issuing) = (parse(root)?, parse(issuing)?);
     let root_key = PublicKey::from_spki(root.public_key().raw).ok().filter(|key| key.algorithm() == Algorithm::P256);

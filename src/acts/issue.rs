@@ -6,15 +6,17 @@ use std::time::Duration;
 use crate::attest::{self, Appraisal, Ask, Challenge, Contact, Rejected};
 use crate::authn::Connection;
 use crate::ledger::Decided;
-use crate::model::{Csr, Reason, Refusal, UnixTime};
-use crate::policy::{self, Wish};
-use crate::proto::IntentKind;
+use crate::model::{Csr, KeyId, Reason, Refusal, UnixTime};
+use crate::policy::{self, Grant, Wish};
+use crate::proto::{IntentKind, Purpose};
 
 use super::Acts;
 use super::certificate::{Issued, Prepared, assemble};
 
 /// Longest wait of a repeated request for the outcome of the first.
 const OUTCOME_DEADLINE: Duration = Duration::from_secs(2);
+/// Longest wait for the authority that signs by now.
+const SUPERSEDED_DEADLINE: Duration = Duration::from_secs(2);
 
 impl Acts {
     /// First contact or rejoin: over a stream whose challenge the proof answers.
@@ -89,6 +91,25 @@ impl Acts {
         }
         let wish = Wish { ttl_seconds: ask.ttl_seconds() };
         let grant = policy::decide(&standing, appraisal.fresh_until(), wish, self.limits.live_certificates_per_agent, now)?;
+        let mut changes = self.changes.subscribe();
+        loop {
+            let issued = self.issue_granted(kind, appraisal, csr, ask, &grant).await;
+            // Another authority became active meanwhile; nothing was recorded. It is about to be known here, too.
+            let superseded = issued.as_ref().is_err_and(|refusal| refusal.reason == Reason::AuthoritySuperseded);
+            if !superseded || !matches!(tokio::time::timeout(SUPERSEDED_DEADLINE, changes.changed()).await, Ok(Ok(()))) {
+                return issued;
+            }
+        }
+    }
+
+    async fn issue_granted(
+        &self,
+        kind: IntentKind,
+        appraisal: &Appraisal,
+        csr: &Csr,
+        ask: &Ask,
+        grant: &Grant,
+    ) -> Result<Issued, Refusal> {
         let authority = self.authorities()?.issuing();
         let size = self.ledger.progress().borrow().size;
         // Everything but the signature.
@@ -96,7 +117,7 @@ impl Acts {
             .ledger
             .meter()
             .certificate
-            .measure(|| Prepared::new(&grant, csr, appraisal, ask, kind, size, &self.domain, authority))?;
+            .measure(|| Prepared::new(grant, csr, appraisal, ask, kind, size, &self.domain, authority))?;
         // A place on the way to a signature, given back however this ends.
         let place = prepared.admit()?;
         // Decided in order and durable: token spent, sequence claimed. From here on the act runs to its end.
@@ -115,7 +136,7 @@ impl Acts {
     async fn repeat(&self, appraisal: &Appraisal, intent: u64, next_sequence: u64) -> Result<Issued, Refusal> {
         let mut progress = self.ledger.progress();
         let until = tokio::time::Instant::now() + OUTCOME_DEADLINE;
-        let (tbs, signature) = loop {
+        let (tbs, signature, key) = loop {
             progress.mark_unchanged();
             let ledger = self.ledger.clone();
             let answer = tokio::task::spawn_blocking(move || ledger.answer(intent)).await.map_err(Refusal::internal)?;
@@ -137,7 +158,7 @@ impl Acts {
         // The denial may have come while the entries were read.
         self.ledger.admits(appraisal.agent(), appraisal.epoch())?;
         Ok(Issued {
-            chain: vec![leaf, self.authorities()?.issuing().certificate().to_vec()],
+            chain: vec![leaf, self.issuing_certificate(key).await?],
             spiffe_id: appraisal.agent().spiffe_id(&self.domain),
             epoch: appraisal.epoch(),
             next_sequence,
@@ -145,6 +166,19 @@ impl Acts {
             not_after,
             certified: None,
         })
+    }
+
+    /// Of the authority that signed, in force or not.
+    async fn issuing_certificate(&self, key: KeyId) -> Result<Vec<u8>, Refusal> {
+        let authorities = self.authorities()?;
+        if let Some(found) = authorities.generations().iter().find(|found| found.key_id == key) {
+            return Ok(found.certificate.clone());
+        }
+        let ledger = self.ledger.clone();
+        let all = tokio::task::spawn_blocking(move || ledger.reader().generations(Purpose::Issuing)).await;
+        let all = all.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
+        let found = all.into_iter().find(|found| found.key_id == key);
+        found.map(|found| found.certificate).ok_or_else(|| Refusal::internal("a certificate of an unknown authority"))
     }
 
     /// A refusal of a known identity is an entry, one of a stranger a count.

@@ -10,7 +10,7 @@ use super::hsm_refusal;
 /// The two tokens, by role. One for both is allowed: then they are the same.
 #[derive(Clone)]
 pub struct Tokens {
-    /// Root, issuing, ledger and canary keys.
+    /// Root, issuing, token-signing, ledger and canary keys.
     pub authority: Hsm,
     /// Agents' keys, and a canary of its own where it is another token.
     pub agents: Hsm,
@@ -19,7 +19,7 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    fn of(&self, role: TokenRole) -> &Hsm {
+    pub(super) fn of(&self, role: TokenRole) -> &Hsm {
         match role {
             TokenRole::Agents => &self.agents,
             TokenRole::Authority | TokenRole::Unspecified => &self.authority,
@@ -27,19 +27,8 @@ impl Tokens {
     }
 }
 
-/// The keys in use, each looked up once and bound to its pinned public key.
-#[derive(Clone)]
-pub struct Keys {
-    /// Signs issuing certificates; absent with an outside root.
-    pub root: Option<SigningKey>,
-    /// Signs everything an agent gets.
-    pub issuing: SigningKey,
-    /// Signs checkpoints.
-    pub ledger: SigningKey,
-}
-
-/// Puts key intents in order that a crash left open: whatever objects they made are destroyed (nobody has used them), and the intent
-/// is abandoned. Only objects of our own open intents are ever destroyed unasked. Gives how many there were.
+/// Puts key intents in order that were left open, by a crash or by a token that went away: whatever objects they made are destroyed (nobody
+/// has used them), and the intent is abandoned. Only objects of our own open intents are ever destroyed unasked. Gives how many there were.
 ///
 /// # Errors
 /// When the token or the ledger is not available.
@@ -47,7 +36,7 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
     let mut abandoned = 0;
     for row in rows(ledger).await?.into_iter().filter(|row| !row.active) {
         let destroyed = tokens.of(row.token).destroy(row.id).await.map_err(hsm_refusal)?;
-        abandon(ledger, row.id, "open when the daemon started", destroyed).await?;
+        abandon(ledger, row.id, "its making was interrupted", destroyed).await?;
         abandoned += 1;
     }
     for id in being_destroyed(ledger).await? {
@@ -70,19 +59,34 @@ pub(super) async fn abandon(ledger: &Ledger, id: KeyId, cause: &str, objects_des
     ledger.record(Body::KeyAbandoned(body)).await.map(drop)
 }
 
-async fn rows(ledger: &Ledger) -> Result<Vec<KeyRow>, Refusal> {
+/// The keys of the ledger that are being made or are there.
+pub(super) async fn rows(ledger: &Ledger) -> Result<Vec<KeyRow>, Refusal> {
     let ledger = ledger.clone();
     tokio::task::spawn_blocking(move || ledger.reader().keys()).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
 }
 
-/// The active key of a purpose, made now if there is none.
+/// The first key of a purpose, made now if there is none: for `init`.
 pub(super) async fn ensure(ledger: &Ledger, tokens: &Tokens, purpose: Purpose, role: TokenRole) -> Result<SigningKey, Refusal> {
-    let hsm = tokens.of(role);
     let known = rows(ledger).await?.into_iter().find(|row| row.purpose == purpose && row.token == role);
-    if let Some(KeyRow { id, public: Some(public), .. }) = known {
-        return hsm.key(id, public).await.map_err(hsm_refusal);
-    }
-    let id = KeyId::random();
+    let (id, public) = match known {
+        Some(KeyRow { id, public: Some(public), .. }) => (id, public),
+        _ => {
+            let id = KeyId::random();
+            (id, make(ledger, tokens, purpose, role, id).await?)
+        }
+    };
+    tokens.of(role).key(id, public).await.map_err(hsm_refusal)
+}
+
+/// A new key under an id that nothing was ever made under.
+pub(super) async fn make(
+    ledger: &Ledger,
+    tokens: &Tokens,
+    purpose: Purpose,
+    role: TokenRole,
+    id: KeyId,
+) -> Result<PublicKey, Refusal> {
+    let hsm = tokens.of(role);
     // Ed25519 for checkpoints where the token has it (C2SP signed-note type 0x01); JWT and WIT-SVID rule it out elsewhere.
     let ed25519 = purpose == Purpose::Ledger && hsm.capabilities().ed25519;
     let (algorithm, named) =
@@ -102,7 +106,7 @@ pub(super) async fn ensure(ledger: &Ledger, tokens: &Tokens, purpose: Purpose, r
     };
     let active = proto::KeyActivated { key_id: id.0.to_vec(), spki: public.spki().to_vec() };
     ledger.record(Body::KeyActivated(active)).await?;
-    hsm.key(id, public).await.map_err(hsm_refusal)
+    Ok(public)
 }
 
 /// The key that agents' keys are wrapped under, made now if there is none; `None` where the token cannot wrap.
@@ -137,47 +141,38 @@ pub async fn ensure_wrapping(ledger: &Ledger, tokens: &Tokens) -> Result<Option<
     Ok(Some(id))
 }
 
-fn name(purpose: Purpose) -> &'static str {
+/// What a purpose is called in labels, refusals and logs.
+pub(super) fn name(purpose: Purpose) -> &'static str {
     match purpose {
         Purpose::Root => "root",
         Purpose::Issuing => "issuing",
         Purpose::Ledger => "ledger",
         Purpose::Canary => "canary",
+        Purpose::TokenSigning => "token-signing",
         Purpose::Wrapping => "wrapping",
         Purpose::Agent => "agent",
         Purpose::Unspecified => "key",
     }
 }
 
-impl Keys {
-    /// Binds the active keys, and sets the canaries that health goes by.
-    ///
-    /// # Errors
-    /// When the ledger knows no such key (`keyward init` did not finish), or the token does not have it.
-    pub async fn bind(ledger: &Ledger, tokens: &Tokens) -> Result<Self, Refusal> {
-        let rows = rows(ledger).await?;
-        let pinned = |purpose: Purpose, role: TokenRole| -> Option<(KeyId, PublicKey)> {
-            rows.iter()
-                .find(|row| row.purpose == purpose && row.token == role)
-                .and_then(|row| Some((row.id, row.public.clone()?)))
-        };
-        let required = |purpose: Purpose| {
-            pinned(purpose, TokenRole::Authority)
-                .ok_or_else(|| Refusal::internal(format!("the ledger knows no {} key: run `keyward init`", name(purpose))))
-        };
-        let bind = async |hsm: &Hsm, (id, public): (KeyId, PublicKey)| hsm.key(id, public).await.map_err(hsm_refusal);
-        let root = match pinned(Purpose::Root, TokenRole::Authority) {
-            Some(found) => Some(bind(&tokens.authority, found).await?),
-            None => None,
-        };
-        let issuing = bind(&tokens.authority, required(Purpose::Issuing)?).await?;
-        let ledger_key = bind(&tokens.authority, required(Purpose::Ledger)?).await?;
-        tokens.authority.set_canary(bind(&tokens.authority, required(Purpose::Canary)?).await?);
-        if !tokens.shared
-            && let Some(found) = pinned(Purpose::Canary, TokenRole::Agents)
-        {
-            tokens.agents.set_canary(bind(&tokens.agents, found).await?);
+/// From now on the tokens' health is that of their canaries.
+pub(super) async fn set_canaries(tokens: &Tokens, rows: &[KeyRow]) -> Result<(), Refusal> {
+    let canary = async |role: TokenRole| {
+        let found = rows.iter().find(|row| row.purpose == Purpose::Canary && row.token == role);
+        match found.and_then(|row| Some((row.id, row.public.clone()?))) {
+            Some((id, public)) => {
+                let hsm = tokens.of(role);
+                hsm.set_canary(hsm.key(id, public).await.map_err(hsm_refusal)?);
+                Ok(true)
+            }
+            None => Ok(false),
         }
-        Ok(Self { root, issuing, ledger: ledger_key })
+    };
+    if !canary(TokenRole::Authority).await? {
+        return Err(Refusal::internal("the ledger knows no canary key: run `keyward init`"));
     }
+    if !tokens.shared {
+        canary(TokenRole::Agents).await?;
+    }
+    Ok(())
 }

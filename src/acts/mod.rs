@@ -4,12 +4,15 @@
 //! runs to its end whether the caller waits or not; refusals of a known identity become entries, of strangers counts. Never:
 //! speaks a wire format, decides who a caller is, signs what the ledger has not recorded.
 
+mod adopt;
 mod authorities;
 mod bundle;
 mod certificate;
+mod certify;
 mod checkpoint;
 mod clock;
 mod crl;
+mod due;
 mod enrol;
 mod files;
 mod init;
@@ -17,30 +20,36 @@ mod issue;
 mod key;
 mod keys;
 mod quarantine;
+mod reconcile;
 mod release;
+mod rotate;
 mod server_certificate;
 mod unlock;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use tokio::sync::{Mutex, watch};
 
-use crate::config::{Config, Limits};
+use crate::authn::Tls;
+use crate::config::{Config, Limits, Rotation};
 use crate::hsm;
 use crate::ledger::Ledger;
-use crate::model::{Clock, Reason, Refusal, TrustDomain};
+use crate::model::{Clock, KeyId, Reason, Refusal, TrustDomain};
 
 pub use authorities::Authorities;
 pub use bundle::BundleWatch;
 pub use certificate::{Authority, Issued, assemble};
 pub use checkpoint::verifier_key;
 pub use crl::Crl;
+pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
-pub use keys::{Keys, Tokens, ensure_wrapping, reconcile};
-pub use server_certificate::ServerCertificate;
+pub use keys::{Tokens, ensure_wrapping, reconcile};
+pub use reconcile::Stray;
 pub use unlock::unlock;
 
 /// Everything an act needs. Built once by the daemon.
@@ -53,14 +62,29 @@ pub struct Acts {
     /// Absent while the token is.
     authorities: ArcSwapOption<Authorities>,
     bundles: bundle::Bundles,
-    crl: Crl,
     keys: AgentKeys,
+    /// Counts changes of `authorities`.
+    changes: watch::Sender<u64>,
+    /// Trusts clients by the authorities, and serves under the server's own certificate.
+    tls: Arc<Tls>,
+    /// Whose the server's certificate is.
+    server_issuer: ArcSwapOption<KeyId>,
+    rotation: Rotation,
+    /// One arrow at a time.
+    rotating: Mutex<()>,
+    /// What the outside root is asked to sign for a planned issuing authority: its key, PKCS#10 in DER.
+    request: ArcSwapOption<(KeyId, Vec<u8>)>,
+    crl: Arc<Crl>,
+    /// One set of CRLs at a time.
+    publishing: Mutex<()>,
+    /// The state directory.
+    state: PathBuf,
 }
 
 impl Acts {
     /// Without authorities: those come when the token is there.
     #[must_use]
-    pub fn new(config: &Config, ledger: Ledger, crl: Crl) -> Self {
+    pub fn new(config: &Config, ledger: Ledger, crl: Crl, tls: Arc<Tls>) -> Self {
         Self {
             keys: AgentKeys::new(&config.limits, ledger.clock()),
             ledger,
@@ -69,7 +93,15 @@ impl Acts {
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
             bundles: bundle::Bundles::default(),
-            crl,
+            changes: watch::Sender::new(0),
+            tls,
+            server_issuer: ArcSwapOption::empty(),
+            rotation: config.rotation.clone(),
+            rotating: Mutex::new(()),
+            request: ArcSwapOption::empty(),
+            crl: Arc::new(crl),
+            publishing: Mutex::new(()),
+            state: config.paths.state.clone(),
         }
     }
 
@@ -90,12 +122,19 @@ impl Acts {
         self.addresses.store(Arc::new(addresses));
     }
 
-    /// The token is there, or authorities have changed: what the ledger has of them is in force from here on. Whoever follows the bundle
-    /// hears of it.
-    pub fn set_authorities(&self, authorities: Authorities) {
+    /// The authorities in force from now on: clients are trusted by them, and new certificates are signed by them. Whoever follows the
+    /// bundle hears of it.
+    ///
+    /// # Errors
+    /// `INTERNAL`: a certificate of theirs is none.
+    pub fn set_authorities(&self, authorities: Authorities) -> Result<(), Refusal> {
+        // First, so that nobody holds a certificate that is not trusted yet.
+        self.tls.trust(self.clock(), &authorities.anchors()).map_err(Refusal::internal)?;
         let bundle = authorities.bundle();
         self.authorities.store(Some(Arc::new(authorities)));
         self.bundles.publish(bundle);
+        self.changes.send_modify(|count| *count += 1);
+        Ok(())
     }
 
     /// The authorities, if the token is there.

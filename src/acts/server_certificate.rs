@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::PrivatePkcs8KeyDer;
 
 use crate::model::{PublicKey, Refusal, Serial};
 use crate::proto::IntentKind;
@@ -13,34 +13,24 @@ use super::certificate::{assemble, leaf, leaf_to_be_signed, sign_own};
 /// Lifetime, in seconds.
 const LIFETIME_SECONDS: u64 = 86_400;
 
-/// A key and its certificate, ready for rustls.
-pub struct ServerCertificate {
-    /// Leaf first.
-    pub chain: Vec<CertificateDer<'static>>,
-    /// PKCS#8; zeroized by rustls when dropped.
-    pub key: PrivateKeyDer<'static>,
-    /// When to make the next one.
-    pub renew_in: Duration,
-}
-
 impl Acts {
-    /// A new key and its certificate for `spiffe://<td>/keyward/server`.
+    /// A new key and its certificate for `spiffe://<td>/keyward/server`, put into service. Gives the time until the next one.
     ///
     /// # Errors
-    /// `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`.
-    pub async fn certify_server(&self) -> Result<ServerCertificate, Refusal> {
+    /// `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`: the old one stays.
+    pub async fn serve_certificate(&self) -> Result<Duration, Refusal> {
         let now = self.trusted_now()?;
-        let issuing = self.authorities()?.issuing();
+        let issuing = self.authorities()?.issuing_for_server();
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(Refusal::internal)?;
         let key = PublicKey::from_spki(&rcgen::PublicKeyData::subject_public_key_info(&pair)).map_err(Refusal::internal)?;
         let params = leaf(&self.domain.server(), &Serial::random(), now.minus_seconds(30), now.plus_seconds(LIFETIME_SECONDS))?;
         let tbs = leaf_to_be_signed(&issuing, &params, &key)?;
         let (index, signature) = sign_own(&self.ledger, IntentKind::Server, issuing.key(), tbs.clone()).await?;
+        let chain = vec![assemble(&tbs, &signature).into(), issuing.certificate().to_vec().into()];
+        // rustls zeroizes the key when it is dropped.
+        self.tls.serve(chain, PrivatePkcs8KeyDer::from(pair.serialize_der()).into()).map_err(Refusal::internal)?;
+        self.server_issuer.store(Some(std::sync::Arc::new(issuing.key().id())));
         tracing::info!(index, "the server has a new certificate");
-        Ok(ServerCertificate {
-            chain: vec![assemble(&tbs, &signature).into(), issuing.certificate().to_vec().into()],
-            key: PrivatePkcs8KeyDer::from(pair.serialize_der()).into(),
-            renew_in: Duration::from_secs(LIFETIME_SECONDS / 3),
-        })
+        Ok(Duration::from_secs(LIFETIME_SECONDS / 3))
     }
 }

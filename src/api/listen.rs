@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use crate::acts::Acts;
-use crate::authn::{Connection, Operator, OperatorRefused};
+use crate::authn::{Connection, Operator, OperatorRefused, Tls};
 use crate::config;
 use crate::model::{AgentId, Reason, thread_cpu_nanos};
 
@@ -118,18 +118,12 @@ impl<Io: AsyncWrite + Unpin, Peer: Unpin> AsyncWrite for Held<Io, Peer> {
 pub(super) type Agent = Held<Gathered<TlsStream<TcpStream>>, Arc<Connection>>;
 
 /// Accepted and identified TLS connections, at most `limit` at once: one more waits in the kernel's queue. Ends when the receiver does.
-pub(super) fn tls(
-    acts: Arc<Acts>,
-    listener: TcpListener,
-    settings: Arc<rustls::ServerConfig>,
-    limit: usize,
-) -> ReceiverStream<io::Result<Agent>> {
+pub(super) fn tls(acts: Arc<Acts>, listener: TcpListener, settings: Arc<Tls>, limit: usize) -> ReceiverStream<io::Result<Agent>> {
     let (sender, receiver) = mpsc::channel(64);
     let places = Arc::new(Semaphore::new(limit));
     // Agents' connections always find half of the places: strangers have the other, and one source of them half of that many.
     let strangers = Strangers { places: Arc::new(Semaphore::new((limit / 2).max(1))), shares: Shares::of(limit / 4) };
     let agents = Shares::of(AGENT_CONNECTIONS_MAX);
-    let acceptor = TlsAcceptor::from(settings);
     tokio::spawn(async move {
         loop {
             let place = tokio::select! {
@@ -156,7 +150,9 @@ pub(super) fn tls(
                 continue;
             };
             let stranger = Stranger { source, share, places: Arc::clone(&strangers.places), agents: Arc::clone(&agents) };
-            tokio::spawn(handshake(Arc::clone(&acts), acceptor.clone(), stream, place, stranger, sender.clone()));
+            // As they are now: whom they trust may change with every connection.
+            let Some(settings) = settings.settings() else { continue };
+            tokio::spawn(handshake(Arc::clone(&acts), TlsAcceptor::from(settings), stream, place, stranger, sender.clone()));
         }
     });
     ReceiverStream::new(receiver)

@@ -5,6 +5,7 @@
 //! connection an end. Never: decides anything.
 
 mod agent;
+mod authorities;
 mod convert;
 mod gatekeeper;
 mod gather;
@@ -27,6 +28,7 @@ use tokio::sync::watch;
 use tonic::transport::Server;
 
 use crate::acts::Acts;
+use crate::authn::Tls;
 use crate::config::Config;
 use crate::proto;
 use crate::proto::agent_service_server::AgentServiceServer;
@@ -98,7 +100,7 @@ pub async fn serve_agents(
     acts: Arc<Acts>,
     config: &Config,
     listener: TcpListener,
-    tls: Arc<rustls::ServerConfig>,
+    tls: Arc<Tls>,
     health: &Health,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), ApiError> {

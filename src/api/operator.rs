@@ -11,10 +11,10 @@ use crate::model::{AgentId, Reason, Refusal};
 use crate::proto::operator_service_server::OperatorService;
 use crate::proto::{self, AgentState};
 
-use super::convert;
 use super::listen::LocalPeer;
 use super::refusal::status_of;
 use super::status::Readiness;
+use super::{authorities, convert};
 
 /// Canary signatures of a test that asks for no number of them.
 const CANARIES: usize = 8;
@@ -179,12 +179,71 @@ impl OperatorService for Operators {
         request: Request<proto::GetAuthoritiesRequest>,
     ) -> Result<Response<proto::GetAuthoritiesResponse>, Status> {
         operator(&request)?;
-        Ok(Response::new(proto::GetAuthoritiesResponse { authorities: told(self.acts.authorities())?.list() }))
+        let (authorities, rotation_paused) = (authorities::list(&self.acts), self.acts.is_rotation_paused());
+        Ok(Response::new(proto::GetAuthoritiesResponse { authorities, rotation_paused }))
     }
 
     async fn get_crl(&self, request: Request<proto::GetCrlRequest>) -> Result<Response<proto::GetCrlResponse>, Status> {
         operator(&request)?;
-        Ok(Response::new(proto::GetCrlResponse { crl: self.acts.crl().to_vec() }))
+        let crls = self.acts.crls();
+        let (crl, others) = match crls.split_first() {
+            Some((first, others)) => (first.clone(), others.to_vec()),
+            None => Default::default(),
+        };
+        Ok(Response::new(proto::GetCrlResponse { crl, others }))
+    }
+
+    async fn rotate(&self, request: Request<proto::RotateRequest>) -> Result<Response<proto::RotateResponse>, Status> {
+        let operator = operator(&request)?;
+        let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
+        let purpose = ask.purpose();
+        let (now, reason) = (ask.now, checked_reason(ask.reason)?);
+        let key = act(async move { acts.rotate(&operator, purpose, now, &reason).await }).await?;
+        Ok(Response::new(proto::RotateResponse { authority: authorities::one(&self.acts, key) }))
+    }
+
+    async fn adopt(&self, request: Request<proto::AdoptRequest>) -> Result<Response<proto::AdoptResponse>, Status> {
+        let operator = operator(&request)?;
+        let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
+        let (issuing, root, reason) = (ask.issuing_certificate, ask.root_certificate, checked_reason(ask.reason)?);
+        let key = act(async move { acts.adopt(&operator, issuing, root, &reason).await }).await?;
+        Ok(Response::new(proto::AdoptResponse { authority: authorities::one(&self.acts, key) }))
+    }
+
+    async fn taint(&self, request: Request<proto::TaintRequest>) -> Result<Response<proto::TaintResponse>, Status> {
+        let operator = operator(&request)?;
+        let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
+        let (key, reason) = (ask.key_id, checked_reason(ask.reason)?);
+        let ledger_index = act(async move { acts.taint(&operator, &key, &reason).await }).await?;
+        Ok(Response::new(proto::TaintResponse { ledger_index, authorities: authorities::list(&self.acts) }))
+    }
+
+    async fn pause_rotation(
+        &self,
+        request: Request<proto::PauseRotationRequest>,
+    ) -> Result<Response<proto::PauseRotationResponse>, Status> {
+        let operator = operator(&request)?;
+        let (reason, acts) = (checked_reason(request.into_inner().reason)?, Arc::clone(&self.acts));
+        let ledger_index = act(async move { acts.pause_rotation(&operator, &reason).await }).await?;
+        Ok(Response::new(proto::PauseRotationResponse { ledger_index }))
+    }
+
+    async fn resume_rotation(
+        &self,
+        request: Request<proto::ResumeRotationRequest>,
+    ) -> Result<Response<proto::ResumeRotationResponse>, Status> {
+        let operator = operator(&request)?;
+        let (reason, acts) = (checked_reason(request.into_inner().reason)?, Arc::clone(&self.acts));
+        let ledger_index = act(async move { acts.resume_rotation(&operator, &reason).await }).await?;
+        Ok(Response::new(proto::ResumeRotationResponse { ledger_index }))
+    }
+
+    async fn reconcile(&self, request: Request<proto::ReconcileRequest>) -> Result<Response<proto::ReconcileResponse>, Status> {
+        let operator = operator(&request)?;
+        let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
+        let (destroy, reason) = (ask.destroy_orphans, checked_reason(ask.reason)?);
+        let strays = act(async move { acts.reconcile(&operator, destroy, &reason).await }).await?;
+        Ok(Response::new(proto::ReconcileResponse { strays: strays.into_iter().map(authorities::stray).collect() }))
     }
 
     async fn get_bundle(&self, request: Request<proto::GetBundleRequest>) -> Result<Response<proto::GetBundleResponse>, Status> {

@@ -39,7 +39,8 @@ fn code_of(reason: Reason) -> Code {
         | Reason::AlgorithmUnsupported
         | Reason::AlgorithmRefused
         | Reason::ProfileMismatch
-        | Reason::DigestLengthInvalid => Code::InvalidArgument,
+        | Reason::DigestLengthInvalid
+        | Reason::CertificateUnfit => Code::InvalidArgument,
         Reason::Unauthenticated | Reason::TokenUnknown | Reason::ProofInvalid | Reason::ChallengeExpired => Code::Unauthenticated,
         Reason::CallerNotAllowed
         | Reason::TokenExpired
@@ -63,9 +64,12 @@ fn code_of(reason: Reason) -> Code {
         | Reason::KeyDisabled
         | Reason::KeyDestroyed
         | Reason::KeyExpired
-        | Reason::KeyLost => Code::FailedPrecondition,
+        | Reason::KeyLost
+        | Reason::RotationPaused
+        | Reason::RotationUnderWay
+        | Reason::NoSuchAuthorityHere => Code::FailedPrecondition,
         Reason::AgentExists | Reason::KeyExists => Code::AlreadyExists,
-        Reason::NotFound | Reason::KeyNotFound => Code::NotFound,
+        Reason::NotFound | Reason::KeyNotFound | Reason::AuthorityUnknown => Code::NotFound,
         Reason::RateLimited | Reason::Overloaded | Reason::WatchesTaken | Reason::KeyBudgetSpent | Reason::KeysTooMany => {
             Code::ResourceExhausted
         }
@@ -75,6 +79,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::EnforcedNotDurable
         | Reason::ClockUntrusted
         | Reason::Draining
+        | Reason::AuthoritySuperseded
         | Reason::SignatureUnknown => Code::Unavailable,
         Reason::Internal | Reason::Unspecified => Code::Internal,
     }

@@ -25,11 +25,12 @@ pub enum TlsError {
     Verifier(#[from] rustls::server::VerifierBuilderError),
 }
 
-/// The server's side of TLS. The certificate is swapped while connections go on.
+/// The server's side of TLS. The certificate and what clients are trusted by are swapped while connections go on.
 #[derive(Debug)]
 pub struct Tls {
     provider: Arc<CryptoProvider>,
     certificate: Arc<Current>,
+    settings: ArcSwapOption<ServerConfig>,
 }
 
 #[derive(Debug, Default)]
@@ -58,7 +59,7 @@ impl TimeProvider for Reckoning {
 
 impl Default for Tls {
     fn default() -> Self {
-        Self { provider: Arc::new(aws_lc_rs::default_provider()), certificate: Arc::default() }
+        Self { provider: Arc::new(aws_lc_rs::default_provider()), certificate: Arc::default(), settings: ArcSwapOption::empty() }
     }
 }
 
@@ -73,12 +74,19 @@ impl Tls {
         Ok(())
     }
 
-    /// The settings. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. `anchors` are the issuing certificates: a chain through any other authority under the same root is refused.
-    /// Session tickets are off: a resumed session would skip the check of the chain.
+    /// The settings of new connections; none before clients are trusted by anything.
+    #[must_use]
+    pub fn settings(&self) -> Option<Arc<ServerConfig>> {
+        self.settings.load_full()
+    }
+
+    /// Trusts clients of new connections by `anchors`, the issuing certificates: a chain through any other authority under the same root is
+    /// refused. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. Session tickets are off: a resumed
+    /// session would skip the check of the chain.
     ///
     /// # Errors
     /// When an anchor is no certificate.
-    pub fn settings(&self, clock: &Arc<Clock>, anchors: &[CertificateDer<'static>]) -> Result<Arc<ServerConfig>, TlsError> {
+    pub fn trust(&self, clock: &Arc<Clock>, anchors: &[CertificateDer<'static>]) -> Result<(), TlsError> {
         let mut roots = RootCertStore::empty();
         for anchor in anchors {
             roots.add(anchor.clone())?;
@@ -94,6 +102,7 @@ impl Tls {
         settings.session_storage = Arc::new(NoServerSessionStorage {});
         settings.alpn_protocols = vec![b"h2".to_vec()];
         settings.max_early_data_size = 0;
-        Ok(Arc::new(settings))
+        self.settings.store(Some(Arc::new(settings)));
+        Ok(())
     }
 }

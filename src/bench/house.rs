@@ -63,6 +63,8 @@ pub(super) struct Wants<'a> {
     pub lanes: Option<usize>,
     /// Of an agent at once.
     pub live_certificates: Option<usize>,
+    /// The library that moves the wall clock, and the file by which it is told.
+    pub clock: Option<(&'a Path, &'a Path)>,
 }
 
 /// One daemon's directory and configuration.
@@ -73,6 +75,7 @@ pub(super) struct House {
     pub module: PathBuf,
     /// Behind `module`, if that is the fault module.
     real: Option<PathBuf>,
+    clock: Option<(PathBuf, PathBuf)>,
     pub config: Config,
 }
 
@@ -108,7 +111,8 @@ impl House {
         let path = dir.join("keyward.toml");
         fs::write(&path, text)?;
         let config = Config::load(&path).map_err(|errors| errors.to_string())?;
-        let house = Self { dir, runtime, binary: binary.to_path_buf(), module, real, config };
+        let clock = wants.clock.map(|(library, control)| (library.to_path_buf(), control.to_path_buf()));
+        let house = Self { dir, runtime, binary: binary.to_path_buf(), module, real, clock, config };
         if house.real.is_some() {
             house.delay_signatures(Duration::ZERO)?;
         }
@@ -141,8 +145,22 @@ impl House {
         if let Some(real) = &self.real {
             command.env("KEYWARD_SHIM_MODULE", real).env("KEYWARD_SHIM_SCRIPT", self.fault_script());
         }
+        if let Some((library, control)) = &self.clock {
+            command.env("LD_PRELOAD", library).env("KEYWARD_PRELOAD_CONTROL", control);
+        }
         command.stdin(Stdio::null()).kill_on_drop(true);
         command
+    }
+
+    /// Where agents reach the daemon that runs.
+    pub(super) fn address(&self) -> Result<String, Failed> {
+        Ok(fs::read_to_string(self.runtime.join("address"))?.trim().to_owned())
+    }
+
+    /// `keyward serve` after a kill: a login that was cut off is for an operator to clear.
+    pub(super) async fn start_after_kill(&self) -> Result<Running, Failed> {
+        ran(self.command().args(["hsm", "unlock"])).await?;
+        self.start().await
     }
 
     /// Processes started from now on have a device that needs so much longer for a signature. Only with a fault module.
@@ -208,6 +226,12 @@ impl Running {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let value = line.and_then(|line| line.split_whitespace().next()).and_then(|value| value.parse().ok());
         value.ok_or_else(|| "no VmRSS in /proc".into())
+    }
+
+    /// SIGKILL, and waits for its end.
+    pub(super) async fn kill(mut self) -> Result<(), Failed> {
+        self.child.kill().await?;
+        Ok(())
     }
 
     /// SIGTERM, and waits for its end.

@@ -14,6 +14,8 @@ mod overload;
 mod phase;
 mod report;
 pub mod room;
+mod rotation;
+mod rotation_peers;
 mod sign;
 mod slow;
 mod standing;
@@ -29,6 +31,7 @@ use house::{House, Running, Site, Wants, ran};
 pub use overload::{OverloadPlan, OverloadReport, overload};
 use phase::{Measured, Phase};
 pub use report::{Comparison, Crowd, Goal, Ground, Report, Side};
+pub use rotation::{RotationPlan, RotationReport, rotation, under_clock};
 pub use sign::{SignPlan, SignReport, sign};
 pub use slow::{SlowPlan, SlowReport, slow_hsm};
 use token::RawSignatures;
@@ -87,13 +90,13 @@ pub async fn issue(plan: &Plan, mut progress: impl FnMut(&str)) -> Result<Report
         progress(&format!("{count} other keys in the token against none (filling a token takes a while, once)"));
         let a = Variant { binary: &binary, keys_in_token: 0 };
         let b = Variant { binary: &binary, keys_in_token: *count };
-        comparisons.push(compare(plan, &site, format!("{count} other keys"), &a, &b).await?);
+        comparisons.push(Box::pin(compare(plan, &site, format!("{count} other keys"), &a, &b)).await?);
     }
     if let Some(other) = &plan.against {
         progress("this build against the other");
         let a = Variant { binary: other, keys_in_token: 0 };
         let b = Variant { binary: &binary, keys_in_token: 0 };
-        comparisons.push(compare(plan, &site, "this build".to_owned(), &a, &b).await?);
+        comparisons.push(Box::pin(compare(plan, &site, "this build".to_owned(), &a, &b)).await?);
     }
     let crowd = if plan.crowd > 0 {
         progress(&format!("{} agents are enrolled", plan.crowd));

@@ -6,7 +6,10 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::{Failure, Output, block_on, done};
-use crate::bench::{self, OverloadPlan, OverloadReport, Plan, Report, SignPlan, SignReport, SlowPlan, SlowReport, room, token};
+use crate::bench::{
+    self, OverloadPlan, OverloadReport, Plan, Report, RotationPlan, RotationReport, SignPlan, SignReport, SlowPlan, SlowReport,
+    room, token,
+};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -27,6 +30,13 @@ pub(super) enum Verb {
         after_help = "Example:\n  keyward bench overload --fault-module target/release/examples/libp11shim.so --seconds 60"
     )]
     Overload(Overload),
+    /// Authorities replaced by the hundred under continuous issuing: requests not granted, certificates rejected, objects left over.
+    ///
+    /// Days pass by a library under daemon and command that moves the wall clock (`cargo build --release --examples`).
+    #[command(
+        after_help = "Example:\n  keyward bench rotation --clock target/release/examples/libpreload.so --rotations 100 --kills 20"
+    )]
+    Rotation(Rotation),
     /// The PKCS#11 module by itself, in a process of its own.
     #[command(subcommand, hide = true)]
     Token(Token),
@@ -146,6 +156,25 @@ pub(super) struct Overload {
     run: Run,
 }
 
+/// What `rotation` takes.
+#[derive(Debug, Args)]
+pub(super) struct Rotation {
+    /// The library for LD_PRELOAD that moves the wall clock.
+    #[arg(long, value_name = "LIBRARY")]
+    clock: PathBuf,
+    /// Rotations to be made.
+    #[arg(long, default_value_t = 1000, value_name = "N", value_parser = count(1, 100_000))]
+    rotations: usize,
+    /// Daemons killed in the midst of one.
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = count(0, 10_000))]
+    kills: usize,
+    /// Agents that renew all the time.
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = count(1, 64))]
+    agents: usize,
+    #[command(flatten)]
+    run: Run,
+}
+
 /// What runs in a process of its own, with SOFTHSM2_CONF naming the token directory.
 #[derive(Debug, Subcommand)]
 pub(super) enum Token {
@@ -252,6 +281,20 @@ pub(super) fn run(verb: Verb, output: &mut Output) -> Result<ExitCode, Failure> 
             let measured = Box::pin(bench::overload(&plan, |what| output.say(what)));
             let report = block_on(async { Ok(measured.await) })?.map_err(failed)?;
             done(output.show(&report, OverloadReport::text).map_err(Failure::from))
+        }
+        Verb::Rotation(ask) => {
+            let plan = RotationPlan {
+                work: ask.run.work(),
+                clock: ask.clock,
+                rotations: ask.rotations,
+                kills: ask.kills,
+                agents: ask.agents,
+                revision: ask.run.revision,
+            };
+            bench::under_clock(&plan.clock, &plan.work).map_err(failed)?;
+            let measured = Box::pin(bench::rotation(&plan, |what| output.say(what)));
+            let report = block_on(async { Ok(measured.await) })?.map_err(failed)?;
+            done(output.show(&report, RotationReport::text).map_err(Failure::from))
         }
         Verb::Token(Token::Sign { place, threads }) => {
             let raw = token::sign(&place.module, &place.pin_file, threads, place.count).map_err(failed)?;

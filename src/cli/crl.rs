@@ -11,20 +11,20 @@ use super::agents::Daemon;
 use super::render::{self, pairs, table};
 use super::{EXIT_NOT_FOUND, Failure, Global, Output};
 use crate::model::hex;
-use crate::proto::GetCrlRequest;
+use crate::proto::{self, GetCrlRequest};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// Show the newest CRL, or save it as it is.
+    /// Show the newest CRL of each issuing authority that is trusted, the active one first; or save them.
     #[command(
         after_help = "Examples:\n  keyward crl show\n  keyward crl show --der keyward.crl\n  keyward crl show --pem | openssl crl -noout -text"
     )]
     Show {
-        /// Write it in DER to this file; - is standard output.
+        /// Write that of the active issuing authority in DER to this file; - is standard output.
         #[arg(long, value_name = "FILE", conflicts_with = "pem")]
         der: Option<PathBuf>,
-        /// Print it as PEM.
+        /// Print all of them as PEM.
         #[arg(long)]
         pem: bool,
     },
@@ -37,6 +37,9 @@ struct Crl {
     this_update: String,
     next_update: Option<String>,
     revoked: Vec<Revoked>,
+    /// Of the other trusted issuing authorities.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    others: Vec<Crl>,
 }
 
 #[derive(Serialize)]
@@ -49,7 +52,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
     let Verb::Show { der, pem } = verb;
     let mut daemon = Daemon::connect(global).await?;
     let answer = daemon.service.get_crl(GetCrlRequest {}).await.map_err(|status| daemon.failed(&status))?;
-    let bytes = answer.into_inner().crl;
+    let proto::GetCrlResponse { crl: bytes, others } = answer.into_inner();
     if bytes.is_empty() {
         return Err(Failure::new(EXIT_NOT_FOUND, "there is no CRL yet"));
     }
@@ -57,16 +60,19 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Some(path) if path == Path::new("-") => return Ok(output.raw(&bytes)?),
         Some(path) => return save(&path, &bytes),
         None if pem => {
-            let text = pem::encode_config(
-                &pem::Pem::new("X509 CRL", bytes),
-                pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF),
-            );
+            let lf = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+            let encoded = std::iter::once(bytes).chain(others).map(|der| pem::encode_config(&pem::Pem::new("X509 CRL", der), lf));
+            let text: String = encoded.collect();
             return Ok(output.raw(text.as_bytes())?);
         }
         None => {}
     }
-    let crl = parse(&bytes).ok_or_else(|| Failure::error("the daemon answered with a CRL that does not parse"))?;
-    Ok(output.show(&crl, Crl::text)?)
+    let crls: Option<Vec<_>> = std::iter::once(&bytes).chain(&others).map(|der| parse(der)).collect();
+    let mut crls = crls.ok_or_else(|| Failure::error("the daemon answered with a CRL that does not parse"))?;
+    let mut newest = crls.remove(0);
+    newest.others = crls;
+    Ok(output
+        .show(&newest, |newest| std::iter::once(newest).chain(&newest.others).map(Crl::text).collect::<Vec<_>>().join("\n"))?)
 }
 
 /// A relying party may read the file at any time: it is replaced as a whole.
@@ -92,6 +98,7 @@ fn parse(der: &[u8]) -> Option<Crl> {
             .iter_revoked_certificates()
             .map(|revoked| Revoked { serial: hex(revoked.raw_serial()), revoked_at: seconds(revoked.revocation_date) })
             .collect(),
+        others: Vec::new(),
     })
 }
 

@@ -7,10 +7,12 @@ use super::describe_keys;
 use super::render::{pairs, time};
 use crate::model::{UnixTime, hex};
 use crate::proto::entry::Body;
-use crate::proto::{self, Entry, EvidenceKind, IntentKind, KeyAlgorithm, Operator, Purpose, QuarantineCause, TokenRole};
+use crate::proto::{
+    self, AuthorityState, Entry, EvidenceKind, IntentKind, KeyAlgorithm, Operator, Purpose, QuarantineCause, TokenRole,
+};
 
 /// The fields that tell one entry from the next; a line too short for all of them shows these.
-const FIRST: [&str; 9] = ["agent", "purpose", "reason", "cause", "method", "detail", "token", "sequence", "epoch"];
+const FIRST: [&str; 10] = ["agent", "purpose", "to", "reason", "cause", "method", "detail", "token", "sequence", "epoch"];
 /// Bytes in hexadecimal, this long or longer, are for programs.
 const HEX_CHARS_LONG: usize = 32;
 /// What a person compares of them.
@@ -108,6 +110,15 @@ fn body(body: &Body) -> (&'static str, Value) {
                    "by": operator(e.by.as_ref())}),
         ),
         Body::KeyIntended(_) | Body::KeyActivated(_) | Body::KeyAbandoned(_) | Body::AuthorityActivated(_) => key(body),
+        Body::AuthorityStepped(e) => ("authority_stepped", stepped(e)),
+        Body::AuthorityTainted(e) => ("authority_tainted", json!({"key_id": hex(&e.key_id), "by": operator(e.by.as_ref())})),
+        Body::RotationPaused(e) => ("rotation_paused", json!({"by": operator(e.by.as_ref())})),
+        Body::RotationResumed(e) => ("rotation_resumed", json!({"by": operator(e.by.as_ref())})),
+        Body::OrphansDestroyed(e) => (
+            "orphans_destroyed",
+            json!({"token": role_name(e.token()), "key_id": hex(&e.key_id), "objects_destroyed": e.objects_destroyed,
+                   "by": operator(e.by.as_ref())}),
+        ),
         Body::Intended(e) => ("intended", intended(e)),
         Body::AgentKeyCreated(_)
         | Body::AgentKeyRotated(_)
@@ -150,6 +161,28 @@ fn key(body: &Body) -> (&'static str, Value) {
                    "certificate": hex(&e.certificate)}),
         ),
         _ => ("unknown_kind", Value::Null),
+    }
+}
+
+fn stepped(e: &proto::AuthorityStepped) -> Value {
+    let filled = |bytes: &[u8]| (!bytes.is_empty()).then(|| hex(bytes));
+    json!({"purpose": purpose_name(e.purpose()), "to": state_name(e.to()), "key_id": hex(&e.key_id), "cause": e.cause,
+           "replaces": filled(&e.replaces), "issuer": filled(&e.issuer), "intent": (e.intent != 0).then_some(e.intent),
+           "certificate": filled(&e.certificate), "checkpoint": (!e.checkpoint.is_empty()).then_some(&e.checkpoint),
+           "objects_destroyed": (e.to() == AuthorityState::Destroyed).then_some(e.objects_destroyed),
+           "now": e.now.then_some(true), "by": operator(e.by.as_ref())})
+}
+
+/// How far a generation of an authority has got.
+pub(super) fn state_name(state: AuthorityState) -> &'static str {
+    match state {
+        AuthorityState::Unspecified => "-",
+        AuthorityState::Planned => "planned",
+        AuthorityState::Prepublished => "prepublished",
+        AuthorityState::Active => "active",
+        AuthorityState::Retiring => "retiring",
+        AuthorityState::Retired => "retired",
+        AuthorityState::Destroyed => "destroyed",
     }
 }
 
@@ -227,6 +260,7 @@ pub(super) fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Issuing => "issuing",
         Purpose::Ledger => "ledger",
         Purpose::Canary => "canary",
+        Purpose::TokenSigning => "token-signing",
         Purpose::Wrapping => "wrapping",
         Purpose::Agent => "agent",
     }

@@ -12,7 +12,7 @@ use super::agents::Daemon;
 use super::failure::EXIT_UNAVAILABLE;
 use super::hsm_status::{Token, role};
 use super::render::table;
-use super::{Failure, Global, Output, quarantine, status};
+use super::{Failure, Global, Output, hsm_reconcile, quarantine, status};
 use crate::config;
 use crate::hsm::{self, Modules, SlotSeen};
 use crate::proto::{TestTokensRequest, TokenCheck, TokenRole};
@@ -42,6 +42,18 @@ pub(super) enum Verb {
         /// Canary signatures per token; the longest is told. [default: the daemon's, a handful]
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
         signatures: Option<u32>,
+    },
+    /// Hold the tokens against the ledger: objects that it knows nothing of, keys that a token does not have.
+    ///
+    /// Nothing is deleted unasked. Exit code 5 if there is anything to tell that was not destroyed.
+    #[command(after_help = "Examples:\n  keyward hsm reconcile\n  keyward hsm reconcile --destroy-orphans --yes")]
+    Reconcile {
+        /// Destroy objects that keyward made (their label says keyward/PURPOSE/...) and that the ledger knows nothing of.
+        #[arg(long)]
+        destroy_orphans: bool,
+        /// Destroy them without asking first.
+        #[arg(long)]
+        yes: bool,
     },
     /// Let the daemon log in again after a failed login. Check the PIN first: the next try counts.
     ///
@@ -81,6 +93,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Verb::Slots { module } => slots(module, global, output).await,
         Verb::Test { signatures } => test(signatures, global, output).await,
         Verb::Unlock { token, reason } => unlock(token, &reason.unwrap_or_default(), global, output),
+        Verb::Reconcile { destroy_orphans, yes } => hsm_reconcile::run(destroy_orphans, yes, global, output).await,
     }
     .map(|()| ExitCode::SUCCESS)
 }

@@ -10,7 +10,8 @@ use super::render::{pairs, table};
 use super::{EXIT_NOT_FOUND, EXIT_VERIFICATION_FAILED, Failure, Output};
 use crate::ledger::note::{self, Checkpoint, VerifierKey};
 use crate::ledger::verify::{Report, Verifier};
-use crate::ledger::{Reader, StoreError};
+use crate::ledger::{Generation, Reader, StoreError};
+use crate::proto::Purpose;
 
 /// Entries read at once.
 const PAGE_ENTRIES: u32 = 1_000;
@@ -26,7 +27,8 @@ const ROWS_MAX: usize = 50;
 pub(super) struct Against {
     /// The ledger file, keyward.db or a copy of it.
     file: PathBuf,
-    /// The pinned verifier key, as `keyward init` wrote it (ledger.vkey). Keep it where the ledger's host cannot change it.
+    /// The pinned verifier key, as `keyward init` wrote it (ledger.vkey). Keep it where the ledger's host cannot change it. Keys that
+    /// followed it are trusted as far as each was vouched for by the one before.
     #[arg(long, value_name = "VKEYFILE")]
     key: PathBuf,
     /// A file of checkpoints that were kept elsewhere, one after the other; can be repeated. Without one a ledger cut back
@@ -80,10 +82,13 @@ pub(super) fn run(against: &Against, output: &mut Output) -> Result<(), Failure>
     }
     let failed = |error: StoreError| Failure::error(format!("{}: {error}", against.file.display()));
     let reader = Reader::open(&against.file).map_err(failed)?;
-    let checkpoints = checkpoints(against, &reader, &key)?;
+    let (keys, vouchers) = follow(&reader, key).map_err(failed)?;
+    let checkpoints = checkpoints(against, &reader, &keys)?;
     let count = checkpoints.len();
 
-    let mut verifier = Verifier::new(checkpoints, against.signatures);
+    let followers: Vec<_> = keys.iter().skip(1).zip(&vouchers).map(|(key, voucher)| (key.key().clone(), voucher.size)).collect();
+    let mut verifier = Verifier::new(checkpoints.into_iter().chain(vouchers), against.signatures);
+    followers.into_iter().for_each(|(key, size)| verifier.expect_follower(key, size));
     let mut from = 0;
     loop {
         let page = reader.entries(from, PAGE_ENTRIES).map_err(failed)?;
@@ -102,20 +107,47 @@ pub(super) fn run(against: &Against, output: &mut Output) -> Result<(), Failure>
     Err(Failure::new(EXIT_VERIFICATION_FAILED, found))
 }
 
+/// The pinned key, and those that followed it: each is vouched for by a checkpoint that the one before it signed, and whose tree the
+/// verifier is to find it in. What the file's rows say is believed for nothing but where to look.
+fn follow(reader: &Reader, pinned: VerifierKey) -> Result<(Vec<VerifierKey>, Vec<Checkpoint>), StoreError> {
+    let mut candidates = reader.generations(Purpose::Ledger)?;
+    candidates.retain(|found| !found.checkpoint.is_empty());
+    let (mut keys, mut vouchers) = (vec![pinned], Vec::new());
+    while let Some(newest) = keys.last().cloned() {
+        let vouched = |found: &Generation| note::verify(&found.checkpoint, &newest).ok();
+        let Some((at, voucher)) = candidates.iter().enumerate().find_map(|(at, found)| {
+            let own = reader.public_key(&found.key_id).ok().flatten()?;
+            vouched(found).filter(|_| own != *newest.key()).map(|voucher| (at, voucher))
+        }) else {
+            break;
+        };
+        let next = reader.public_key(&candidates.remove(at).key_id)?;
+        let Some(next) = next.and_then(|next| VerifierKey::new(newest.name(), next).ok()) else { break };
+        keys.push(next);
+        vouchers.push(voucher);
+    }
+    Ok((keys, vouchers))
+}
+
 /// The newest one in the file, and those kept elsewhere. Without any the ledger is not verified, whatever it says.
-fn checkpoints(against: &Against, reader: &Reader, key: &VerifierKey) -> Result<Vec<Checkpoint>, Failure> {
+fn checkpoints(against: &Against, reader: &Reader, keys: &[VerifierKey]) -> Result<Vec<Checkpoint>, Failure> {
     let unverified = |place: &Path, error: &dyn std::fmt::Display| {
         Failure::new(EXIT_VERIFICATION_FAILED, format!("the checkpoint of {}: {error}", place.display()))
+    };
+    // By whichever of them; what is told of a note that none has signed is told of the pinned one.
+    let verified = |note: &str| {
+        let signed = keys.iter().rev().find_map(|key| note::verify(note, key).ok());
+        signed.map_or_else(|| note::verify(note, &keys[0]), Ok)
     };
     let mut checkpoints = Vec::new();
     let own = reader.fact("checkpoint").map_err(|error| Failure::error(format!("{}: {error}", against.file.display())))?;
     if let Some(own) = own {
         let own = String::from_utf8(own).map_err(|error| unverified(&against.file, &error))?;
-        checkpoints.push(note::verify(&own, key).map_err(|error| unverified(&against.file, &error))?);
+        checkpoints.push(verified(&own).map_err(|error| unverified(&against.file, &error))?);
     }
     for path in &against.checkpoint {
         for note in notes(&text(path)?) {
-            checkpoints.push(note::verify(note, key).map_err(|error| unverified(path, &error))?);
+            checkpoints.push(verified(note).map_err(|error| unverified(path, &error))?);
         }
     }
     if checkpoints.is_empty() {
@@ -246,7 +278,7 @@ mod tests {
         let checkpoint = Checkpoint { origin: note::ledger_name(&domain), size: report.entries, root: report.root };
         let signature = rcgen::SigningKey::sign(&signer, checkpoint.body().as_bytes()).expect("signed");
         let kept = directory.path().join("kept");
-        std::fs::write(&kept, checkpoint.signed(&checkpoint.origin, signer.public(), &signature)).expect("written");
+        std::fs::write(&kept, checkpoint.signed(&checkpoint.origin, &[(signer.public(), signature)])).expect("written");
         against.checkpoint.push(kept.clone());
         run(&against, &mut output).expect("holds");
 
@@ -258,7 +290,7 @@ mod tests {
 
         let beyond = Checkpoint { size: report.entries + 1, ..checkpoint };
         let signature = rcgen::SigningKey::sign(&signer, beyond.body().as_bytes()).expect("signed");
-        std::fs::write(&kept, beyond.signed(&beyond.origin, signer.public(), &signature)).expect("written");
+        std::fs::write(&kept, beyond.signed(&beyond.origin, &[(signer.public(), signature)])).expect("written");
         assert!(run(&against, &mut output).expect_err("cut back").to_string().contains("violations"));
 
         std::fs::write(&key, "nothing").expect("written");

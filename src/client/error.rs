@@ -63,6 +63,7 @@ impl Refused {
                 | Reason::WatchesTaken
                 | Reason::RequestInProgress
                 | Reason::ChallengeExpired
+                | Reason::AuthoritySuperseded
                 | Reason::Internal
         )
     }

@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use super::reader::{Mistake, Reader, Section};
-use super::{Config, Limits, Listen, Log, LogFormat, Operator, Paths, PinSource, Token};
+use super::{Config, Limits, Listen, Log, LogFormat, Operator, Paths, PinSource, Rotation, Token};
 use crate::model::{Digest, TrustDomain};
 
 /// Largest file that is read, in bytes.
@@ -109,6 +109,9 @@ impl Config {
             format!("limits.keys_cached = {}", limits.keys_cached),
             format!("limits.signatures_per_second = {}", limits.signatures_per_second),
             format!("limits.crl_seconds = {}", limits.crl_seconds),
+        ]);
+        lines.extend(self.rotation.lines());
+        lines.extend([
             format!("log.level = {}", quoted(&self.log.level)),
             format!(
                 "log.format = {}",
@@ -153,6 +156,7 @@ fn read<'d>(reader: &mut Reader<'_>, document: &'d DeTable<'d>) -> Option<Config
     let tokens = tokens(root.table(reader, "hsm", "hsm"), reader);
     let operator = operator(root.table(reader, "operator", "operator"), reader);
     let limits = limits(root.table(reader, "limits", "limits"), reader);
+    let rotation = Rotation::read(root.table(reader, "rotation", "rotation"), reader);
     let log = log(root.table(reader, "log", "log"), reader);
     root.finish(reader);
 
@@ -165,6 +169,7 @@ fn read<'d>(reader: &mut Reader<'_>, document: &'d DeTable<'d>) -> Option<Config
         agents,
         operator,
         limits,
+        rotation,
         log: log?,
         hash: Digest([0; 32]),
     };

@@ -6,11 +6,13 @@
 
 mod load;
 mod reader;
+mod rotation;
 #[cfg(test)]
 mod tests;
 
 pub use load::Errors;
 pub use reader::Mistake;
+pub use rotation::{Rotation, Window};
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -34,6 +36,8 @@ pub struct Config {
     pub operator: Operator,
     /// `[limits]`
     pub limits: Limits,
+    /// `[rotation]`
+    pub rotation: Rotation,
     /// `[log]`
     pub log: Log,
     /// SHA-256 over the effective values (defaults filled in), for the ledger and for bench reports.

@@ -162,6 +162,16 @@ impl<'d> Section<'d> {
         self.in_range(reader, key, value, &range)
     }
 
+    /// true or false.
+    pub(super) fn truth(&mut self, reader: &mut Reader<'_>, key: &str) -> Option<bool> {
+        let (_, value) = self.take(key)?;
+        let truth = value.get_ref().as_bool();
+        if truth.is_none() {
+            self.wrong(reader, Some(value.span()), key, &format!("must be true or false, is {}", describe(value.get_ref())));
+        }
+        truth
+    }
+
     /// A list of whole numbers in `range`; empty where the key is absent.
     pub(super) fn numbers(&mut self, reader: &mut Reader<'_>, key: &str, range: &RangeInclusive<u64>) -> Vec<Spanned<u64>> {
         let items = self.items(reader, key);

@@ -8,7 +8,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::acts;
 use crate::hsm::Health as TokenHealth;
-use crate::model::{Outage, Refusal};
+use crate::model::Outage;
 use crate::proto::TokenRole;
 
 use super::Cause;
@@ -18,6 +18,8 @@ use super::rooms::{Rooms, out_of_service, section};
 const BACK_OFF_MAX: Duration = Duration::from_secs(30);
 /// Denials within this time share a CRL.
 const CRL_COALESCE: Duration = Duration::from_secs(1);
+/// Between two looks at what is due.
+const ROTATION_LOOK: Duration = Duration::from_secs(1);
 /// Between two checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 
@@ -28,20 +30,13 @@ fn back_off(tries: u32) -> Duration {
     Duration::from_secs(1 << tries.min(5)).min(BACK_OFF_MAX)
 }
 
-/// Makes a server certificate and puts it into service. Gives the time until the next one.
-pub(super) async fn renew_server_certificate(rooms: &Rooms) -> Result<Duration, Refusal> {
-    let made = rooms.acts.certify_server().await?;
-    rooms.tls.serve(made.chain, made.key).map_err(Refusal::internal)?;
-    Ok(made.renew_in)
-}
-
 /// The server's certificate, renewed at a third of its life.
 pub(super) async fn server_certificate(rooms: Rooms) {
     let mut wait = Duration::from_secs(8 * 3600);
     let mut tries = 0;
     loop {
         sleep(wait).await;
-        wait = match renew_server_certificate(&rooms).await {
+        wait = match rooms.acts.serve_certificate().await {
             Ok(next) => {
                 tries = 0;
                 next
@@ -91,6 +86,25 @@ pub(super) async fn reservations(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
     while denials.changed().await.is_ok() {
         rooms.acts.seal_signatures(false);
+    }
+}
+
+/// The authorities, once a second: what is due moves on. What failed is due again.
+pub(super) async fn rotation(rooms: Rooms) {
+    let mut tries = 0;
+    loop {
+        let wait = match rooms.acts.rotate_due().await {
+            Ok(_) => {
+                tries = 0;
+                ROTATION_LOOK
+            }
+            Err(refusal) => {
+                tracing::warn!(?refusal, "the rotation of the authorities has to wait");
+                tries += 1;
+                back_off(tries)
+            }
+        };
+        sleep(wait).await;
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::acts::{self, Acts, Authorities, Crl, KeyToken, Keys, Tokens};
+use crate::acts::{self, Acts, Authorities, Crl, KeyToken, Tokens};
 use crate::api::{self, Health, Readiness};
 use crate::authn::Tls;
 use crate::config::Config;
@@ -100,12 +100,13 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
     // Until the duty looks for the first time: by itself the service would call the whole well.
     let health = Health::default();
     health.report(false, true, false).await;
+    let tls = Arc::<Tls>::default();
     Ok(Rooms {
         readiness: Readiness::new(&ledger, config.hash),
-        acts: Arc::new(Acts::new(config, ledger, Crl::open(&config.paths.state))),
+        acts: Arc::new(Acts::new(config, ledger, Crl::open(&config.paths.state), Arc::clone(&tls))),
         config: Arc::clone(config),
         health,
-        tls: Arc::default(),
+        tls,
         waiting: Arc::new(Mutex::new(Waiting { what: Some(STARTING.to_owned()), outage: Outage::default() })),
         tokens: Arc::new(watch::Sender::new(None)),
     })
@@ -217,15 +218,17 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         _ = stopping.wait_for(Option::is_some) => return,
     };
     let served = async {
-        let (listener, settings) = listener?;
+        let listener = listener?;
         rooms.wait_for(None);
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
         let reservations = tokio::spawn(duties::reservations(rooms.clone()));
+        let rotation = tokio::spawn(duties::rotation(rooms.clone()));
         let until = end_of_service(stopping);
-        let served = api::serve_agents(Arc::clone(&rooms.acts), &rooms.config, listener, settings, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints, reservations] {
+        let (acts, tls) = (Arc::clone(&rooms.acts), Arc::clone(&rooms.tls));
+        let served = api::serve_agents(acts, &rooms.config, listener, tls, &rooms.health, until).await;
+        for duty in [certificates, crl, checkpoints, rotation, reservations] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())
@@ -366,12 +369,13 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     if abandoned > 0 {
         tracing::warn!(abandoned, "keys that a crash left half made were given up");
     }
-    let keys = Keys::bind(acts.ledger(), tokens).await.map_err(told)?;
-    acts.set_authorities(Authorities::load(acts.ledger(), keys).await.map_err(told)?);
+    let authorities = Authorities::load(acts.ledger(), tokens.clone(), None).await.map_err(told)?;
+    acts.set_authorities(authorities).map_err(told)?;
+    acts.keep_authority_files().await.map_err(told)?;
     let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.map_err(told)?;
     tokens.agents.set_unwrapped_max(rooms.config.limits.keys_cached);
     acts.set_key_token(KeyToken::new(tokens.agents.clone(), wrapping));
-    duties::renew_server_certificate(rooms).await.map(drop).map_err(told)
+    acts.serve_certificate().await.map(drop).map_err(told)
 }
 
 fn address(config: &Config) -> PathBuf {
@@ -379,7 +383,7 @@ fn address(config: &Config) -> PathBuf {
 }
 
 /// Binds TCP, and tells where: join files and `<runtime>/address` carry it.
-async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>), String> {
+async fn bind(rooms: &Rooms) -> Result<TcpListener, String> {
     let config = &rooms.config;
     let listener = TcpListener::bind(config.listen.tcp).await.map_err(|error| format!("{}: {error}", config.listen.tcp))?;
     let bound = listener.local_addr().map_err(|error| error.to_string())?;
@@ -392,12 +396,7 @@ async fn bind(rooms: &Rooms) -> Result<(TcpListener, Arc<rustls::ServerConfig>),
     std::fs::write(&path, format!("{bound}\n")).map_err(|error| format!("{}: {error}", path.display()))?;
     rooms.acts.set_addresses(addresses.clone());
     rooms.readiness.set_listen(addresses);
-    let issuing = rooms.acts.authorities().map_err(|refusal| format!("{refusal:?}"))?.issuing();
-    let settings = rooms
-        .tls
-        .settings(rooms.acts.ledger().clock(), &[issuing.certificate().to_vec().into()])
-        .map_err(|error| error.to_string())?;
-    Ok((listener, settings))
+    Ok(listener)
 }
 
 /// An IPv6 address needs brackets before a port.

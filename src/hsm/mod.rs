@@ -78,6 +78,17 @@ pub struct Found {
     pub public: Option<PublicKey>,
 }
 
+/// What a token holds under one CKA_ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// CKA_ID, of whatever length; empty where an object has none.
+    pub id: Vec<u8>,
+    /// CKA_LABEL of one of them.
+    pub label: String,
+    /// How many.
+    pub objects: u32,
+}
+
 /// One token, logged in to. Clones share it; it serves until [`Hsm::shut_down`], whatever is dropped.
 #[derive(Clone)]
 pub struct Hsm(Arc<Token>);
@@ -157,6 +168,14 @@ impl Hsm {
     /// When the token cannot be asked.
     pub async fn find(&self, id: KeyId) -> Result<Vec<Found>, Error> {
         self.errand(ADMIN_DEADLINE, move |session| objects::find(session, id)).await
+    }
+
+    /// All token objects, for reconciliation: one with each CKA_ID. A device may need seconds.
+    ///
+    /// # Errors
+    /// When the token cannot be asked.
+    pub async fn inventory(&self) -> Result<Vec<Held>, Error> {
+        self.errand(ADMIN_DEADLINE, objects::inventory).await
     }
 
     /// Destroys all token objects with this CKA_ID and returns how many there were.

@@ -1,16 +1,18 @@
 //! Key pairs: templates, reading back, finding, signing, destroying. What concerns token objects runs on the admin lane.
 
+use std::collections::BTreeMap;
+
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::{Session, SessionState};
 
-use super::Found;
 use super::agent_keys::LABEL;
 use super::der;
 use super::error::Error;
 use super::faults::{Outcome, Place};
 use super::keyring::{Bound, Form};
+use super::{Found, Held};
 use crate::model::{Algorithm, KeyId, PublicKey};
 
 /// What a test signature signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so: a
@@ -220,6 +222,29 @@ pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
             Ok(Found { private, public })
         })
         .collect()
+}
+
+/// All token objects that have a CKA_ID, or could have one: by it.
+pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
+    let mut held = BTreeMap::<Vec<u8>, Held>::new();
+    for object in session.find_objects(&[Attribute::Token(true)]).map_err(|error| Error::at(Place::Search, error))? {
+        let told = |kind| match attribute(session, object, kind) {
+            // Of a class or a form that the wrapper does not know: counted all the same.
+            Err(Error::Answer { .. }) => Ok(None),
+            told => told,
+        };
+        let id = match told(AttributeType::Id)? {
+            Some(Attribute::Id(id)) => id,
+            _ => Vec::new(),
+        };
+        let label = match told(AttributeType::Label)? {
+            Some(Attribute::Label(label)) => String::from_utf8_lossy(&label).into_owned(),
+            _ => String::new(),
+        };
+        let found = held.entry(id.clone()).or_insert_with(|| Held { id, label, objects: 0 });
+        found.objects += 1;
+    }
+    Ok(held.into_values().collect())
 }
 
 /// Destroys all token objects with this CKA_ID, until a search finds none.

@@ -7,6 +7,7 @@ use crate::model::{AgentId, Digest, KeyTag, PublicKey, Reason, Refusal, Serial, 
 use crate::proto::QuarantineCause;
 
 use super::agent::{Agent, Asked, Bound, Certified, Ending, Evidence, Live, Quarantine, Token, Verdict};
+use super::generation::Generations;
 
 /// Room for as many more certificates of an agent is made at once.
 const LIVE_GROWS_BY: usize = 4;
@@ -37,6 +38,9 @@ pub(super) struct Book {
     /// Agents changed since their row was written.
     pub dirty: Vec<u32>,
     pub quarantined: usize,
+    /// The longest lifetime that any agent was enrolled for.
+    pub ttl_seconds_longest: u32,
+    pub generations: Generations,
 }
 
 impl Book {
@@ -96,6 +100,7 @@ impl Book {
 
     fn add(&mut self, agent: Agent) -> u32 {
         let slot = u32::try_from(self.agents.len()).unwrap_or(u32::MAX);
+        self.ttl_seconds_longest = self.ttl_seconds_longest.max(agent.ttl_seconds_max);
         self.by_name.insert(agent.id.clone(), slot);
         self.agents.push(agent);
         slot

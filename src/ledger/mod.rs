@@ -8,6 +8,7 @@
 mod agent;
 mod agent_keys;
 mod book;
+mod generation;
 mod intent;
 pub mod merkle;
 pub mod note;
@@ -38,10 +39,11 @@ use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
 pub use agent_keys::{AgentKey, Ends, KeyOf, KeyTerms, KeyVersion, Reserved, StoredKey, VERSIONS_MAX, key_not_found};
+pub use generation::{Generation, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};
 pub use recover::{Opened, create};
 pub use standing::Standing;
-pub use store::{AuthorityRow, KeyRow, Reader, StoreError};
+pub use store::{KeyRow, Reader, StoreError};
 pub use views::{AgentView, BoundKeys};
 
 use book::Book;
@@ -510,7 +512,6 @@ fn rows_of(body: &Body) -> Vec<Row> {
         Body::KeyIntended(key) => vec![Row::KeyIntended(key.clone())],
         Body::KeyActivated(key) => vec![Row::KeyActivated(key.clone())],
         Body::KeyAbandoned(key) => vec![Row::KeyAbandoned(key.key_id.clone())],
-        Body::AuthorityActivated(authority) => vec![Row::Authority(authority.clone())],
         _ => Vec::new(),
     }
 }

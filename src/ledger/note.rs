@@ -73,11 +73,14 @@ impl Checkpoint {
         format!("{}\n{}\n{}\n", self.origin, self.size, BASE64.encode(self.root.0))
     }
 
-    /// The signed note: the body, an empty line, and `signature` (of the body) by `key` named `name`.
+    /// The signed note: the body, an empty line, and a line for each signature (of the body) by a key named `name`.
     #[must_use]
-    pub fn signed(&self, name: &str, key: &PublicKey, signature: &[u8]) -> String {
-        let blob = [&key_id(name, key)[..], signature].concat();
-        format!("{}\n\u{2014} {name} {}\n", self.body(), BASE64.encode(blob))
+    pub fn signed(&self, name: &str, signatures: &[(&PublicKey, Vec<u8>)]) -> String {
+        let line = |(key, signature): &(&PublicKey, Vec<u8>)| {
+            let blob = [&key_id(name, key)[..], signature].concat();
+            format!("\u{2014} {name} {}\n", BASE64.encode(blob))
+        };
+        format!("{}\n{}", self.body(), signatures.iter().map(line).collect::<String>())
     }
 
     fn parse(text: &str) -> Result<Self, NoteError> {
@@ -307,7 +310,7 @@ mod tests {
             assert_eq!(key.to_string(), text);
             assert_eq!(verify(note, &key), Ok(expected.clone()));
             let line = note.trim_end().rsplit(' ').next().unwrap();
-            assert_eq!(expected.signed(key.name(), key.key(), &BASE64.decode(line).unwrap()[4..]), note);
+            assert_eq!(expected.signed(key.name(), &[(key.key(), BASE64.decode(line).unwrap()[4..].to_vec())]), note);
         }
     }
 
@@ -383,7 +386,7 @@ mod tests {
         let public = PublicKey::from_raw(Algorithm::P256, pair.public_key().as_ref()).unwrap();
         let checkpoint = Checkpoint { origin: "td.example/ledger".into(), size: u64::MAX, root: Digest([9; 32]) };
         let signature = pair.sign(&random, checkpoint.body().as_bytes()).unwrap();
-        let note = checkpoint.signed("td.example/ledger", &public, signature.as_ref());
+        let note = checkpoint.signed("td.example/ledger", &[(&public, signature.as_ref().to_vec())]);
         let key = VerifierKey::parse(&VerifierKey::new("td.example/ledger", public).unwrap().to_string()).unwrap();
         assert_eq!(verify(&note, &key), Ok(checkpoint));
         assert!(VerifierKey::new("two words", key.key().clone()).is_err());

@@ -190,6 +190,8 @@ struct Replayed {
 
 fn replay(store: &Store, forget_seconds: u64) -> Result<Replayed, StoreError> {
     let mut book = Book::default();
+    // Their rows go with their entries: there is nothing to replay.
+    book.generations = store.generations()?;
     store.agents(|agent| book.restore(agent))?;
     let from = match store.fact("snapshot")? {
         Some(bytes) => {

@@ -267,13 +267,16 @@ impl Sequencer {
                 reinstate(agent, denials, by, token, answer, now, book, batch)
             }
             Command::Enrol { agent, limits, by, token, answer } => enrol(agent, limits, by, token, answer, now, book, batch),
-            Command::Record { body, rows, answer } => {
-                let index = batch.entry(now, body);
-                batch.rows.extend(rows);
-                if let Some(answer) = answer {
-                    batch.then(answer, index);
+            Command::Record { body, rows, answer } => match book.generations.fold(now, &body) {
+                Ok(more) => {
+                    let index = batch.entry(now, body);
+                    batch.rows.extend(rows.into_iter().chain(more));
+                    if let Some(answer) = answer {
+                        batch.then(answer, index);
+                    }
                 }
-            }
+                Err(refusal) => drop(answer.map(|answer| answer.send(Err(refusal)))),
+            },
             Command::Key(command) => command.decide(now, &self.ledger, gate, batch),
             Command::Edge { answer } => batch.edge.push(answer),
             Command::Keep { row, answer } => {
@@ -299,6 +302,10 @@ impl Sequencer {
             tbs: intention.tbs.to_vec(),
             ..proto::Intended::default()
         };
+        if !book.generations.may_sign(intention.kind, &intention.key_id) {
+            let advice = "another authority signs by now; ask again";
+            return refuse(answer, intents, batch, Refusal::new(Reason::AuthoritySuperseded, advice));
+        }
         let Some(subject) = intention.subject else {
             let index = batch.entry(now, Body::Intended(body));
             book.intended(index);

@@ -13,12 +13,17 @@ use crate::proto;
 use super::agent::Agent;
 use super::agent_keys::KeyOf;
 use super::agent_keys::rows::{self, AgentKeyRow};
+use super::generation::{self, Generation, Generations};
 use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 3] =
-    [include_str!("migrations/0001.sql"), include_str!("migrations/0002.sql"), include_str!("migrations/0003.sql")];
+const MIGRATIONS: [&str; 4] = [
+    include_str!("migrations/0001.sql"),
+    include_str!("migrations/0002.sql"),
+    include_str!("migrations/0003.sql"),
+    include_str!("migrations/0004.sql"),
+];
 /// The schema this binary writes.
 const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// Entries read in one go, at most.
@@ -74,17 +79,6 @@ pub struct KeyRow {
     pub public: Option<PublicKey>,
 }
 
-/// An authority's certificate.
-#[derive(Debug, Clone)]
-pub struct AuthorityRow {
-    /// Root or issuing.
-    pub purpose: proto::Purpose,
-    /// Its key; `None` for an outside root.
-    pub key_id: Option<KeyId>,
-    /// DER.
-    pub certificate: Vec<u8>,
-}
-
 /// A row that goes with an entry, in the same transaction.
 #[derive(Debug, Clone)]
 pub(super) enum Row {
@@ -92,7 +86,7 @@ pub(super) enum Row {
     KeyIntended(proto::KeyIntended),
     KeyActivated(proto::KeyActivated),
     KeyAbandoned(Vec<u8>),
-    Authority(proto::AuthorityActivated),
+    Generation(Box<Generation>),
     /// A resident key of an agent is being destroyed, or has been.
     KeyEnding(KeyId, &'static str),
     AgentKey(Box<(KeyOf, proto::KeyState, AgentKeyRow)>),
@@ -199,6 +193,10 @@ impl Store {
         Ok(())
     }
 
+    pub(super) fn generations(&self) -> Result<Generations, StoreError> {
+        Generations::load(&self.connection, |name| self.fact(name))
+    }
+
     pub(super) fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
         Ok(self.connection.query_row("SELECT value FROM fact WHERE name = ?1", [name], |row| row.get(0)).optional()?)
     }
@@ -277,13 +275,7 @@ fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
         Row::KeyAbandoned(id) => {
             transaction.prepare_cached("UPDATE hsm_key SET state = 'abandoned' WHERE id = ?1")?.execute([id])?;
         }
-        Row::Authority(authority) => {
-            transaction
-                .prepare_cached(
-                    "INSERT OR REPLACE INTO authority (purpose, key_id, certificate, intent) VALUES (?1, ?2, ?3, ?4)",
-                )?
-                .execute(params![authority.purpose, authority.key_id, authority.certificate, authority.intent.cast_signed()])?;
-        }
+        Row::Generation(generation) => generation::write(transaction, generation)?,
         Row::KeyEnding(id, state) => {
             transaction.prepare_cached("UPDATE hsm_key SET state = ?2 WHERE id = ?1")?.execute(params![id.0, state])?;
         }
@@ -368,8 +360,9 @@ impl Reader {
     /// When the file cannot be read or a row breaks a rule.
     pub fn keys(&self) -> Result<Vec<KeyRow>, StoreError> {
         let connection = self.locked();
-        let mut select = connection
-            .prepare_cached("SELECT id, purpose, algorithm, token, spki, state = 'active' FROM hsm_key WHERE state IN ('intended', 'active') ORDER BY id")?;
+        let mut select = connection.prepare_cached(
+            "SELECT id, purpose, algorithm, token, spki, state = 'active' FROM hsm_key WHERE state IN ('intended', 'active') ORDER BY id",
+        )?;
         let mut rows = select.query([])?;
         let mut keys = Vec::new();
         while let Some(row) = rows.next()? {
@@ -391,24 +384,35 @@ impl Reader {
         Ok(keys)
     }
 
-    /// Authorities in force.
+    /// The public key under a CKA_ID, in use or not.
     ///
     /// # Errors
     /// When the file cannot be read or a row breaks a rule.
-    pub fn authorities(&self) -> Result<Vec<AuthorityRow>, StoreError> {
+    pub fn public_key(&self, id: &KeyId) -> Result<Option<PublicKey>, StoreError> {
         let connection = self.locked();
-        let mut select = connection.prepare_cached("SELECT purpose, key_id, certificate FROM authority ORDER BY purpose")?;
-        let mut rows = select.query([])?;
-        let mut authorities = Vec::new();
-        while let Some(row) = rows.next()? {
-            let key_id: Vec<u8> = row.get(1)?;
-            authorities.push(AuthorityRow {
-                purpose: row.get::<_, i32>(0)?.try_into().map_err(|_| StoreError::Damaged("a row of authority".to_owned()))?,
-                key_id: KeyId::from_slice(&key_id),
-                certificate: row.get(2)?,
-            });
+        let mut select = connection.prepare_cached("SELECT spki FROM hsm_key WHERE id = ?1 AND spki IS NOT NULL")?;
+        let spki: Option<Vec<u8>> = select.query_row([id.0], |row| row.get(0)).optional()?;
+        let damaged = |_| StoreError::Damaged("a row of hsm_key".to_owned());
+        spki.map(|spki| PublicKey::from_spki(&spki).map_err(damaged)).transpose()
+    }
+
+    /// Every generation of a purpose that there ever was, the oldest first.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn generations(&self, purpose: proto::Purpose) -> Result<Vec<Generation>, StoreError> {
+        let connection = self.locked();
+        // A copy of an earlier keyward's file has none: nothing was rotated.
+        if !connection.table_exists(None, "generation")? {
+            return Ok(Vec::new());
         }
-        Ok(authorities)
+        let mut select = connection.prepare_cached("SELECT * FROM generation WHERE purpose = ?1 ORDER BY since_micros")?;
+        let mut rows = select.query([purpose as i32])?;
+        let mut generations = Vec::new();
+        while let Some(row) = rows.next()? {
+            generations.push(generation::read(row)?);
+        }
+        Ok(generations)
     }
 }
 

@@ -1,10 +1,10 @@
 //! What the other rooms may see of the book: copies, taken under the gate's short lock.
 
-use crate::model::{AgentId, Digest, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, KeyId, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::{self, AgentState};
 
 use super::agent::{Agent, Ending, Live, Quarantine, Token};
-use super::{Ledger, Standing};
+use super::{Generation, Ledger, Standing};
 
 /// An agent, for people.
 #[derive(Debug, Clone)]
@@ -125,6 +125,25 @@ impl Ledger {
         (page, more)
     }
 
+    /// The generations of all authorities that are not destroyed, and the sequence of the bundle that follows from them.
+    #[must_use]
+    pub fn generations(&self) -> (Vec<Generation>, u64) {
+        let gate = self.gate();
+        (gate.book.generations.all(), gate.book.generations.bundle_sequence())
+    }
+
+    /// Whether an operator holds up the rotation.
+    #[must_use]
+    pub fn is_rotation_paused(&self) -> bool {
+        self.gate().book.generations.paused()
+    }
+
+    /// The longest lifetime that any agent was enrolled for, in seconds: no certificate signed by now lives longer.
+    #[must_use]
+    pub fn ttl_seconds_longest(&self) -> u32 {
+        self.gate().book.ttl_seconds_longest
+    }
+
     /// How many agents there are, how many of them quarantined, how many intents are open.
     #[must_use]
     pub fn counts(&self) -> (usize, usize, usize) {
@@ -157,11 +176,12 @@ impl Ledger {
         (asked.request_hash == *request_hash && asked.ending == Ending::Released).then_some((asked.intent, found.sequence))
     }
 
-    /// The stored answer to a repeated request, if there is one: rebuilt from the entries, never signed again. Blocking.
+    /// The stored answer to a repeated request, if there is one: rebuilt from the entries, never signed again. What was signed, the
+    /// signature, and the key that signed. Blocking.
     ///
     /// # Errors
     /// `INTERNAL` when the entries are not what the book says.
-    pub fn answer(&self, intent: u64) -> Result<(Vec<u8>, Vec<u8>), Refusal> {
+    pub fn answer(&self, intent: u64) -> Result<(Vec<u8>, Vec<u8>, KeyId), Refusal> {
         use prost::Message as _;
         let damaged = || Refusal::internal(format!("entry {intent} is not the intent of a released certificate"));
         let bytes = self.0.reader.entry(intent).map_err(Refusal::internal)?.ok_or_else(damaged)?;
@@ -183,7 +203,8 @@ impl Ledger {
                 if let Some(proto::entry::Body::Released(released)) = entry.body
                     && released.intent == intent
                 {
-                    return Ok((intended.tbs, released.signature));
+                    let key = KeyId::from_slice(&intended.key_id).ok_or_else(damaged)?;
+                    return Ok((intended.tbs, released.signature, key));
                 }
             }
         }

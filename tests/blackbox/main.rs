@@ -25,6 +25,7 @@ mod recovery;
 mod release;
 mod release_binary;
 mod renew;
+mod rotate;
 mod serve;
 mod shim;
 mod strangers;

@@ -15,11 +15,11 @@ impl Acts {
     /// # Errors
     /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
     pub async fn rotate_key(&self, source: &Arc<Connection>, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
-        let rotated = self.rotate(source, name, known).await;
+        let rotated = self.rotate_known(source, name, known).await;
         self.refused_key_call("RotateKey", source, rotated).await
     }
 
-    async fn rotate(&self, source: &Connection, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
+    async fn rotate_known(&self, source: &Connection, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
         self.keys.spend_rate(caller.agent(), 1, now.seconds())?;

@@ -75,14 +75,22 @@ impl Ask {
 }
 
 impl Book {
-    /// Genesis, two active keys, one enrolled agent.
+    /// Genesis, two active keys in force as root and issuing authority, one enrolled agent.
     pub(super) fn new() -> Self {
         let mut book = Self::empty();
         book.genesis();
         book.key(ROOT, Purpose::Root);
         book.key(ISSUING, Purpose::Issuing);
+        book.in_force(ROOT, Purpose::Root);
+        book.in_force(ISSUING, Purpose::Issuing);
         book.enrol(AGENT);
         book
+    }
+
+    /// What `init` says of an authority from outside.
+    fn in_force(&mut self, id: [u8; 16], purpose: Purpose) {
+        let authority = proto::AuthorityActivated { purpose: purpose.into(), key_id: id.to_vec(), ..Default::default() };
+        self.add(Body::AuthorityActivated(authority));
     }
 
     pub(super) fn empty() -> Self {

@@ -9,7 +9,7 @@ use super::keys::Keys;
 use super::tbs::{self, Certificate, Crl, digest_within};
 use super::{At, OPEN_INTENTS_MAX};
 use crate::model::{Digest, KeyId, Serial, TrustDomain};
-use crate::proto::{AuthorityActivated, Intended, IntentKind, Purpose, Released};
+use crate::proto::{AuthorityActivated, AuthorityState, AuthorityStepped, Intended, IntentKind, Purpose, Released};
 
 struct Open {
     kind: IntentKind,
@@ -46,15 +46,6 @@ pub(super) struct Intents {
     authorities: HashMap<u64, (Purpose, Digest)>,
 }
 
-/// Which key signs what.
-fn signer(kind: IntentKind) -> Option<Purpose> {
-    match kind {
-        IntentKind::Attest | IntentKind::Renew | IntentKind::Server | IntentKind::Crl | IntentKind::Csr => Some(Purpose::Issuing),
-        IntentKind::Root | IntentKind::Issuing => Some(Purpose::Root),
-        IntentKind::Unspecified => None,
-    }
-}
-
 fn is_agents(kind: IntentKind) -> bool {
     matches!(kind, IntentKind::Attest | IntentKind::Renew)
 }
@@ -73,19 +64,22 @@ impl Intents {
         }
     }
 
+    /// An intent whose key may sign such a thing, or may not (`right`). Until when an agent's certificate may be in force by it, in
+    /// Unix seconds; 0: there is none.
     pub(super) fn intended(
         &mut self,
         intent: &Intended,
+        right: bool,
         domain: Option<&TrustDomain>,
-        keys: &Keys,
         agents: &mut Agents,
         at: &mut At<'_>,
-    ) {
+    ) -> u64 {
         self.counts.intents += 1;
         let kind = intent.kind();
-        if !signer(kind).is_some_and(|purpose| keys.is_active(&intent.key_id, purpose)) {
+        if !right {
             at.violates("intent-key", format_args!("the key is not active, or not one that signs {}", kind.as_str_name()));
         }
+        let mut leaf_until = 0;
         let mut candidate = is_agents(kind).then(|| candidate(intent, agents, at)).flatten();
         if kind == IntentKind::Crl {
             self.crl(intent, agents, at);
@@ -98,6 +92,7 @@ impl Intents {
         {
             candidate.serial = Some(serial);
             candidate.not_after_seconds = not_after_seconds;
+            leaf_until = not_after_seconds;
         }
         if self.open.len() >= OPEN_INTENTS_MAX {
             at.violates("intents-open", format_args!("{OPEN_INTENTS_MAX} others are open"));
@@ -108,6 +103,7 @@ impl Intents {
             self.open.insert(at.index, Open { kind, signer: None, key, candidate, tbs });
         }
         self.remember(at.index);
+        leaf_until
     }
 
     /// An intent to sign with an agent's key; what is wrong with it has been told.
@@ -240,11 +236,28 @@ impl Intents {
         if !activated.key_id.is_empty() && !keys.is_active(&activated.key_id, purpose) {
             at.violates("authority", format_args!("its key is not active, or not one of a {}", purpose.as_str_name()));
         }
+        self.authority_certificate(purpose, &activated.certificate, activated.intent, at);
+    }
+
+    /// What is trusted from now on has a key of ours, or a certificate from outside.
+    pub(super) fn authority_stepped(&self, step: &AuthorityStepped, keys: &Keys, at: &mut At<'_>) {
+        if step.to() != AuthorityState::Prepublished {
+            return;
+        }
+        let (purpose, outside) = (step.purpose(), step.certificate.ends_with(&step.key_id));
+        let from_outside = outside && purpose == Purpose::Root;
+        if !from_outside && !keys.is_active(&step.key_id, purpose) {
+            at.violates("authority", format_args!("its key is not active, or not one of a {}", purpose.as_str_name()));
+        }
+        self.authority_certificate(purpose, &step.certificate, step.intent, at);
+    }
+
+    fn authority_certificate(&self, purpose: Purpose, certificate: &[u8], intent: u64, at: &mut At<'_>) {
         // 0 is the genesis: signed outside.
-        if activated.intent != 0 {
-            let signed = digest_within(&activated.certificate).map(|digest| (purpose, digest));
-            if signed.is_none() || signed.as_ref() != self.authorities.get(&activated.intent) {
-                at.violates("authority", format_args!("not the certificate that intent {} released", activated.intent));
+        if intent != 0 {
+            let signed = digest_within(certificate).map(|digest| (purpose, digest));
+            if signed.is_none() || signed.as_ref() != self.authorities.get(&intent) {
+                at.violates("authority", format_args!("not the certificate that intent {intent} released"));
             }
         }
     }

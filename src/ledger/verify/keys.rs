@@ -10,7 +10,7 @@ use crate::proto::{KeyAbandoned, KeyActivated, KeyAlgorithm, KeyIntended, Purpos
 
 enum State {
     Intended,
-    Active(Box<ParsedPublicKey>),
+    Active(Box<ParsedPublicKey>, PublicKey),
     /// In use, and signs nothing that the ledger has a signature of: a wrapping key, an agent's.
     InUse,
     Abandoned,
@@ -55,7 +55,7 @@ impl Keys {
         match PublicKey::from_spki(&activated.spki) {
             Ok(public) if Some(public.algorithm()) == expected => {
                 if let Some(verifier) = public.verifier() {
-                    key.state = State::Active(Box::new(verifier));
+                    key.state = State::Active(Box::new(verifier), public);
                 }
             }
             Ok(_) => at.violates("key-spki", format_args!("not a key of the intended algorithm")),
@@ -92,13 +92,21 @@ impl Keys {
     /// Whether `id` is an active key of `purpose`.
     pub(super) fn is_active(&self, id: &[u8], purpose: Purpose) -> bool {
         let key = KeyId::from_slice(id).and_then(|id| self.by_id.get(&id));
-        key.is_some_and(|key| key.purpose == purpose && matches!(key.state, State::Active(_)))
+        key.is_some_and(|key| key.purpose == purpose && matches!(key.state, State::Active(..)))
+    }
+
+    /// The public key of the active key `id` of `purpose`.
+    pub(super) fn public(&self, id: &KeyId, purpose: Purpose) -> Option<&PublicKey> {
+        match self.by_id.get(id).filter(|key| key.purpose == purpose).map(|key| &key.state) {
+            Some(State::Active(_, public)) => Some(public),
+            _ => None,
+        }
     }
 
     /// Whether `signature` is that of the active key `id` over `message`.
     pub(super) fn verifies(&self, id: &KeyId, message: &[u8], signature: &[u8]) -> bool {
         match self.by_id.get(id).map(|key| &key.state) {
-            Some(State::Active(key)) => key.verify_sig(message, signature).is_ok(),
+            Some(State::Active(key, _)) => key.verify_sig(message, signature).is_ok(),
             _ => false,
         }
     }

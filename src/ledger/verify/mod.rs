@@ -13,7 +13,10 @@
 //! | `root`, `truncated` | another root than the checkpoint's; fewer entries than the checkpoint says |
 //! | `key-intent`, `key-settled`, `key-spki` | a key intended twice; settled without an intent or twice; not a key of its algorithm |
 //! | `authority` | a certificate in force that is not the one a released intent signed, or of a key that is not active |
-//! | `intent-key` | an intent for a key that is not active or has another purpose |
+//! | `authority-step`, `authority-overlap` | an arrow that does not lead there; a root that signs before its bundle can be everywhere |
+//! | `authority-retired`, `authority-tainted` | one retired over a certificate in force; a taint of nobody's key |
+//! | `ledger-key` | a ledger key that the one before it did not vouch for |
+//! | `intent-key` | an intent for a key whose generation does not sign that, or which has another purpose |
 //! | `intent-agent`, `intent-epoch` | an intent for an agent that is not enrolled, or of an epoch that has not begun |
 //! | `intent-tbs`, `intent-identity`, `intent-freshness` | bytes that are no certificate or CRL; another identity; a life beyond the appraisal |
 //! | `serial` | a serial of a certificate that has not expired, again |
@@ -32,6 +35,9 @@
 
 mod agent_keys;
 mod agents;
+mod authorities;
+#[cfg(test)]
+mod authority_tests;
 #[cfg(test)]
 mod book;
 mod intents;
@@ -46,7 +52,7 @@ use prost::Message as _;
 
 use super::merkle::{Tree, empty_root, leaf_hash};
 use super::note::{Checkpoint, ledger_name};
-use crate::model::{Digest, TrustDomain, UnixTime};
+use crate::model::{Digest, PublicKey, TrustDomain, UnixTime};
 use crate::proto::entry::Body;
 use crate::proto::{Entry, Genesis, Released};
 
@@ -152,9 +158,11 @@ pub struct Verifier {
     time: Option<(UnixTime, UnixTime)>,
     started: u64,
     keys: keys::Keys,
+    authorities: authorities::Authorities,
     agents: agents::Agents,
     agent_keys: agent_keys::AgentKeys,
     intents: intents::Intents,
+    expected: Vec<(PublicKey, u64)>,
     violations: Vec<Violation>,
     violations_total: u64,
 }
@@ -174,14 +182,21 @@ impl Verifier {
             time: None,
             started: 0,
             keys: keys::Keys::default(),
+            authorities: authorities::Authorities::default(),
             agents: agents::Agents::default(),
             agent_keys: agent_keys::AgentKeys::default(),
             intents: intents::Intents::new(signatures),
+            expected: Vec::new(),
             violations: Vec::new(),
             violations_total: 0,
         };
         verifier.compare_roots();
         verifier
+    }
+
+    /// A key that is trusted because the one before it signed a checkpoint of `size` entries: these have to tell of it.
+    pub fn expect_follower(&mut self, key: PublicKey, size: u64) {
+        self.expected.push((key, size));
     }
 
     /// Takes the next entry, as stored.
@@ -225,10 +240,23 @@ impl Verifier {
             Body::Started(_) => self.started = index,
             Body::KeyIntended(key) => self.keys.intended(key, at),
             Body::KeyActivated(key) => self.keys.activated(key, at),
-            Body::KeyAbandoned(key) => self.keys.abandoned(key, at),
-            Body::AuthorityActivated(authority) => self.intents.authority(authority, &self.keys, at),
+            Body::KeyAbandoned(key) => {
+                self.keys.abandoned(key, at);
+                self.authorities.abandoned(&key.key_id);
+            }
+            Body::AuthorityActivated(authority) => {
+                self.intents.authority(authority, &self.keys, at);
+                self.authorities.activated(authority, at);
+            }
+            Body::AuthorityStepped(step) => {
+                self.intents.authority_stepped(step, &self.keys, at);
+                self.authorities.stepped(step, self.trust_domain.as_ref(), &self.keys, at);
+            }
+            Body::AuthorityTainted(tainted) => self.authorities.tainted(tainted, at),
             Body::Intended(intent) => {
-                self.intents.intended(intent, self.trust_domain.as_ref(), &self.keys, &mut self.agents, at);
+                let right = self.authorities.may_sign(intent.kind(), &intent.key_id, &self.keys);
+                let until = self.intents.intended(intent, right, self.trust_domain.as_ref(), &mut self.agents, at);
+                self.authorities.leaf_until(&intent.key_id, until);
             }
             Body::Released(released) => self.released(released, index, time),
             Body::AgentKeyCreated(created) => self.agent_keys.created(created, &mut self.keys, &self.agents, at),
@@ -247,7 +275,14 @@ impl Verifier {
             Body::Enrolled(enrolled) => self.agents.enrolled(enrolled, at),
             Body::Quarantined(quarantined) => self.agents.quarantined(quarantined, at),
             Body::Reinstated(reinstated) => self.agents.reinstated(reinstated, at),
-            Body::Stopped(_) | Body::ClockAccepted(_) | Body::HsmUnlocked(_) | Body::Refused(_) | Body::RefusalsCounted(_) => {}
+            Body::Stopped(_)
+            | Body::ClockAccepted(_)
+            | Body::HsmUnlocked(_)
+            | Body::RotationPaused(_)
+            | Body::RotationResumed(_)
+            | Body::OrphansDestroyed(_)
+            | Body::Refused(_)
+            | Body::RefusalsCounted(_) => {}
         }
     }
 
@@ -276,6 +311,12 @@ impl Verifier {
         for beyond in std::mem::take(&mut self.checkpoints) {
             let detail = format_args!("the checkpoint is of {} entries, there are {entries}", beyond.size);
             self.at(entries.saturating_sub(1)).violates("truncated", detail);
+        }
+        for (key, size) in std::mem::take(&mut self.expected) {
+            if !self.authorities.has_follower(&key, size) {
+                let detail = format_args!("the first {size} entries do not tell of the ledger key {}", key.digest());
+                self.at(size.saturating_sub(1)).violates("ledger-key", detail);
+            }
         }
         let counts = self.intents.counts();
         Report {

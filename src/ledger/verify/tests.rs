@@ -60,10 +60,10 @@ fn an_empty_ledger_has_no_findings_but_against_a_checkpoint_it_is_truncated() {
 fn a_changed_entry_or_a_cut_tail_is_noticed() {
     let mut book = Book::new();
     let checkpoint = book.checkpoint();
-    let enrolled = book.entries[5].clone();
-    book.entries[5].extend([0x78, 0]); // an unknown field 15: decodes, other bytes
+    let enrolled = book.entries[7].clone();
+    book.entries[7].extend([0xc0, 0x0c, 0]); // an unknown field 200: decodes, other bytes
     assert_eq!(book.report(std::slice::from_ref(&checkpoint)).violations[0].rule, "root");
-    book.entries[5] = enrolled;
+    book.entries[7] = enrolled;
     assert!(book.report(std::slice::from_ref(&checkpoint)).holds());
     book.entries.pop();
     assert_eq!(book.report(&[checkpoint]).violations[0].rule, "truncated");
@@ -270,18 +270,21 @@ fn an_authority_in_force_is_the_one_that_was_released() {
         let purpose = purpose.into();
         book.add(Body::AuthorityActivated(proto::AuthorityActivated { purpose, key_id, certificate, intent }));
     };
-    let mut book = Book::new();
+    let mut book = Book::empty();
+    book.genesis();
+    book.key(ROOT, Purpose::Root);
+    book.key(ISSUING, Purpose::Issuing);
+    activate(&mut book, Purpose::Root, vec![], 0);
     let ask_issuing = ask();
     let certificate = book.certificate(&ask_issuing);
     let intent = book.intend_kind(IntentKind::Issuing, &ask_issuing);
     book.release(intent);
     activate(&mut book, Purpose::Issuing, certificate.clone(), intent);
-    activate(&mut book, Purpose::Root, vec![], 0);
     assert_eq!(book.broken(), [""; 0]);
     activate(&mut book, Purpose::Root, certificate, intent);
     let other = book.certificate(&ask());
     activate(&mut book, Purpose::Issuing, other, intent);
-    assert_eq!(book.broken(), ["authority", "authority"]);
+    assert_eq!(book.broken(), ["authority", "authority-step", "authority", "authority-step"]);
 }
 
 #[test]
@@ -335,7 +338,7 @@ proptest! {
             let mut book = Book::new();
             book.issue(&Ask::new(1, 0));
             book.quarantine(AGENT, 1);
-            book.crl(book.size(), &[6]);
+            book.crl(book.size(), &[8]);
             book.reinstate(AGENT, 2);
             book.issue(&Ask::new(2, 0));
             assert_eq!(book.broken(), [""; 0]);

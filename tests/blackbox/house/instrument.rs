@@ -20,10 +20,15 @@ fn example(name: &str) -> PathBuf {
     built
 }
 
+/// The library for LD_PRELOAD.
+pub fn preload_library() -> PathBuf {
+    example("libpreload.so")
+}
+
 /// Puts the preload library under a command.
 pub fn preload(command: &mut Command, state: &Path, shadow: &Path, control: &Path) {
     command
-        .env("LD_PRELOAD", example("libpreload.so"))
+        .env("LD_PRELOAD", preload_library())
         .env("KEYWARD_PRELOAD_STATE", canonical(state))
         .env("KEYWARD_PRELOAD_SHADOW", shadow)
         .env("KEYWARD_PRELOAD_CONTROL", control);

@@ -400,6 +400,7 @@ impl House {
             ("hsm.agents", token::section(&module, "agents", &self.path("agents.pin"))),
             ("operator", String::new()),
             ("limits", String::new()),
+            ("rotation", String::new()),
             ("log", String::new()),
         ] {
             if self.one_token && section == "hsm.agents" {

@@ -1,0 +1,168 @@
+//! When which arrow of an authority's life is due. Pure: generations and terms in, arrows out.
+
+use crate::config::Rotation;
+use crate::ledger::Generation;
+use crate::model::{KeyId, UnixTime};
+use crate::proto::{AuthorityState as State, Purpose};
+
+use super::authorities::REFRESH_HINT_SECONDS;
+use super::certify;
+
+/// A root or a token-signing key is in the bundle for so long before it signs, in seconds: three refresh hints (SPIFFE Trust Domain and
+/// Bundle asks for three to five), so that who follows the hint has it twice over.
+pub(super) const PREPUBLISH_SECONDS: u64 = 3 * REFRESH_HINT_SECONDS as u64;
+/// Two ledger keys sign checkpoints for so long, and tokens outlive their key by no more, in seconds.
+const OVERLAP_SECONDS: u64 = 3_600;
+/// What is under a tainted authority has so long to be renewed, in seconds: within it, whoever follows the bundle has come by, and a
+/// certificate of the default lifetime has been renewed.
+const TAINT_SECONDS: u64 = 900;
+/// Clocks differ: a certificate is over for everybody so long after its end, in seconds.
+const SLACK_SECONDS: u64 = 60;
+/// An authority's successor is made at the latest so long before its certificate ends, in seconds.
+const CERTIFICATE_REST_SECONDS: u64 = 14 * 86_400;
+
+/// What the arrows are weighed by.
+pub(super) struct Terms<'a> {
+    pub rotation: &'a Rotation,
+    /// The longest lifetime that any agent was enrolled for.
+    pub ttl_seconds_longest: u32,
+    /// Nothing moves but what a taint moves.
+    pub paused: bool,
+}
+
+/// What a generation waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrow {
+    /// Where it leads. From active to retiring: a successor is to be planned.
+    pub to: State,
+    /// When; `None`: when something else has happened.
+    pub at: Option<UnixTime>,
+    /// It follows from a taint.
+    pub urgent: bool,
+    /// It is taken with another's: nothing is to be done for it.
+    pub passive: bool,
+}
+
+impl Arrow {
+    /// Whether it is to be taken now.
+    pub(super) fn is_due(&self, now: UnixTime, terms: &Terms<'_>) -> bool {
+        !self.passive && self.at.is_some_and(|at| at <= now) && (self.urgent || !terms.paused)
+    }
+}
+
+fn arrow(to: State, at: Option<UnixTime>, urgent: bool) -> Arrow {
+    Arrow { to, at, urgent, passive: false }
+}
+
+/// The next arrow of one generation among all.
+pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Option<Arrow> {
+    let active = |purpose| all.iter().find(move |found| found.purpose == purpose && found.state == State::Active);
+    let root = active(Purpose::Root);
+    match of.state {
+        State::Planned => {
+            let at = match (of.purpose, root) {
+                // The outside root's turn, or that of a new root.
+                (Purpose::Issuing, Some(root)) if root.is_outside() || root.tainted => None,
+                _ => Some(of.since),
+            };
+            let replaced = active(of.purpose).is_some_and(|before| before.tainted);
+            if of.tainted {
+                return Some(arrow(State::Destroyed, Some(of.since), true));
+            }
+            Some(arrow(State::Prepublished, at, replaced))
+        }
+        // Given up: its key may be in other hands, or its root has been replaced before it came to sign.
+        State::Prepublished if of.tainted || root_of(of, all).is_some_and(|root| root.state == State::Retiring) => {
+            Some(arrow(State::Retired, Some(of.since), of.tainted))
+        }
+        State::Prepublished => Some(activation(of, all, terms)),
+        State::Active => Some(succession(of, all, terms)),
+        State::Retiring => Some(retirement(of, all, terms)),
+        State::Retired => Some(arrow(State::Destroyed, Some(of.since), of.tainted)),
+        State::Destroyed | State::Unspecified => None,
+    }
+}
+
+fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
+    let urgent = all.iter().any(|found| found.purpose == of.purpose && found.state == State::Active && found.tainted);
+    let overlap = match of.purpose {
+        Purpose::Root | Purpose::TokenSigning => PREPUBLISH_SECONDS,
+        _ => 0,
+    };
+    let at = match of.purpose {
+        _ if urgent => Some(of.since),
+        // At most two sign checkpoints.
+        Purpose::Ledger => {
+            let before = all.iter().find(|found| found.purpose == Purpose::Ledger && found.state == State::Retiring);
+            before.map_or(Some(of.since), |before| retirement(before, all, terms).at)
+        }
+        _ => Some(of.since.plus_seconds(overlap)),
+    };
+    let at = match terms.rotation.window {
+        Some(window) if !of.now && !urgent => at.map(|at| window.next(at)),
+        _ => at,
+    };
+    let root_is_coming = root_of(of, all).is_some_and(Generation::is_coming);
+    arrow(State::Active, at.filter(|_| !root_is_coming), urgent)
+}
+
+fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
+    let to = State::Retiring;
+    if let Some(coming) = all.iter().find(|found| found.purpose == of.purpose && found.is_coming()) {
+        // Nothing to plan any more: it retires when that one is active.
+        let at = if coming.state == State::Prepublished { activation(coming, all, terms).at } else { None };
+        return Arrow { passive: true, ..arrow(to, at, of.tainted) };
+    }
+    if of.is_outside() {
+        return arrow(to, None, of.tainted);
+    }
+    if of.tainted || its_root_goes(of, all) {
+        return arrow(to, Some(of.since), of.tainted);
+    }
+    let days = match of.purpose {
+        Purpose::Root => terms.rotation.root_days,
+        Purpose::Issuing => terms.rotation.issuing_days,
+        Purpose::TokenSigning => terms.rotation.token_signing_days,
+        // Wrapping keys rotate here as well once their generations are entries.
+        _ => terms.rotation.ledger_days,
+    };
+    let by_age = of.since.plus_seconds(days * 86_400 + jitter(of.key_id, terms.rotation.jitter_seconds));
+    let at = match certify::end(&of.certificate) {
+        Some(end) => by_age.min(end.minus_seconds(CERTIFICATE_REST_SECONDS)),
+        None => by_age,
+    };
+    arrow(to, Some(terms.rotation.window.map_or(at, |window| window.next(at))), false)
+}
+
+fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
+    let after = |seconds: u64| Some(of.since.plus_seconds(seconds));
+    let at = match of.purpose {
+        Purpose::Issuing if of.tainted => after(TAINT_SECONDS),
+        Purpose::Issuing => after(u64::from(terms.ttl_seconds_longest) + SLACK_SECONDS),
+        Purpose::Root => {
+            let used = all.iter().any(|found| found.issuer == Some(of.key_id) && found.is_trusted());
+            after(0).filter(|_| !used)
+        }
+        Purpose::Ledger if of.tainted => after(0),
+        _ => after(OVERLAP_SECONDS),
+    };
+    arrow(State::Retired, at, of.tainted)
+}
+
+fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation> {
+    all.iter().find(|root| of.issuer == Some(root.key_id))
+}
+
+/// Whether another root is active than the one over it.
+pub(super) fn its_root_goes(of: &Generation, all: &[Generation]) -> bool {
+    root_of(of, all).is_some_and(|root| root.state == State::Retiring)
+}
+
+/// Different for each key, the same at every look.
+fn jitter(key: KeyId, at_most: u64) -> u64 {
+    u64::from(u16::from_be_bytes([key.0[0], key.0[1]])) * at_most / u64::from(u16::MAX)
+}
+
+#[cfg(test)]
+#[path = "due_tests.rs"]
+mod tests;

@@ -1,0 +1,138 @@
+use super::*;
+
+const NOW: UnixTime = UnixTime::from_seconds(1_800_000_000);
+
+fn generation(id: u8, purpose: Purpose, state: State) -> Generation {
+    Generation {
+        key_id: KeyId([id; 16]),
+        purpose,
+        state,
+        since: NOW,
+        certificate: Vec::new(),
+        issuer: None,
+        checkpoint: String::new(),
+        tainted: false,
+        now: false,
+    }
+}
+
+/// A root and an issuing authority under it, both active.
+fn house() -> Vec<Generation> {
+    let issuing = Generation { issuer: Some(KeyId([1; 16])), ..generation(2, Purpose::Issuing, State::Active) };
+    vec![generation(1, Purpose::Root, State::Active), issuing]
+}
+
+fn rotation() -> Rotation {
+    let text = "[trust]\ndomain = \"a.b\"\n[hsm.authority]\nmodule = \"/m\"\ntoken = \"t\"\npin_file = \"/p\"\n[rotation]\njitter_seconds = 0\n";
+    crate::config::Config::parse(text).expect("a configuration").rotation
+}
+
+fn next_of(all: &[Generation], at: usize, rotation: &Rotation) -> Arrow {
+    let terms = Terms { rotation, ttl_seconds_longest: 600, paused: false };
+    next(&all[at], all, &terms).expect("an arrow")
+}
+
+#[test]
+fn an_authority_is_replaced_by_age_in_the_window_and_one_at_a_time() {
+    let mut rotation = rotation();
+    let mut all = house();
+    let by_age = NOW.plus_seconds(90 * 86_400);
+    assert_eq!(next_of(&all, 1, &rotation), arrow(State::Retiring, Some(by_age), false));
+    // 1,800,000,000 is 08:00 UTC.
+    let text = include_str!("../../scripts/keyward.toml").replace("window = \"\"", "window = \"09:00-10:00\"");
+    rotation.window = crate::config::Config::parse(&text).expect("a window").rotation.window;
+    assert_eq!(next_of(&all, 1, &rotation).at, Some(by_age.plus_seconds(3_600)));
+    // One on its way: no second one is planned, however old the first is.
+    all.push(generation(3, Purpose::Issuing, State::Planned));
+    assert_eq!(next_of(&all, 1, &rotation).at, None);
+    all[2].state = State::Prepublished;
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false };
+    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW.plus_seconds(86_400), &terms));
+}
+
+#[test]
+fn a_root_is_in_the_bundle_before_it_signs_and_brings_an_issuing_authority_along() {
+    let rotation = rotation();
+    let mut all = house();
+    all.push(generation(3, Purpose::Root, State::Prepublished));
+    assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW.plus_seconds(PREPUBLISH_SECONDS)));
+    (all[0].state, all[2].state) = (State::Retiring, State::Active);
+    assert_eq!(next_of(&all, 1, &rotation), arrow(State::Retiring, Some(NOW), false));
+    // Used by what is trusted: it stays.
+    assert_eq!(next_of(&all, 0, &rotation).at, None);
+    all[1].state = State::Retired;
+    assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retired, Some(NOW), false));
+}
+
+#[test]
+fn an_issuing_authority_retires_when_its_last_certificate_has_ended_for_everybody() {
+    let rotation = rotation();
+    let mut all = house();
+    all[1].state = State::Retiring;
+    assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW.plus_seconds(600 + SLACK_SECONDS)));
+    all[1].state = State::Retired;
+    assert_eq!(next_of(&all, 1, &rotation), arrow(State::Destroyed, Some(NOW), false));
+}
+
+#[test]
+fn a_taint_waits_for_nothing_but_its_window() {
+    let mut rotation = rotation();
+    rotation.paused = true;
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: true };
+    let mut all = house();
+    all.iter_mut().for_each(|found| found.tainted = true);
+    assert!(next(&all[0], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    all.push(generation(3, Purpose::Root, State::Prepublished));
+    assert!(next(&all[2], &all, &terms).expect("an arrow").is_due(NOW, &terms), "no overlap");
+    // The next issuing authority waits for the next root.
+    all.push(generation(4, Purpose::Issuing, State::Planned));
+    assert!(!next(&all[3], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    (all[0].state, all[2].state) = (State::Retiring, State::Active);
+    assert!(next(&all[3], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    all[1].state = State::Retiring;
+    let retirement = next(&all[1], &all, &terms).expect("an arrow");
+    assert_eq!(retirement, arrow(State::Retired, Some(NOW.plus_seconds(TAINT_SECONDS)), true));
+}
+
+#[test]
+fn nothing_moves_while_it_is_paused() {
+    let rotation = rotation();
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: true };
+    let mut all = house();
+    all[1].state = State::Retired;
+    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+}
+
+#[test]
+fn an_issuing_authority_on_its_way_under_a_root_that_goes_is_given_up() {
+    let rotation = rotation();
+    let mut all = house();
+    all.push(Generation { issuer: Some(KeyId([1; 16])), ..generation(3, Purpose::Issuing, State::Prepublished) });
+    assert_eq!(next_of(&all, 2, &rotation).to, State::Active);
+    all[0].state = State::Retiring;
+    assert_eq!(next_of(&all, 2, &rotation).to, State::Retired);
+}
+
+#[test]
+fn at_most_two_ledger_keys_sign() {
+    let rotation = rotation();
+    let mut all = vec![
+        generation(1, Purpose::Ledger, State::Retiring),
+        generation(2, Purpose::Ledger, State::Active),
+        generation(3, Purpose::Ledger, State::Prepublished),
+    ];
+    assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW.plus_seconds(OVERLAP_SECONDS)));
+    all.remove(0);
+    assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW));
+}
+
+#[test]
+fn an_outside_root_is_left_to_whoever_has_it() {
+    let rotation = rotation();
+    let mut all = house();
+    all[0].certificate = vec![1; 20];
+    assert!(all[0].is_outside());
+    assert_eq!(next_of(&all, 0, &rotation).at, None);
+    all.push(generation(3, Purpose::Issuing, State::Planned));
+    assert_eq!(next_of(&all, 2, &rotation).at, None, "its certificate is signed outside");
+}

@@ -1,0 +1,331 @@
+//! Authorities replace themselves. Each arrow of a generation's life (planned, prepublished, active, retiring, retired, destroyed) is one
+//! entry; what an arrow needs beside it (a key, a certificate, a CRL, a checkpoint by two keys) is there before. A crash anywhere leaves a
+//! generation in one of these states, and the next look goes on from there; objects without a generation cannot come about, because a key
+//! is intended under its id first.
+
+use std::collections::BTreeMap;
+
+use crate::authn::Operator;
+use crate::hsm::SigningKey;
+use crate::ledger::Generation;
+use crate::model::{KeyId, Reason, Refusal, hex};
+use crate::proto::{self, AuthorityState as State, AuthorityStepped, Purpose, TokenRole, entry::Body};
+
+use super::Acts;
+use super::authorities::Authorities;
+use super::certify::{certify_issuing, certify_root};
+use super::due::{self, Arrow, Terms};
+use super::{files, hsm_refusal, keys};
+
+/// Who wants an authority replaced, and how soon.
+pub(super) struct Wish<'a> {
+    pub by: Option<proto::Operator>,
+    pub now: bool,
+    pub cause: &'a str,
+}
+
+impl Acts {
+    /// Takes every arrow that is due, until none is. One that fails holds up no other. Answers whether any was taken.
+    ///
+    /// # Errors
+    /// The first that failed: `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`, `CLOCK_UNTRUSTED`. It is due again at the next look.
+    pub async fn rotate_due(&self) -> Result<bool, Refusal> {
+        let _one = self.rotating.lock().await;
+        self.take_arrows().await
+    }
+
+    pub(super) async fn take_arrows(&self) -> Result<bool, Refusal> {
+        let (mut taken, mut failed) = (false, BTreeMap::new());
+        loop {
+            let now = self.trusted_now()?;
+            self.follow_the_ledger().await?;
+            self.keep_request().await?;
+            // Looked at anew after each: one arrow decides on the next.
+            let (all, _) = self.ledger.generations();
+            let due = all.iter().filter(|of| !failed.contains_key(&of.key_id)).find_map(|of| {
+                let arrow = due::next(of, &all, &self.terms())?;
+                arrow.is_due(now, &self.terms()).then_some((of, arrow.to))
+            });
+            let Some((of, to)) = due else { break };
+            match self.take(of, to, &all).await {
+                Ok(()) => taken = true,
+                Err(refusal) => {
+                    tracing::warn!(purpose = keys::name(of.purpose), key = %of.key_id, ?to, ?refusal, "an arrow was not taken");
+                    failed.insert(of.key_id, refusal);
+                }
+            }
+        }
+        failed.into_values().next().map_or(Ok(taken), Err)
+    }
+
+    fn terms(&self) -> Terms<'_> {
+        Terms {
+            rotation: &self.rotation,
+            ttl_seconds_longest: self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default),
+            paused: self.is_rotation_paused(),
+        }
+    }
+
+    /// Whether nothing is rotated but what is tainted.
+    #[must_use]
+    pub fn is_rotation_paused(&self) -> bool {
+        self.rotation.paused || self.ledger.is_rotation_paused()
+    }
+
+    async fn take(&self, of: &Generation, to: State, all: &[Generation]) -> Result<(), Refusal> {
+        match to {
+            State::Retiring => {
+                let root_goes = due::its_root_goes(of, all);
+                let cause = match () {
+                    () if of.tainted => "tainted",
+                    () if root_goes => "its root was replaced",
+                    () => "age",
+                };
+                self.plan(of.purpose, Wish { by: None, now: of.tainted || root_goes, cause }).await.map(drop)
+            }
+            State::Prepublished => self.prepublish(of).await,
+            State::Active => self.activate(of).await,
+            State::Retired => self.retire(of).await,
+            State::Destroyed => self.destroy(of).await,
+            State::Planned | State::Unspecified => Ok(()),
+        }
+    }
+
+    /// An operator wants an authority replaced. Goes as far as it can go now; gives the new generation's key.
+    ///
+    /// # Errors
+    /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY`,
+    /// and those of the arrows: what was planned stays planned.
+    pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<KeyId, Refusal> {
+        if !matches!(purpose, Purpose::Root | Purpose::Issuing | Purpose::Ledger | Purpose::TokenSigning) {
+            let advice = "name one that rotates: root, issuing, ledger or token-signing";
+            return Err(Refusal::new(Reason::MalformedRequest, advice));
+        }
+        if self.is_rotation_paused() {
+            return Err(Refusal::new(Reason::RotationPaused, "the rotation is paused; see `keyward ca resume`"));
+        }
+        let _one = self.rotating.lock().await;
+        let (all, _) = self.ledger.generations();
+        if purpose == Purpose::Root && all.iter().any(|root| root.state == State::Active && root.is_outside()) {
+            let advice = "the root is outside: `keyward ca rotate issuing`, and give a new root with `keyward ca adopt`";
+            return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
+        }
+        let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
+        let key_id = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
+            Some(coming) if now && !coming.now => {
+                self.record_step(AuthorityStepped { to: coming.state.into(), ..step(coming, &wish) }).await?;
+                coming.key_id
+            }
+            _ => self.plan(purpose, wish).await?,
+        };
+        self.take_arrows().await?;
+        Ok(key_id)
+    }
+
+    /// A key may be in other hands. Goes as far as it can go now; gives the entry.
+    ///
+    /// # Errors
+    /// `AUTHORITY_UNKNOWN`; `LEDGER_UNAVAILABLE`. When the token is not available the taint stands, and is acted on when it is.
+    pub async fn taint(&self, operator: &Operator, key_id: &[u8], reason: &str) -> Result<u64, Refusal> {
+        let _one = self.rotating.lock().await;
+        let tainted = proto::AuthorityTainted { by: Some(operator.signs(reason)), key_id: key_id.to_vec() };
+        let index = self.ledger.record(Body::AuthorityTainted(tainted)).await?;
+        tracing::warn!(index, key = hex(key_id), "an authority is tainted");
+        self.take_arrows().await?;
+        Ok(index)
+    }
+
+    /// No arrow is taken until the resumption, but those that follow from a taint. Gives the entry.
+    ///
+    /// # Errors
+    /// `LEDGER_UNAVAILABLE`.
+    pub async fn pause_rotation(&self, operator: &Operator, reason: &str) -> Result<u64, Refusal> {
+        let _one = self.rotating.lock().await;
+        self.ledger.record(Body::RotationPaused(proto::RotationPaused { by: Some(operator.signs(reason)) })).await
+    }
+
+    /// Arrows are taken again. Gives the entry.
+    ///
+    /// # Errors
+    /// `LEDGER_UNAVAILABLE`; `ROTATION_PAUSED` when it is the configuration that holds it up.
+    pub async fn resume_rotation(&self, operator: &Operator, reason: &str) -> Result<u64, Refusal> {
+        if self.rotation.paused {
+            let advice = "the configuration holds it up: [rotation] paused; change it and restart the daemon";
+            return Err(Refusal::new(Reason::RotationPaused, advice));
+        }
+        let _one = self.rotating.lock().await;
+        self.ledger.record(Body::RotationResumed(proto::RotationResumed { by: Some(operator.signs(reason)) })).await
+    }
+
+    /// A generation to come, under an id that is nobody's yet.
+    async fn plan(&self, purpose: Purpose, wish: Wish<'_>) -> Result<KeyId, Refusal> {
+        let key_id = KeyId::random();
+        let body = AuthorityStepped {
+            purpose: purpose.into(),
+            key_id: key_id.0.to_vec(),
+            to: State::Planned.into(),
+            by: wish.by,
+            now: wish.now,
+            cause: wish.cause.to_owned(),
+            ..AuthorityStepped::default()
+        };
+        self.record_step(body).await?;
+        Ok(key_id)
+    }
+
+    /// Its key, made if there is none. A crash while it is made leaves an open key intent: the key is then given up, and the generation with it.
+    pub(super) async fn key_of(&self, of: &Generation) -> Result<Option<SigningKey>, Refusal> {
+        let authorities = self.authorities()?;
+        let tokens = authorities.tokens();
+        let row = keys::rows(&self.ledger).await?.into_iter().find(|row| row.id == of.key_id);
+        let public = match row {
+            None => keys::make(&self.ledger, tokens, of.purpose, TokenRole::Authority, of.key_id).await?,
+            Some(row) => match row.public {
+                Some(public) => public,
+                None => {
+                    keys::reconcile(&self.ledger, tokens).await?;
+                    return Ok(None);
+                }
+            },
+        };
+        tokens.of(TokenRole::Authority).key(of.key_id, public).await.map(Some).map_err(hsm_refusal)
+    }
+
+    /// Key and certificate are there: peers may trust it from now on.
+    async fn prepublish(&self, of: &Generation) -> Result<(), Refusal> {
+        let Some(key) = self.key_of(of).await? else { return Ok(()) };
+        let now = self.trusted_now()?;
+        let (certificate, intent, issuer) = match of.purpose {
+            Purpose::Root => {
+                let (certificate, intent) = certify_root(&self.ledger, &self.domain, &key, now).await?;
+                (certificate, intent, None)
+            }
+            Purpose::Issuing => {
+                let root = self.authorities()?.root().ok_or_else(|| Refusal::internal("the root is outside"))?;
+                let (certificate, intent) = certify_issuing(&self.ledger, &self.domain, &key, &root, now).await?;
+                (certificate, intent, Some(root.key().id()))
+            }
+            _ => (Vec::new(), 0, None),
+        };
+        // A crash before this leaves a certificate that nobody was given; the next look has another one signed.
+        let body = AuthorityStepped {
+            to: State::Prepublished.into(),
+            certificate,
+            intent,
+            issuer: issuer.map(|id| id.0.to_vec()).unwrap_or_default(),
+            ..step(of, &Wish { by: None, now: of.now, cause: "" })
+        };
+        self.record_step(body).await
+    }
+
+    /// From this entry on it signs, and the one before it does not.
+    async fn activate(&self, of: &Generation) -> Result<(), Refusal> {
+        let authorities = self.authorities()?;
+        let checkpoint = match of.purpose {
+            // Who follows CRLs has one of it before a certificate.
+            Purpose::Issuing => {
+                let issuing = authorities.issuing_trusted().iter().find(|issuing| issuing.key().id() == of.key_id);
+                self.publish_first_crl(issuing.ok_or_else(|| Refusal::internal("its key is not there"))?).await?;
+                String::new()
+            }
+            // Who trusts the old key learns of the new one by the old one's signature.
+            Purpose::Ledger => self.sign_checkpoint().await?.1,
+            _ => String::new(),
+        };
+        let before = authorities.generations().iter().find(|found| found.purpose == of.purpose && found.state == State::Active);
+        let body = AuthorityStepped {
+            to: State::Active.into(),
+            replaces: before.map(|before| before.key_id.0.to_vec()).unwrap_or_default(),
+            checkpoint,
+            ..step(of, &Wish { by: None, now: of.now, cause: "" })
+        };
+        self.record_step(body).await?;
+        if of.purpose == Purpose::Issuing { self.keep_crls().await } else { Ok(()) }
+    }
+
+    /// It is not trusted any more; nothing that it signed is in force.
+    async fn retire(&self, of: &Generation) -> Result<(), Refusal> {
+        self.record_step(AuthorityStepped { to: State::Retired.into(), ..step(of, &Wish { by: None, now: false, cause: "" }) })
+            .await?;
+        if of.purpose != Purpose::Issuing {
+            return Ok(());
+        }
+        if self.server_issuer.load().as_deref() == Some(&of.key_id) {
+            // Another one is in service before its root can go.
+            self.serve_certificate().await?;
+        }
+        self.keep_crls().await
+    }
+
+    /// The objects of our own retired generation are destroyed. A crash between the token and the entry: done again, of nothing.
+    async fn destroy(&self, of: &Generation) -> Result<(), Refusal> {
+        let objects_destroyed = match of.is_outside() {
+            true => 0,
+            false => self.authorities()?.tokens().of(TokenRole::Authority).destroy(of.key_id).await.map_err(hsm_refusal)?,
+        };
+        let wish = Wish { by: None, now: false, cause: "" };
+        self.record_step(AuthorityStepped { to: State::Destroyed.into(), objects_destroyed, ..step(of, &wish) }).await
+    }
+
+    /// The entry, then everything that goes by what it says.
+    pub(super) async fn record_step(&self, body: AuthorityStepped) -> Result<(), Refusal> {
+        let (purpose, to, key) = (body.purpose(), body.to(), hex(&body.key_id));
+        let index = self.ledger.record(Body::AuthorityStepped(body)).await?;
+        tracing::info!(index, purpose = keys::name(purpose), key, to = to.as_str_name(), "an authority has moved on");
+        self.follow_the_ledger().await
+    }
+
+    /// The authorities are what the ledger says.
+    async fn follow_the_ledger(&self) -> Result<(), Refusal> {
+        let current = self.authorities()?;
+        let (generations, _) = self.ledger.generations();
+        if current.generations() == generations {
+            return Ok(());
+        }
+        let next = Authorities::load(&self.ledger, current.tokens().clone(), Some(&current)).await?;
+        self.set_authorities(next)?;
+        self.keep_authority_files().await
+    }
+
+    /// `bundle.pem`, `issuing.pem` and `ledger.vkey` say what is in force. A crash before leaves the old ones, which the next start replaces.
+    pub async fn keep_authority_files(&self) -> Result<(), Refusal> {
+        let authorities = self.authorities()?;
+        let pem = |der: &[u8]| pem::encode(&pem::Pem::new("CERTIFICATE", der));
+        let vkey = super::verifier_key(&self.domain, authorities.ledger_key().public().clone())?;
+        let texts = [
+            ("bundle.pem", authorities.bundle().authorities.iter().map(|der| pem(der)).collect::<String>()),
+            ("issuing.pem", pem(authorities.issuing().certificate())),
+            ("ledger.vkey", format!("{vkey}\n")),
+        ];
+        let state = self.state.clone();
+        let kept = tokio::task::spawn_blocking(move || {
+            for (name, text) in texts {
+                let path = state.join(name);
+                if std::fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
+                    files::replace(&path, text.as_bytes(), 0o644)?;
+                }
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        kept.await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+    }
+
+    /// All generations, for people, with what each waits for.
+    #[must_use]
+    pub fn generations(&self) -> Vec<(Generation, Option<Arrow>)> {
+        let (all, _) = self.ledger.generations();
+        all.iter().map(|of| (of.clone(), due::next(of, &all, &self.terms()))).collect()
+    }
+}
+
+/// An entry about a generation that is there.
+pub(super) fn step(of: &Generation, wish: &Wish<'_>) -> AuthorityStepped {
+    AuthorityStepped {
+        purpose: of.purpose.into(),
+        key_id: of.key_id.0.to_vec(),
+        by: wish.by.clone(),
+        now: wish.now,
+        cause: wish.cause.to_owned(),
+        ..AuthorityStepped::default()
+    }
+}

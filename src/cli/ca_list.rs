@@ -1,0 +1,137 @@
+//! Authorities as people and programs see them.
+
+use serde::Serialize;
+
+use super::describe::{purpose_name, state_name};
+use super::render::{pairs, table, time, time_or_null};
+use crate::model::{Digest, hex};
+use crate::proto::{self, AuthorityState};
+
+/// All generations, and whether they move.
+pub(super) struct List {
+    pub(super) authorities: Vec<Authority>,
+    pub(super) rotation_paused: bool,
+}
+
+/// One generation, as JSON has it.
+#[derive(Serialize)]
+pub(super) struct Authority {
+    purpose: &'static str,
+    state: &'static str,
+    tainted: bool,
+    key_id: String,
+    since: String,
+    next: Option<&'static str>,
+    next_due: Option<String>,
+    not_after: Option<String>,
+    in_hsm: bool,
+}
+
+impl List {
+    pub(super) fn of(answer: &proto::GetAuthoritiesResponse) -> Self {
+        let authorities = answer.authorities.iter().map(Authority::of).collect();
+        Self { authorities, rotation_paused: answer.rotation_paused }
+    }
+
+    pub(super) fn table(rows: &[Authority]) -> String {
+        let cells = |one: &Authority| {
+            let due = match (&one.next_due, one.next) {
+                (Some(due), _) => minutes(due),
+                (None, Some(_)) => "waits".into(),
+                (None, None) => "-".into(),
+            };
+            let not_after = one.not_after.as_deref().map_or_else(|| "-".into(), minutes);
+            let state = if one.tainted { format!("{}!", one.state) } else { one.state.to_owned() };
+            let key = one.key_id.get(..8).unwrap_or_default().to_owned();
+            vec![one.purpose.to_owned(), state, key, minutes(&one.since), due, not_after]
+        };
+        table(&["PURPOSE", "STATE", "KEY ID", "SINCE", "NEXT STEP DUE", "NOT AFTER"], &rows.iter().map(cells).collect::<Vec<_>>())
+    }
+}
+
+/// To the minute: what a table has room for.
+fn minutes(time: &str) -> String {
+    time.get(..16).map_or_else(|| time.to_owned(), |start| format!("{start}Z"))
+}
+
+impl Authority {
+    pub(super) fn of(one: &proto::Authority) -> Self {
+        let parsed = x509_parser::parse_x509_certificate(&one.certificate).ok();
+        let end = parsed.and_then(|(_, parsed)| u64::try_from(parsed.validity().not_after.timestamp()).ok());
+        Self {
+            purpose: purpose_name(one.purpose()),
+            state: state_name(one.state()),
+            tainted: one.tainted,
+            key_id: hex(&one.key_id),
+            since: time(one.since_unix_seconds),
+            next: (one.next() != AuthorityState::Unspecified).then(|| state_name(one.next())),
+            next_due: time_or_null(one.next_due_unix_seconds),
+            not_after: end.map(time),
+            in_hsm: one.in_hsm,
+        }
+    }
+
+    pub(super) fn text(&self) -> String {
+        let waits = match (&self.next_due, self.next) {
+            (Some(due), Some(next)) => format!("{next} at {due}"),
+            (None, Some(next)) => format!("{next}, when something else has happened"),
+            _ => "-".into(),
+        };
+        pairs(&[
+            ("purpose", self.purpose.into()),
+            ("state", self.state.into()),
+            ("key id", self.key_id.clone()),
+            ("next step", waits),
+            ("not after", self.not_after.clone().unwrap_or_else(|| "-".into())),
+        ])
+    }
+}
+
+/// A certificate, as JSON has it.
+#[derive(Serialize)]
+pub(super) struct Certificate {
+    purpose: &'static str,
+    state: &'static str,
+    subject: String,
+    serial: String,
+    not_before: String,
+    not_after: String,
+    certificate_sha256: String,
+    key_sha256: String,
+    key_id: String,
+    in_hsm: bool,
+}
+
+impl Certificate {
+    pub(super) fn parse(authority: &proto::Authority) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(&authority.certificate).ok()?;
+        let seconds = |at: x509_parser::time::ASN1Time| time(u64::try_from(at.timestamp()).unwrap_or(0));
+        Some(Self {
+            purpose: purpose_name(authority.purpose()),
+            state: state_name(authority.state()),
+            subject: certificate.subject().to_string(),
+            serial: hex(certificate.raw_serial()),
+            not_before: seconds(certificate.validity().not_before),
+            not_after: seconds(certificate.validity().not_after),
+            certificate_sha256: Digest::of(&authority.certificate).to_string(),
+            key_sha256: Digest::of(certificate.public_key().raw).to_string(),
+            key_id: hex(&authority.key_id),
+            in_hsm: authority.in_hsm,
+        })
+    }
+
+    pub(super) fn text(&self) -> String {
+        pairs(&[
+            ("purpose", self.purpose.into()),
+            ("state", self.state.into()),
+            ("subject", self.subject.clone()),
+            ("serial", self.serial.clone()),
+            ("not before", self.not_before.clone()),
+            ("not after", self.not_after.clone()),
+            ("certificate", format!("SHA-256 {}", self.certificate_sha256)),
+            ("key", format!("SHA-256 {}", self.key_sha256)),
+            ("key id", self.key_id.clone()),
+            ("in the HSM", if self.in_hsm { "yes" } else { "no" }.into()),
+        ])
+    }
+}

@@ -1,0 +1,392 @@
+//! Authorities replace themselves: no agent notices, no verifier meets an unknown issuer, nothing is left behind in the token.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use keyward::proto::{AuthorityState, Purpose};
+use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
+
+use crate::crash::Holder;
+use crate::house::{Body, DEADLINE, House, Output, run};
+use crate::instruments;
+use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
+
+fn rotate(house: &House, purpose: &str) -> Output {
+    house.keyward(&["ca", "rotate", purpose, "--now", "--yes"])
+}
+
+/// So many seconds have passed since the house was built, as an operator who corrects the clock says.
+fn later(house: &House, seconds: i64) {
+    house.control().move_clock(seconds * 1000);
+    house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
+}
+
+/// The generations of a purpose, by key id and state.
+fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
+    let all = house.keyward(&["ca", "list", "--format", "json"]).ok().json();
+    let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
+    let of = |one: &&serde_json::Value| one["purpose"] == purpose;
+    all.as_array().unwrap().iter().filter(of).map(|one| (text(one, "key_id"), text(one, "state"))).collect()
+}
+
+fn states(house: &House, purpose: &str) -> Vec<String> {
+    generations(house, purpose).into_iter().map(|(_, state)| state).collect()
+}
+
+/// Waits until the generations of a purpose are in these states. The daemon looks once a second.
+#[track_caller]
+fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let found = states(house, purpose);
+        if found == wanted {
+            return;
+        }
+        assert!(Instant::now() < until, "{purpose}: {found:?}, not {wanted:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The token holds exactly the keys that the book knows, and says so itself.
+fn nothing_is_left_over(house: &House) {
+    let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
+    assert_eq!(strays.json(), serde_json::json!([]));
+}
+
+#[test]
+fn an_issuing_authority_is_replaced_under_load_and_no_renewal_fails() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_shim().initialised().served();
+    let mut holders: Vec<_> = (0..3).map(|n| Holder::attest(&house, &format!("builder/{n}"))).collect();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for holder in &mut holders {
+            let (house, done) = (&house, &done);
+            scope.spawn(move || {
+                for _ in 0..60 {
+                    holder.try_renew(house).unwrap();
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        for _ in 0..4 {
+            rotate(&house, "issuing").ok();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(states(&house, "issuing"), ["active", "retiring", "retiring", "retiring", "retiring"]);
+    for holder in &mut holders {
+        holder.try_renew(&house).unwrap();
+    }
+    nothing_is_left_over(&house);
+    let entries = house.stopped_entries();
+    for holder in &holders {
+        crate::crash::are_in_the_book(&entries, holder);
+    }
+    one_outcome_each(&entries);
+    signed_only_what_was_intended(&house, &entries);
+    house.verify().ok();
+}
+
+#[test]
+fn an_agent_of_the_authority_before_renews_and_gets_the_new_one() {
+    let mut house = House::serving();
+    {
+        let agent = house.attested("builder/1");
+        let before = agent.chain();
+        rotate(&house, "issuing").ok();
+        agent.renew().ok();
+        let after = agent.chain();
+        assert_ne!(before[1], after[1], "another issuing certificate");
+        assert_eq!(after[1], crate::house::certificates(&house.state().join("issuing.pem"))[0]);
+        agent.renew().ok();
+    }
+    house.restart();
+    house.agent("builder/1").renew().ok();
+    house.stop_and_verify();
+}
+
+#[test]
+fn every_trusted_issuing_authority_has_a_crl_of_its_own() {
+    let mut house = House::serving();
+    {
+        let agent = house.attested("builder/1");
+        rotate(&house, "issuing").ok();
+        agent.quarantine().ok();
+        crate::certificate::crl_listing(&house, &agent.serial());
+        let pem = house.keyward(&["crl", "show", "--pem"]).ok().stdout;
+        let crls: Vec<_> = pem::parse_many(pem).unwrap().into_iter().map(pem::Pem::into_contents).collect();
+        let certificates = house.keyward(&["ca", "show", "--pem"]).ok().stdout;
+        let certificates: Vec<_> = pem::parse_many(certificates).unwrap().into_iter().map(pem::Pem::into_contents).collect();
+        assert_eq!((crls.len(), certificates.len()), (2, 3));
+        let mut issuers = BTreeSet::new();
+        for der in &crls {
+            let (_, crl) = CertificateRevocationList::from_der(der).unwrap();
+            let issuer = certificates.iter().map(|der| x509_parser::parse_x509_certificate(der).unwrap().1);
+            let issuer = issuer.into_iter().find(|issuer| issuer.subject() == crl.issuer()).expect("one of ours");
+            crl.verify_signature(issuer.public_key()).expect("its signature");
+            assert!(crl.iter_revoked_certificates().any(|revoked| revoked.raw_serial() == agent.serial()));
+            issuers.insert(crl.issuer().to_string());
+        }
+        assert_eq!(issuers.len(), 2);
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn an_issuing_authority_is_destroyed_when_its_last_certificate_has_ended() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    let first = generations(&house, "issuing")[0].0.clone();
+    house.attested("builder/1");
+    rotate(&house, "issuing").ok();
+    later(&house, 599);
+    house.agent("builder/1").renew();
+    assert_eq!(states(&house, "issuing"), ["active", "retiring"]);
+    later(&house, 700);
+    become_states(&house, "issuing", &["active"]);
+    let kept = instruments::private_keys(&house, "authority").into_iter().map(|key| key.id);
+    assert!(!kept.into_iter().any(|id| id == first), "its key is gone from the token");
+    assert!(!house.state().join(format!("crl-{}.der", &first[..8])).exists());
+    nothing_is_left_over(&house);
+    assert!(Holder::attest(&house, "builder/2").renew(&house));
+    house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn what_is_due_by_age_is_rotated_by_itself_once_after_a_long_absence() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    assert_eq!(house.stop(), 0);
+    // Four ages of an issuing authority.
+    house.control().move_clock(4 * 90 * 86_400_000);
+    house.serve();
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/1");
+    house.stop_and_verify();
+}
+
+#[test]
+fn nothing_is_rotated_while_an_operator_holds_it_up() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    house.keyward(&["ca", "pause", "--reason", "change freeze"]).ok();
+    rotate(&house, "issuing").refused("ROTATION_PAUSED");
+    later(&house, 100 * 86_400);
+    house.restart();
+    let listed = house.keyward(&["ca", "list"]).ok().says("paused");
+    assert!(!listed.stdout.contains("retiring"), "{}", listed.stdout);
+    house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
+    become_states(&house, "issuing", &["active", "retiring"]);
+    house.stop_and_verify();
+}
+
+/// The power fails at each sync of a rotation in turn; afterwards it goes on by itself, or is asked for again.
+#[test]
+fn a_power_cut_at_any_moment_of_a_rotation_leaves_nothing_behind() {
+    let mut house = House::new().configured("limits", "live_certificates_per_agent = 64").with_preload().initialised();
+    house.serve();
+    let mut holder = Holder::attest(&house, "builder/1");
+    for sync in (1..).step_by(if instruments::slow() { 1 } else { 4 }) {
+        house.control().kill_after_sync(sync);
+        let done = rotate(&house, "issuing").code == 0;
+        house.control().clear();
+        house.power_cut();
+        house.serve();
+        let coming =
+            states(&house, "issuing").iter().filter(|state| matches!(state.as_str(), "planned" | "prepublished")).count();
+        if coming > 0 {
+            let until = Instant::now() + DEADLINE;
+            while states(&house, "issuing").iter().any(|state| matches!(state.as_str(), "planned" | "prepublished")) {
+                assert!(Instant::now() < until, "what had begun did not go on");
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+        nothing_is_left_over(&house);
+        assert!(holder.renew(&house) || holder.renew(&house), "killed after sync {sync}");
+        if done {
+            assert!(sync > 8, "a rotation syncs more often than that");
+            break;
+        }
+    }
+    assert_eq!(house.stop(), 0);
+    let entries = house.ended_entries();
+    one_outcome_each(&entries);
+    house.verify().ok();
+}
+
+#[test]
+fn a_new_root_is_in_every_bundle_before_it_signs_and_the_old_one_stays_as_long_as_it_is_needed() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    house.attested("builder/1");
+    let bundle = |house: &House| crate::house::certificates(&house.state().join("bundle.pem"));
+    let old = bundle(&house);
+    rotate(&house, "root").ok();
+    assert_eq!(states(&house, "root"), ["prepublished", "active"]);
+    assert_eq!(bundle(&house).len(), 2);
+    house.attested("builder/2");
+    assert_eq!(crate::house::certificates(&house.agent("builder/2").bundle()).len(), 2, "an agent learns of it");
+    later(&house, 600);
+    assert_eq!(states(&house, "root"), ["prepublished", "active"], "not before everybody can have it");
+    later(&house, 901);
+    become_states(&house, "root", &["active", "retiring"]);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/3");
+    later(&house, 901 + 700);
+    become_states(&house, "issuing", &["active"]);
+    become_states(&house, "root", &["active"]);
+    assert_eq!(bundle(&house).len(), 1);
+    assert_ne!(bundle(&house), old);
+    nothing_is_left_over(&house);
+    house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    house.attested("builder/1");
+    let tainted = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "pause", "--reason", "even then"]).ok();
+    house.keyward(&["ca", "taint", "ffffffff", "--reason", "a test", "--yes"]).exits(4);
+    house.keyward(&["ca", "taint", &tainted[..8], "--reason", "backup tape lost", "--yes"]).ok();
+    assert_eq!(states(&house, "root"), ["active", "retiring"]);
+    assert_eq!(states(&house, "issuing"), ["active", "retiring"]);
+    // Whoever holds a certificate of the old one renews meanwhile.
+    house.agent("builder/1").renew().ok();
+    later(&house, 901);
+    become_states(&house, "root", &["active"]);
+    become_states(&house, "issuing", &["active"]);
+    house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_ledger_key_is_vouched_for_by_the_one_before_it() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    let pinned = house.path("pinned.vkey");
+    std::fs::copy(house.state().join("ledger.vkey"), &pinned).unwrap();
+    house.attested("builder/1");
+    for hours in [0, 2, 4] {
+        later(&house, hours * 3600);
+        become_states(&house, "ledger", &["active"]);
+        rotate(&house, "ledger").ok();
+        become_states(&house, "ledger", &["active", "retiring"]);
+    }
+    later(&house, 6 * 3600);
+    become_states(&house, "ledger", &["active"]);
+    Holder::attest(&house, "builder/2");
+    nothing_is_left_over(&house);
+    assert_eq!(house.stop(), 0);
+    house.verify().ok();
+    let file = house.state().join("keyward.db");
+    let with = |key: &std::path::Path| {
+        run(house.command().args(["ledger", "verify", file.to_str().unwrap(), "--key", key.to_str().unwrap(), "--signatures"]))
+    };
+    with(&pinned).ok();
+    assert_ne!(std::fs::read(&pinned).unwrap(), std::fs::read(house.state().join("ledger.vkey")).unwrap());
+    // The key of another house vouches for nothing here.
+    let other = House::new().initialised();
+    with(&other.state().join("ledger.vkey")).exits(6);
+}
+
+#[test]
+fn a_token_signing_key_is_made_when_it_is_asked_for_and_is_known_before_it_signs() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    assert_eq!(states(&house, "token-signing").len(), 0);
+    rotate(&house, "token-signing").ok();
+    assert_eq!(states(&house, "token-signing"), ["prepublished"]);
+    later(&house, 901);
+    become_states(&house, "token-signing", &["active"]);
+    rotate(&house, "token-signing").ok();
+    rotate(&house, "token-signing").refused("ROTATION_UNDER_WAY");
+    later(&house, 901 + 901);
+    become_states(&house, "token-signing", &["active", "retiring"]);
+    house.stop_and_verify();
+}
+
+#[test]
+fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked() {
+    let mut house = House::new().initialised();
+    // The same tokens under a new book: the keys of the one before are nobody's.
+    std::fs::remove_dir_all(house.state()).unwrap();
+    house.keyward(&["init"]).ok();
+    house.serve();
+    let found = |house: &House, more: &[&str]| {
+        let arguments = [&["hsm", "reconcile", "--format", "json"], more].concat();
+        house.keyward(&arguments).json().as_array().unwrap().clone()
+    };
+    let orphans = found(&house, &[]);
+    assert_eq!(orphans.len(), 5, "root, issuing, ledger, two canaries: {orphans:?}");
+    assert!(orphans.iter().all(|one| one["found"] == "object without a row" && one["objects"] == 2), "{orphans:?}");
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
+    assert_eq!(found(&house, &[]), orphans);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
+    nothing_is_left_over(&house);
+    house.attested("builder/1").renew().ok();
+    // A key of the book that the token has lost is told as well, and is nobody's to destroy.
+    rotate(&house, "issuing").ok();
+    let (lost, _) = generations(&house, "issuing").pop().unwrap();
+    let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
+    instruments::destroy(&house, "authority", &id);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).exits(5);
+    let missing = found(&house, &[]);
+    assert_eq!((missing.len(), &missing[0]["found"], &missing[0]["key_id"]), (1, &"row without an object".into(), &lost.into()));
+    assert_eq!(house.stop(), 0);
+    let destroyed = house.ended_entries().iter().filter(|body| matches!(body, Body::OrphansDestroyed(_))).count();
+    assert_eq!(destroyed, 5);
+    house.verify().ok();
+}
+
+/// The whole of it at once, as `keyward bench rotation` judges it: days pass, agents renew, authorities of all kinds follow each other, and
+/// daemons die of it.
+#[test]
+fn through_many_rotations_nothing_is_refused_rejected_or_left_over() {
+    let (rotations, kills) = if instruments::slow() { ("1000", "200") } else { ("20", "5") };
+    let runs = if instruments::slow() { vec!["0", kills] } else { vec![kills] };
+    for kills in runs {
+        let work = tempfile::tempdir().unwrap();
+        let mut bench = Command::new(env!("CARGO_BIN_EXE_keyward"));
+        bench.args(["bench", "rotation", "--format", "json", "--rotations", rotations, "--kills", kills]);
+        bench.arg("--clock").arg(crate::house::instrument::preload_library()).arg("--work").arg(work.path());
+        let report = run(&mut bench).ok().json();
+        for figure in ["failed_issues", "rejected", "orphans", "violations"] {
+            assert_eq!(report[figure], 0, "{figure}: {}", report["complaints"]);
+        }
+        assert!(report["rotations"].as_u64() >= rotations.parse().ok(), "{}", report["rotations"]);
+        assert_eq!(report["kills"].to_string(), kills);
+        assert!(report["issued"].as_u64() > Some(20));
+    }
+}
+
+#[test]
+fn every_arrow_is_an_entry_with_its_cause() {
+    let mut house = House::serving();
+    house.keyward(&["ca", "rotate", "issuing", "--now", "--reason", "yearly", "--yes"]).ok();
+    let entries = house.stopped_entries();
+    let arrows: Vec<_> = entries
+        .iter()
+        .filter_map(|body| match body {
+            Body::AuthorityStepped(step) => {
+                assert_eq!(step.purpose(), Purpose::Issuing);
+                Some((step.to(), step.by.as_ref().map(|by| by.reason.clone())))
+            }
+            _ => None,
+        })
+        .collect();
+    let wanted = [
+        (AuthorityState::Planned, Some("yearly".to_owned())),
+        (AuthorityState::Prepublished, None),
+        (AuthorityState::Active, None),
+    ];
+    assert_eq!(arrows, wanted);
+}

@@ -137,6 +137,9 @@ pub enum Error {
     /// The token is not usable at present.
     #[error("the token is not usable: {0}")]
     Unusable(String),
+    /// The token is not usable, and no login is tried until an operator says so.
+    #[error("the token is not usable: {0}")]
+    Locked(String),
     /// A call hangs inside the module: nothing but a new process helps.
     #[error("a call hangs inside the module; the process has to be restarted")]
     Stuck,
@@ -201,7 +204,13 @@ impl Error {
     /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
     #[must_use]
     pub fn needs_operator(&self) -> bool {
-        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::PinState { .. })
+        self.awaits_unlock() || matches!(self, Self::PinState { .. })
+    }
+
+    /// Whether no login is tried until `keyward hsm unlock`.
+    #[must_use]
+    pub fn awaits_unlock(&self) -> bool {
+        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::Locked(_))
     }
 }
 

@@ -173,9 +173,9 @@ async fn recover(token: &Arc<Token>) {
         }
         // Half an attempt may have left threads behind. What a login did not mend a restart may.
         token.suspend(&error.to_string(), Remedy::Restart);
-        token.note_fault(&error.to_string(), matches!(error, Error::Stuck));
+        token.note_fault(&error);
         token.history.note(&error);
-        if matches!(error, Error::PinPending { .. } | Error::PinIncorrect { .. }) {
+        if error.awaits_unlock() {
             // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
             restarted = None;
         }

@@ -46,6 +46,8 @@ pub struct Health {
     pub fault: Option<String>,
     /// A call hangs inside the module: recovery in process is not possible, the daemon has to be restarted.
     pub stuck: bool,
+    /// No login is tried until an operator says so.
+    pub locked: bool,
     /// A key in use that is gone or wrong, while the token serves the others.
     pub key: Option<String>,
 }
@@ -113,7 +115,7 @@ impl Token {
             signatures: AtomicU64::new(0),
             started: Instant::now(),
             signed_at_ms: AtomicU64::new(0),
-            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, key: None }),
+            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, locked: false, key: None }),
             stopping: AtomicBool::new(false),
         })
     }
@@ -277,7 +279,7 @@ impl Token {
         let resumed = self.health.send_if_modified(|health| {
             let open = self.jobs.is_open();
             if open {
-                (health.usable, health.stuck) = (true, false);
+                (health.usable, health.stuck, health.locked) = (true, false, false);
                 self.restart.store(false, Ordering::Release);
             }
             open
@@ -336,11 +338,12 @@ impl Token {
         if self.restart.load(Ordering::Acquire) { Remedy::Restart } else { Remedy::LogIn }
     }
 
-    pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
+    pub(super) fn note_fault(&self, error: &Error) {
         // A hang is over when the token serves again, not when somebody else has a fault to tell.
         self.health.send_modify(|health| {
-            (health.usable, health.fault) = (false, Some(fault.into()));
-            health.stuck |= stuck;
+            (health.usable, health.fault) = (false, Some(error.to_string()));
+            health.stuck |= matches!(error, Error::Stuck);
+            health.locked = error.awaits_unlock();
         });
     }
 
@@ -352,7 +355,8 @@ impl Token {
         if health.stuck {
             return Error::Stuck;
         }
-        Error::Unusable(health.fault.clone().unwrap_or_else(|| "it is being connected".into()))
+        let fault = health.fault.clone().unwrap_or_else(|| "it is being connected".into());
+        if health.locked { Error::Locked(fault) } else { Error::Unusable(fault) }
     }
 
     /// Whether this vague error is one too many.

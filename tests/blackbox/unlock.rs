@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use keyward::proto::TokenRole;
 
+use crate::crash::Holder;
 use crate::house::wire::{Face, ServingStatus};
 use crate::house::{Body, DEADLINE, House, write_private};
 use crate::instruments::slow;
@@ -129,6 +130,37 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first", "the second"]));
     assert_eq!(house.signatures().logins, logins + 2);
     house.verify().ok();
+}
+
+/// Nobody looks at `hsm status` unasked: it is the log that has to say so, and not ten seconds after the outage began.
+#[test]
+fn a_pin_that_a_running_daemon_is_refused_is_in_the_log_at_once_and_agents_hear_that_an_operator_is_needed() {
+    let mut house = House::new().with_one_token().with_shim().initialised().served();
+    let mut holder = Holder::attest(&house, "builder/1");
+    house.shim().tell("fail C_Login rv=0xa0");
+    let before = house.log().len();
+    house.shim().tell("logout");
+    is_locked(&house);
+    let from = Instant::now();
+    let until_said = |level: &str, words: &[&str]| {
+        let says = |line: &str| line.contains(level) && words.iter().all(|word| line.contains(word));
+        while !house.log()[before..].lines().any(says) {
+            assert!(from.elapsed() < Duration::from_secs(5), "no {level} of {words:?} in\n{}", &house.log()[before..]);
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    until_said("ERROR", &["PIN try is spent", "hsm.authority", "refused the PIN", "keyward hsm unlock"]);
+    until_said("WARN", &["not ready", "hsm.authority", "keyward hsm unlock"]);
+    let refusal = holder.try_renew(&house).unwrap_err();
+    assert_eq!(refusal.reason, "HSM_UNAVAILABLE");
+    assert!(refusal.message.contains("keyward's HSM") && refusal.message.contains("operator"), "{refusal:?}");
+    assert!(!refusal.message.contains("in a moment"), "{refusal:?}");
+    let refused = house.log()[before..].lines().filter(|line| line.contains("PIN try is spent")).count();
+    assert_eq!(refused, 1, "once for each try");
+    unlock(&house, "the PIN is right");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    holder.try_renew(&house).unwrap();
+    house.stop_and_verify();
 }
 
 #[test]

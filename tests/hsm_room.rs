@@ -161,7 +161,10 @@ fn a_token_is_named_by_its_label_alone() {
         let mut settings = house.settings("authority");
         settings.token.label = "nobody".into();
         let error = Hsm::open(&Modules::new(), settings, Arc::default()).err().unwrap().to_string();
-        assert!(error.contains("0 tokens") && error.contains("\"authority\"") && error.contains("\"agents\""), "{error}");
+        assert!(
+            error.contains("no token is labelled") && error.contains("\"authority\"") && error.contains("\"agents\""),
+            "{error}"
+        );
         let mut settings = house.settings("authority");
         settings.token.serial = Some("0000".into());
         assert!(matches!(Hsm::open(&Modules::new(), settings, Arc::default()), Err(Error::TokenNotFound { matches: 0, .. })));

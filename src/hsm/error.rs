@@ -11,7 +11,7 @@ use crate::model::{InvalidKey, KeyId};
 /// What went wrong in the HSM room. Never holds a PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The module could not be loaded.
+    /// The module could not be loaded, or not be started (again).
     #[error("the PKCS#11 module {path} cannot be loaded: {cause}")]
     Module {
         /// As configured.
@@ -23,7 +23,7 @@ pub enum Error {
     #[error("the process cannot be kept from dumping core: {0}")]
     Harden(std::io::Error),
     /// No token, or more than one, fits the configured label and serial.
-    #[error("{matches} tokens are labelled {label:?}{serial}; the module shows: {found}")]
+    #[error("{} labelled {label:?}{serial}; the module shows: {found}", if *matches == 0 { "no token is".into() } else { format!("{matches} tokens are") })]
     TokenNotFound {
         /// As configured.
         label: String,
@@ -91,6 +91,9 @@ pub enum Error {
     /// The token has no such key.
     #[error("key {0} is not in the token")]
     KeyLost(KeyId),
+    /// The token has none of the keys that it had: it is away, or emptied.
+    #[error("the token does not show its keys")]
+    KeysLost,
     /// The token has several private keys of that id.
     #[error("key {id} is in the token {count} times")]
     KeyAmbiguous {

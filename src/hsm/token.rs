@@ -289,6 +289,27 @@ impl Token {
 
     /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
     pub(super) fn suspend(&self, fault: &str, remedy: Remedy) {
+        if !self.take_out(fault, remedy) {
+            return;
+        }
+        if fault == SHUT_DOWN {
+            tracing::info!(token = %self.label(), "the token is closed");
+        } else {
+            self.history.note(fault);
+            tracing::error!(token = %self.label(), fault, "the token is out of service");
+        }
+    }
+
+    /// The same for a token that is well, as far as anybody knows: another one behind the same module is not.
+    pub(super) fn stand_aside(&self, fault: &str, remedy: Remedy) {
+        if self.take_out(fault, remedy) {
+            self.history.note(fault);
+            tracing::warn!(token = %self.label(), because = fault, "the token is out of service for a moment");
+        }
+    }
+
+    /// Whether it was in service.
+    fn take_out(&self, fault: &str, remedy: Remedy) -> bool {
         if remedy == Remedy::Restart {
             self.restart.store(true, Ordering::Release);
         }
@@ -305,20 +326,28 @@ impl Token {
             job.turn_away(fault);
         }
         drop(self.errands.shut());
-        if was_usable {
-            if fault == SHUT_DOWN {
-                tracing::info!(token = %self.settings.token.label, "the token is closed");
-            } else {
-                self.history.note(fault);
-                tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
-            }
-        }
         self.alarm.notify_one();
+        was_usable
+    }
+
+    /// CK_TOKEN_INFO label.
+    pub(super) fn label(&self) -> &str {
+        &self.settings.token.label
+    }
+
+    /// Whether [`Token::tell_of_keys`] has something new to say of a key that is not there.
+    pub(super) fn has_news_of_keys(&self) -> bool {
+        let key = self.troubled_key();
+        key.is_some() && self.health.borrow().key != key
+    }
+
+    fn troubled_key(&self) -> Option<String> {
+        self.keyring.all().iter().find_map(|key| key.trouble())
     }
 
     /// Says which key in use is not there, if that is news.
     pub(super) fn tell_of_keys(&self) {
-        let key = self.keyring.all().iter().find_map(|key| key.trouble());
+        let key = self.troubled_key();
         self.health.send_if_modified(|health| {
             let news = health.key != key;
             if news {
@@ -422,7 +451,7 @@ pub(super) fn reconnect(token: &Arc<Token>, seen: u64, remedy: Remedy) -> Result
     let mut lifecycle = token.module.lifecycle();
     let lifecycle: &mut Lifecycle = &mut lifecycle;
     match remedy {
-        Remedy::Restart => token.module.restart(lifecycle, seen)?,
+        Remedy::Restart => token.module.restart(lifecycle, seen, token.label())?,
         Remedy::LogIn => token.module.come_out(token)?,
     }
     // Noted before the token is looked for: what is not there now may be there after another restart, and only then.

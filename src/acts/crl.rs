@@ -1,5 +1,6 @@
 //! The list of what is taken back, for those who only know CRLs (RFC 5280 §5). Containment does not wait for it.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,6 +94,18 @@ impl Acts {
             .map_err(Refusal::internal)?;
         self.crl.der.store(Arc::new(der));
         Ok(())
+    }
+
+    /// How many certificates are denied and not on the newest CRL yet: for a second as a rule, longer where it cannot be signed.
+    #[must_use]
+    pub fn not_on_crl(&self) -> u64 {
+        let der = self.crl.der();
+        let listed: HashSet<Vec<u8>> = match CertificateRevocationList::from_der(&der) {
+            Ok((_, crl)) => crl.iter_revoked_certificates().map(|one| minimal(one.raw_serial()).to_vec()).collect(),
+            Err(_) => HashSet::new(),
+        };
+        let denied = self.ledger.denied_certificates(self.clock().reckoned());
+        denied.iter().filter(|(serial, _)| !listed.contains(minimal(&serial.0))).count() as u64
     }
 
     /// How long the newest CRL may stay as it is: until half of its period is over. Zero without one.

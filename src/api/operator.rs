@@ -184,7 +184,7 @@ impl OperatorService for Operators {
 
     async fn get_crl(&self, request: Request<proto::GetCrlRequest>) -> Result<Response<proto::GetCrlResponse>, Status> {
         operator(&request)?;
-        Ok(Response::new(proto::GetCrlResponse { crl: self.acts.crl().to_vec() }))
+        Ok(Response::new(proto::GetCrlResponse { crl: self.acts.crl().to_vec(), not_listed: self.acts.not_on_crl() }))
     }
 
     async fn get_bundle(&self, request: Request<proto::GetBundleRequest>) -> Result<Response<proto::GetBundleResponse>, Status> {

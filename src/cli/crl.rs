@@ -9,7 +9,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer};
 
 use super::agents::Daemon;
 use super::render::{self, pairs, table};
-use super::{EXIT_NOT_FOUND, Failure, Global, Output};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output, status};
 use crate::model::hex;
 use crate::proto::GetCrlRequest;
 
@@ -49,7 +49,11 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
     let Verb::Show { der, pem } = verb;
     let mut daemon = Daemon::connect(global).await?;
     let answer = daemon.service.get_crl(GetCrlRequest {}).await.map_err(|status| daemon.failed(&status))?;
-    let bytes = answer.into_inner().crl;
+    let answer = answer.into_inner();
+    let bytes = answer.crl;
+    if answer.not_listed > 0 {
+        output.say(&format!("warning: {}: as soon as the token signs, there is a new one", status::crl(answer.not_listed)));
+    }
     if bytes.is_empty() {
         return Err(Failure::new(EXIT_NOT_FOUND, "there is no CRL yet"));
     }

@@ -56,15 +56,22 @@ pub(super) async fn server_certificate(rooms: Rooms) {
     }
 }
 
-/// The CRL: at start, on change (coalesced), and at half of its period.
+/// The CRL: at start, on change (coalesced), and at half of its period. What an outage kept from being signed is signed when the token is
+/// back, and not only when the next try would be due.
 pub(super) async fn crl(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
     denials.mark_unchanged();
+    let mut token = match &*rooms.tokens.borrow() {
+        Some(tokens) => tokens.authority.health(),
+        // They are open before this duty begins.
+        None => return,
+    };
     let mut wait = Duration::ZERO;
     let mut tries = 0;
     loop {
         tokio::select! {
             () = sleep(wait) => {}
+            () = back_in_service(&mut token), if tries > 0 => {}
             changed = denials.changed() => {
                 if changed.is_err() {
                     return;
@@ -73,6 +80,8 @@ pub(super) async fn crl(rooms: Rooms) {
             }
         }
         denials.mark_unchanged();
+        // Before the try: what changes during it is heard after it.
+        token.mark_unchanged();
         wait = match rooms.acts.publish_crl().await {
             Ok(next) => {
                 tries = 0;
@@ -84,6 +93,18 @@ pub(super) async fn crl(rooms: Rooms) {
                 back_off(tries)
             }
         };
+    }
+}
+
+/// Until the token serves, and something has changed with it since the last look.
+async fn back_in_service(token: &mut watch::Receiver<TokenHealth>) {
+    loop {
+        if token.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        if token.borrow_and_update().usable {
+            return;
+        }
     }
 }
 

@@ -171,14 +171,13 @@ impl Rooms {
         if !ledger.finish(Duration::from_secs(5)).await {
             tracing::error!("the ledger did not come to its end in time");
         }
-        let tokens = self.tokens.borrow().clone();
-        if let Some(tokens) = tokens {
+        let tokens = self.readiness.tokens();
+        if !tokens.is_empty() {
             // Who hangs inside the module is not waited for: until the next daemon serves, nobody is served.
             let patience = if *cause == Cause::TokenStuck { Duration::ZERO } else { TOKEN_DEADLINE };
             let shut = tokio::task::spawn_blocking(move || {
-                tokens.authority.shut_down(patience);
-                if !tokens.shared {
-                    tokens.agents.shut_down(patience);
+                for token in tokens {
+                    token.shut_down(patience);
                 }
             });
             let _ = tokio::time::timeout(TOKEN_DEADLINE * 3, shut).await;
@@ -240,43 +239,33 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
     }
 }
 
-/// Opens the tokens, again and again until it works. A login that needs an operator is not tried before the operator said so.
+/// Opens the tokens one after the other, each again and again until it works; one that is open stays so while the next is tried. A login
+/// that needs an operator is not tried before the operator said so.
 async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<Option<Cause>>) -> Tokens {
     let config = &rooms.config;
+    let shared = config.agents == config.authority;
+    let authority = open_at_last(rooms, &modules, TokenRole::Authority, stop).await;
+    rooms.readiness.set_tokens(vec![authority.clone()]);
+    if shared {
+        return Tokens { agents: authority.clone(), authority, shared };
+    }
+    let agents = open_at_last(rooms, &modules, TokenRole::Agents, stop).await;
+    rooms.readiness.set_tokens(vec![authority.clone(), agents.clone()]);
+    Tokens { authority, agents, shared }
+}
+
+async fn open_at_last(rooms: &Rooms, modules: &Arc<Modules>, role: TokenRole, stop: &watch::Sender<Option<Cause>>) -> Hsm {
     loop {
-        let authority = open_token(rooms, &modules, TokenRole::Authority, stop).await;
-        let opened = match authority {
-            Ok(authority) if config.agents == config.authority => {
-                Ok(Tokens { agents: authority.clone(), authority, shared: true })
-            }
-            Ok(authority) => match open_token(rooms, &modules, TokenRole::Agents, stop).await {
-                Ok(agents) => Ok(Tokens { authority, agents, shared: false }),
-                Err(error) => {
-                    let close = tokio::task::spawn_blocking(move || authority.shut_down(TOKEN_DEADLINE));
-                    let _ = close.await;
-                    Err((TokenRole::Agents, error))
-                }
-            },
-            Err(error) => Err((TokenRole::Authority, error)),
+        let error = match open_token(rooms, modules, role, stop).await {
+            Ok(token) => return token,
+            Err(error) => error,
         };
-        match opened {
-            Ok(tokens) => {
-                let mut open = vec![tokens.authority.clone()];
-                if !tokens.shared {
-                    open.push(tokens.agents.clone());
-                }
-                rooms.readiness.set_tokens(open);
-                return tokens;
-            }
-            Err((role, error)) => {
-                not_open(rooms, role, &error.to_string(), error.awaits_unlock());
+        not_open(rooms, role, &error.to_string(), error.awaits_unlock());
+        tokio::time::sleep(TOKEN_RETRY).await;
+        if error.needs_operator() {
+            // The marker goes when the operator has corrected the PIN, and that is in the ledger.
+            while hsm::pin_pending(&rooms.config.paths.state, role) {
                 tokio::time::sleep(TOKEN_RETRY).await;
-                if error.needs_operator() {
-                    // The marker goes when the operator has corrected the PIN, and that is in the ledger.
-                    while hsm::pin_pending(&config.paths.state, role) {
-                        tokio::time::sleep(TOKEN_RETRY).await;
-                    }
-                }
             }
         }
     }
@@ -314,11 +303,14 @@ async fn open_token(
     opened.unwrap_or(Err(hsm::Error::ShutDown))
 }
 
-/// Says why a token is not there yet; the other one is not there without it.
+/// Says why a token is not there yet; the one after it is not there without it.
 fn not_open(rooms: &Rooms, role: TokenRole, fault: &str, locked: bool) {
     let config = &rooms.config;
-    let mut roles = vec![TokenRole::Authority, TokenRole::Agents];
-    roles.truncate(if config.agents == config.authority { 1 } else { 2 });
+    let shared = config.agents == config.authority;
+    let roles = match role {
+        TokenRole::Authority | TokenRole::Unspecified if !shared => vec![TokenRole::Authority, TokenRole::Agents],
+        one => vec![one],
+    };
     let waits = format!("not open: it waits for {}", section(role));
     let pending = roles.into_iter().map(|one| pending(config, one, if one == role { fault } else { &waits })).collect();
     rooms.readiness.set_pending_tokens(pending);

@@ -19,6 +19,7 @@ mod duration;
 mod failure;
 mod hsm;
 mod hsm_status;
+mod hsm_unlock;
 mod ledger;
 mod ledger_verify;
 mod quarantine;

@@ -7,7 +7,7 @@ use keyward::proto::TokenRole;
 
 use crate::crash::Holder;
 use crate::house::wire::{Face, ServingStatus};
-use crate::house::{Body, DEADLINE, House, write_private};
+use crate::house::{Body, DEADLINE, House, Output, write_private};
 use crate::instruments::slow;
 
 /// Of each unlock in the book: which token, and why. Each names whoever ran the command.
@@ -26,9 +26,14 @@ fn of_authority(reasons: &[&str]) -> Vec<(TokenRole, String)> {
     reasons.iter().map(|reason| (TokenRole::Authority, (*reason).to_owned())).collect()
 }
 
-fn unlock(house: &House, reason: &str) {
-    let said = house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]).ok().json();
-    assert_eq!(said["unlocked"], serde_json::json!(["authority"]));
+fn unlock(house: &House, reason: &str) -> Output {
+    unlock_ends_with(house, reason, 0)
+}
+
+fn unlock_ends_with(house: &House, reason: &str, code: i32) -> Output {
+    let said = house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]).exits(code);
+    assert_eq!(said.json()["unlocked"], serde_json::json!(["authority"]));
+    said
 }
 
 /// A daemon has tried a wrong PIN and has ended. How many logins there have been.
@@ -70,7 +75,7 @@ fn logins_become(house: &House, wanted: usize) {
 fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_whatever_comes_of_it() {
     let mut house = House::new().with_shim().initialised();
     let logins = locked(&mut house);
-    unlock(&house, "the first");
+    assert!(unlock(&house, "the first").stderr.contains("started next"));
     assert_eq!(unlocks(&house.ended_entries()), []);
     house.shim_script("hang C_Login");
     house.start();
@@ -95,10 +100,13 @@ fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_w
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]));
     // And the daemon that met it hears of the next one.
     house.return_pins();
-    unlock(&house, "the third");
+    let said = unlock(&house, "the third");
+    assert_eq!(said.json()["logged_in"], serde_json::json!(["authority"]), "{said:?}");
     assert!(house.daemon().is_ready());
     let listed = house.keyward(&["ledger", "list"]).ok().stdout;
     assert_eq!(listed.lines().filter(|line| line.contains("hsm_unlocked")).count(), 3, "{listed}");
+    let by = format!("by=uid {}: the second", rustix::process::geteuid().as_raw());
+    assert!(listed.contains(&by) && !listed.contains("by=…"), "{listed}");
     let whole = house.keyward(&["ledger", "list", "--format", "json"]).ok().stdout;
     assert!(whole.contains("the second"), "{whole}");
     assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first", "the second", "the third"]));
@@ -114,16 +122,18 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     let logins = house.signatures().logins;
     // Wrong once more, and then slow.
     house.shim().tell("fail C_Login rv=0xa0");
-    unlock(&house, "the first");
+    let said = unlock_ends_with(&house, "the first", 5);
+    assert!(said.stderr.contains("refused again") && said.json()["logged_in"] == serde_json::json!([]), "{said:?}");
     logins_become(&house, logins + 1);
     is_locked(&house);
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]));
     house.shim().tell("hang C_Login");
-    unlock(&house, "the second");
+    let unlocking = house.keyward_async(&["hsm", "unlock", "--reason", "the second"]);
     house.shim().tell("await hanging=1");
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]), "the login is still under way");
     house.shim().tell("clear");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    drop(unlocking);
     // Nothing is locked any more: that is no act.
     let said = house.keyward(&["hsm", "unlock"]).ok();
     assert!(said.stderr.contains("no login was locked"), "{said:?}");
@@ -168,8 +178,8 @@ fn of_two_unlocks_before_a_daemon_hears_of_one_the_second_says_so() {
     let mut house = House::new().with_shim().initialised();
     let logins = locked(&mut house);
     unlock(&house, "the first");
-    let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).ok();
-    assert!(said.stderr.contains("unlocked before"), "{said:?}");
+    let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).exits(3);
+    assert!(said.stderr.contains("the first") && said.stderr.contains("not kept"), "{said:?}");
     assert_eq!(said.json()["unlocked"], serde_json::json!([]));
     house.start();
     assert!(!house.daemon().was_ready());
@@ -201,7 +211,7 @@ fn an_unlock_that_cannot_be_recorded_unlocks_nothing_until_the_next_daemon_has_r
     house.start();
     assert!(!house.daemon().was_ready());
     house.control().fail_next_sync();
-    unlock(&house, "the first");
+    assert!(unlock_ends_with(&house, "the first", 5).stderr.contains("started next"));
     assert_eq!(house.ended(), Some(74));
     assert!(house.log().contains("an unlock could not be recorded"));
     assert_eq!(house.signatures().logins, logins, "the PIN was tried");

@@ -213,6 +213,26 @@ fn a_daemon_that_starts_without_its_tokens_tells_of_both() {
     assert_eq!(status(&house, "agents")["usable"], true);
 }
 
+/// A module looks for tokens when it is started: the healthy one stands aside for that, and seldom.
+#[test]
+fn a_token_that_is_away_at_a_start_is_found_when_it_is_back_and_the_other_one_is_seldom_disturbed() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = house.signatures().logins;
+    house.take_token_away("agents");
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let until = Instant::now() + DEADLINE;
+    while status(&house, "agents")["faults"][0]["count"].as_u64() < Some(6) {
+        assert!(Instant::now() < until, "{}", status(&house, "agents"));
+    }
+    assert!(status(&house, "agents")["fault"].as_str().unwrap().contains("no token is labelled \"agents\""));
+    let tried = house.signatures().logins - logins;
+    assert!(tried <= 3, "one of the start, one for each restart: {tried}");
+    house.bring_tokens_back();
+    assert!(house.daemon().is_ready());
+    house.stop_and_verify();
+}
+
 #[test]
 fn the_status_tells_what_a_token_is_what_it_can_and_what_it_has_been_through() {
     let mut house = House::new().with_one_token().with_shim().initialised().served();

@@ -350,7 +350,7 @@ async fn sign_once(mut intent: Intent, key: &SigningKey, tbs: &Arc<[u8]>) -> Res
             intent.unknown(error.to_string());
             Err(Refusal::new(
                 Reason::SignatureUnknown,
-                "the token did not answer in time; ask again, with a new idempotency key or the same",
+                "keyward's HSM did not answer in time; ask again, with a new idempotency key or the same",
             )
             .because(error)
             .retry_after(Refusal::SOON))

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevocationReason, RevokedCertParams, SerialNumber};
+use x509_parser::prelude::FromDer;
+use x509_parser::revocation_list::CertificateRevocationList;
 
 use crate::model::{KeyId, Refusal, Serial, UnixTime, hex};
 use crate::proto::IntentKind;
@@ -131,6 +133,22 @@ fn revoked((serial, since): (Serial, UnixTime)) -> Result<RevokedCertParams, Ref
         reason_code: Some(RevocationReason::KeyCompromise),
         invalidity_date: None,
     })
+}
+
+impl Acts {
+    /// How many certificates are denied and not on the newest CRLs yet: for a second as a rule, longer where none can be signed.
+    #[must_use]
+    pub fn not_on_crl(&self) -> u64 {
+        let crls = self.crls();
+        // Each of them lists all that is denied; the oldest tells what is missing.
+        let listed = crls.iter().map(|der| match CertificateRevocationList::from_der(der) {
+            Ok((_, crl)) => crl.iter_revoked_certificates().map(|one| minimal(one.raw_serial()).to_vec()).collect(),
+            Err(_) => HashSet::new(),
+        });
+        let listed: HashSet<Vec<u8>> = listed.reduce(|all, one| all.intersection(&one).cloned().collect()).unwrap_or_default();
+        let denied = self.ledger.denied_certificates(self.clock().reckoned());
+        denied.iter().filter(|(serial, _)| !listed.contains(minimal(&serial.0))).count() as u64
+    }
 }
 
 fn authority_key_identifier(certificate: &[u8]) -> Result<Vec<u8>, Refusal> {

@@ -143,7 +143,7 @@ impl Acts {
     /// `HSM_UNAVAILABLE`.
     pub fn authorities(&self) -> Result<Arc<Authorities>, Refusal> {
         self.authorities.load_full().ok_or_else(|| {
-            Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
+            Refusal::new(Reason::HsmUnavailable, "keyward's HSM is not available; ask again later")
                 .retry_after(Duration::from_secs(1))
         })
     }
@@ -163,17 +163,24 @@ impl Acts {
     }
 }
 
+/// When to ask again what waits for an operator: soon after that one is done.
+const WHEN_UNLOCKED: Duration = Duration::from_secs(10);
+
 /// What a caller is told when the token could not be asked.
 fn hsm_refusal(error: hsm::Error) -> Refusal {
     if error.is_permanent() {
         let told =
-            "the token refuses this for good, asking again does not help; an operator has to look at it (`keyward hsm test`)";
+            "keyward's HSM refuses this for good, asking again does not help; an operator has to look at it (`keyward hsm test`)";
         return Refusal::new(Reason::HsmRefused, told).because(error);
     }
+    if error.awaits_unlock() {
+        let told = "keyward's HSM is not available until an operator has looked at it (`keyward hsm status`)";
+        return Refusal::new(Reason::HsmUnavailable, told).because(error).retry_after(WHEN_UNLOCKED);
+    }
     let (reason, told) = if error.is_overload() {
-        (Reason::Overloaded, "more is asked of the token than it can do; ask again in a moment")
+        (Reason::Overloaded, "more is asked of keyward's HSM than it can do; ask again in a moment")
     } else {
-        (Reason::HsmUnavailable, "the token is not available now; ask again in a moment")
+        (Reason::HsmUnavailable, "keyward's HSM is not available now; ask again in a moment")
     };
     Refusal::new(reason, told).because(error).retry_after(Refusal::SOON)
 }

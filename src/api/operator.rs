@@ -190,7 +190,7 @@ impl OperatorService for Operators {
             Some((first, others)) => (first.clone(), others.to_vec()),
             None => Default::default(),
         };
-        Ok(Response::new(proto::GetCrlResponse { crl, others }))
+        Ok(Response::new(proto::GetCrlResponse { crl, others, not_listed: self.acts.not_on_crl() }))
     }
 
     async fn rotate(&self, request: Request<proto::RotateRequest>) -> Result<Response<proto::RotateResponse>, Status> {

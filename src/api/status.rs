@@ -9,6 +9,9 @@ use crate::ledger::Ledger;
 use crate::model::{Digest, process_cpu_nanos};
 use crate::proto::{self, TokenRole};
 
+/// How long a daemon has to live before its ledger's growth is told.
+const GROWTH_KNOWN_SECONDS: u64 = 600;
+
 /// Whether the daemon is ready, and what it knows of itself.
 #[derive(Clone)]
 pub struct Readiness(Arc<Inner>);
@@ -52,11 +55,17 @@ impl Readiness {
         self.state().missing = missing;
     }
 
-    /// The opened tokens, each once.
+    /// The tokens that are open by now.
     pub fn set_tokens(&self, tokens: Vec<Hsm>) {
         let mut state = self.state();
         state.tokens = tokens;
         state.pending.clear();
+    }
+
+    /// The opened tokens, each once.
+    #[must_use]
+    pub fn tokens(&self) -> Vec<Hsm> {
+        self.state().tokens.clone()
     }
 
     /// Tokens that could not be opened, with why. The same fault again is counted.
@@ -130,6 +139,7 @@ impl Readiness {
             quarantined: quarantined as u64,
             config_hash: self.0.config_hash.0.to_vec(),
             listen,
+            not_on_crl: acts.not_on_crl(),
         }
     }
 
@@ -137,8 +147,8 @@ impl Readiness {
         let progress = *ledger.progress().borrow();
         let file_bytes = ledger.file_bytes();
         let seconds = self.0.started.elapsed().as_secs();
-        // A rate needs a minute to mean anything; entries since start times the average bytes of an entry.
-        let bytes_per_day = if seconds >= 60 {
+        // A start writes more than a life does: a rate needs some minutes to mean anything. Entries since start times the average bytes of an entry.
+        let bytes_per_day = if seconds >= GROWTH_KNOWN_SECONDS {
             let grown = file_bytes.saturating_sub(self.0.start_bytes);
             let entries = progress.size.saturating_sub(self.0.start_size);
             let average = if entries > 0 && grown == 0 { file_bytes / progress.size.max(1) * entries } else { grown };

@@ -88,7 +88,11 @@ pub(super) struct Daemon {
 impl Daemon {
     pub(super) async fn connect(global: &Global) -> Result<Self, Failure> {
         let socket = global.socket()?;
-        let service = operator::connect(&socket).await?;
+        let service = operator::connect(&socket).await.map_err(|error| {
+            let nobody = matches!(error, client::Error::Unreachable { .. });
+            let failure = Failure::from(error);
+            if nobody { failure.and_then_said("is `keyward serve` running?") } else { failure }
+        })?;
         Ok(Self { service, place: socket.display().to_string() })
     }
 

@@ -9,7 +9,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer};
 
 use super::agents::Daemon;
 use super::render::{self, pairs, table};
-use super::{EXIT_NOT_FOUND, Failure, Global, Output};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output, status};
 use crate::model::hex;
 use crate::proto::{self, GetCrlRequest};
 
@@ -52,7 +52,10 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
     let Verb::Show { der, pem } = verb;
     let mut daemon = Daemon::connect(global).await?;
     let answer = daemon.service.get_crl(GetCrlRequest {}).await.map_err(|status| daemon.failed(&status))?;
-    let proto::GetCrlResponse { crl: bytes, others } = answer.into_inner();
+    let proto::GetCrlResponse { crl: bytes, others, not_listed } = answer.into_inner();
+    if not_listed > 0 {
+        output.say(&format!("warning: {}: as soon as the token signs, there is a new one", status::crl(not_listed)));
+    }
     if bytes.is_empty() {
         return Err(Failure::new(EXIT_NOT_FOUND, "there is no CRL yet"));
     }

@@ -12,7 +12,7 @@ use crate::proto::{
 };
 
 /// The fields that tell one entry from the next; a line too short for all of them shows these.
-const FIRST: [&str; 10] = ["agent", "purpose", "to", "reason", "cause", "method", "detail", "token", "sequence", "epoch"];
+const FIRST: [&str; 11] = ["agent", "purpose", "to", "reason", "cause", "by", "method", "detail", "token", "sequence", "epoch"];
 /// Bytes in hexadecimal, this long or longer, are for programs.
 const HEX_CHARS_LONG: usize = 32;
 /// What a person compares of them.
@@ -59,9 +59,9 @@ fn is_empty(value: &Value) -> bool {
     value.is_null() || value == "" || value == &json!([])
 }
 
-/// Objects, and bytes that a person cannot tell apart and has no use for. Of these a key's id is the exception.
+/// Objects, and bytes that a person cannot tell apart and has no use for. Exceptions are who has acted, and a key's id.
 fn is_noise(name: &str, value: &Value) -> bool {
-    value.is_object() || (hexadecimal(value).is_some() && name != "key_id")
+    (value.is_object() && name != "by") || (hexadecimal(value).is_some() && name != "key_id")
 }
 
 fn hexadecimal(value: &Value) -> Option<&str> {
@@ -72,6 +72,10 @@ fn shortened(value: &Value) -> String {
     match (hexadecimal(value), value) {
         (Some(hex), _) => format!("{}…", &hex[..HEX_CHARS_SHOWN]),
         (None, Value::Array(items)) => items.iter().map(shortened).collect::<Vec<_>>().join(", "),
+        (None, Value::Object(by)) if by.contains_key("uid") => match plain(&by["reason"]) {
+            nothing if nothing == "-" => format!("uid {}", by["uid"]),
+            reason => format!("uid {}: {reason}", by["uid"]),
+        },
         (None, Value::Object(fields)) => fields.values().map(plain).collect::<Vec<_>>().join(" "),
         (None, value) => plain(value),
     }
@@ -305,7 +309,7 @@ mod tests {
         assert_eq!(value["kind"], "quarantined");
         assert_eq!(value["time"], "2027-01-15T08:00:00Z");
         assert_eq!((&value["agent"], &value["by"]["uid"]), (&json!("coder/7"), &json!(1000)));
-        assert_eq!(described.summary(), "agent=coder/7 cause=operator detail=case 1 epoch=1");
+        assert_eq!(described.summary(), "agent=coder/7 cause=operator by=uid 1000: case 1 detail=case 1 epoch=1");
         assert!(described.text().contains("cause      operator\n"));
         assert!(described.text().contains("by.uid     1000\n"));
     }

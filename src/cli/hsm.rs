@@ -1,6 +1,5 @@
 //! `keyward hsm`: the tokens, what they can do, and the lock against burning PIN tries.
 
-use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,10 +11,10 @@ use super::agents::Daemon;
 use super::failure::EXIT_UNAVAILABLE;
 use super::hsm_status::{Token, role};
 use super::render::table;
-use super::{Failure, Global, Output, hsm_reconcile, quarantine, status};
+use super::{Failure, Global, Output, hsm_reconcile, hsm_unlock, quarantine, status};
 use crate::config;
 use crate::hsm::{self, Modules, SlotSeen};
-use crate::proto::{TestTokensRequest, TokenCheck, TokenRole};
+use crate::proto::{TestTokensRequest, TokenCheck};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -59,7 +58,8 @@ pub(super) enum Verb {
     ///
     /// The daemon tries no login while pin-pending-authority or pin-pending-agents lies in its state directory, so that a
     /// wrong PIN costs one try and not all of them. This leaves word beside the file, as its owner or root; the daemon, now or at its
-    /// next start, records who unlocked what and why, and then logs in.
+    /// next start, records who unlocked what and why, and then logs in. Where a daemon runs, what came of that is told: exit code 5 if
+    /// the PIN was refused again, or nothing came of it in ten seconds; 3 if another unlock is not recorded yet, and this one not kept.
     #[command(after_help = "Example:\n  keyward hsm unlock --token authority --reason 'PIN corrected'")]
     Unlock {
         /// Which token.
@@ -92,7 +92,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         }
         Verb::Slots { module } => slots(module, global, output).await,
         Verb::Test { signatures } => test(signatures, global, output).await,
-        Verb::Unlock { token, reason } => unlock(token, &reason.unwrap_or_default(), global, output),
+        Verb::Unlock { token, reason } => hsm_unlock::run(token, &reason.unwrap_or_default(), global, output).await,
         Verb::Reconcile { destroy_orphans, yes } => hsm_reconcile::run(destroy_orphans, yes, global, output).await,
     }
     .map(|()| ExitCode::SUCCESS)
@@ -243,62 +243,5 @@ async fn test(signatures: Option<u32>, global: &Global, output: &mut Output) -> 
         _ if checks.is_empty() => Err(Failure::new(EXIT_UNAVAILABLE, "no token is open yet: see `keyward hsm status`")),
         0 => Ok(()),
         failed => Err(Failure::new(EXIT_UNAVAILABLE, format!("{failed} of {} checks failed", checks.len()))),
-    }
-}
-
-#[derive(Serialize)]
-struct Unlocked {
-    unlocked: Vec<&'static str>,
-}
-
-fn unlock(which: Which, reason: &str, global: &Global, output: &mut Output) -> Result<(), Failure> {
-    let state = global.load()?.paths.state;
-    let (mut unlocked, mut before) = (Vec::new(), false);
-    for (token, of) in [(Which::Authority, TokenRole::Authority), (Which::Agents, TokenRole::Agents)] {
-        let wanted = which == Which::All || which == token;
-        if !wanted {
-            continue;
-        }
-        match hsm::ask_to_unlock(&state, of, reason) {
-            Ok(true) => unlocked.push(role(of)),
-            Ok(false) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => before = true,
-            Err(error) => return Err(Failure::error(format!("{} cannot be written: {error}", state.display()))),
-        }
-    }
-    output.say(match (unlocked.is_empty(), before) {
-        (false, _) => "the daemon may log in again",
-        (true, true) => "it was unlocked before; the daemon has not recorded that yet",
-        (true, false) => "no login was locked",
-    });
-    Ok(output.show(&Unlocked { unlocked }, |unlocked| unlocked.unlocked.iter().map(|name| format!("{name}\n")).collect())?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cli::Format;
-
-    #[test]
-    fn unlock_leaves_word_for_the_named_token_and_needs_no_daemon() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let state = directory.path().join("state");
-        std::fs::create_dir(&state).expect("made");
-        let markers = ["authority", "agents"].map(|name| state.join(format!("pin-pending-{name}")));
-        for marker in &markers {
-            std::fs::write(marker, "").expect("written");
-        }
-        let config = include_str!("../../scripts/keyward.toml").replace("/var/lib/keyward", &state.display().to_string());
-        let path = directory.path().join("keyward.toml");
-        std::fs::write(&path, config).expect("written");
-        let global = Global { config: path, socket: None, format: Format::Json };
-        let mut output = Output::of_process(Format::Json);
-        let asked = || [TokenRole::Authority, TokenRole::Agents].map(|role| hsm::asked_to_unlock(&state, role).expect("read"));
-        unlock(Which::Authority, "the first", &global, &mut output).expect("unlocked");
-        assert!(matches!(asked(), [Some(unlock), None] if unlock.reason == "the first"));
-        unlock(Which::All, "another", &global, &mut output).expect("unlocked");
-        assert!(matches!(asked(), [Some(one), Some(other)] if one.reason == "the first" && other.reason == "another"));
-        unlock(Which::All, "", &global, &mut output).expect("harmless");
-        assert!(markers.iter().all(|marker| marker.exists()), "the daemon removes them, when it has recorded it");
     }
 }

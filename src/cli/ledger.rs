@@ -1,5 +1,7 @@
 //! `keyward ledger`: read the book, and its checkpoint.
 
+use std::io::{self, IsTerminal};
+
 use clap::Subcommand;
 use prost::Message;
 use serde::Serialize;
@@ -132,9 +134,10 @@ async fn list(daemon: &mut Daemon, mut from: u64, limit: u64, output: &mut Outpu
     Ok(())
 }
 
-/// One line of the list. The widths are fixed, for what comes later is not known yet.
+/// One line of the list. The widths are fixed, for what comes later is not known yet; the last one at a terminal alone: a program reads
+/// every cell whole.
 fn line(cells: [&str; 4]) -> String {
-    let widths = [8, 20, 19, 100 - 8 - 20 - 19 - 6];
-    let cells = cells.iter().zip(widths).map(|(cell, width)| pad(cell, width));
+    let detail = if io::stdout().is_terminal() { 100 - 8 - 20 - 19 - 6 } else { cells[3].chars().count() };
+    let cells = cells.iter().zip([8, 20, 19, detail]).map(|(cell, width)| pad(cell, width));
     format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
 }

@@ -22,6 +22,7 @@ mod failure;
 mod hsm;
 mod hsm_reconcile;
 mod hsm_status;
+mod hsm_unlock;
 mod key;
 mod key_show;
 mod ledger;

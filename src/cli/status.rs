@@ -22,6 +22,7 @@ struct Status {
     config_hash: String,
     agents: u64,
     quarantined: u64,
+    not_on_crl: u64,
     ledger: Ledger,
     clock: Clock,
     tokens: Vec<Token>,
@@ -92,6 +93,7 @@ impl From<StatusResponse> for Status {
             config_hash: hex(&status.config_hash),
             agents: status.agents,
             quarantined: status.quarantined,
+            not_on_crl: status.not_on_crl,
             ledger: Ledger {
                 entries: ledger.entries,
                 commits: ledger.commits,
@@ -137,6 +139,7 @@ impl Status {
             ("up for", duration::text(self.uptime_seconds)),
             ("listens on", if self.listen.is_empty() { "-".into() } else { self.listen.join(", ") }),
             ("agents", format!("{}, {} quarantined", self.agents, self.quarantined)),
+            ("CRL", crl(self.not_on_crl)),
             ("ledger", format!("{} entries, {} commits, {}", ledger.entries, ledger.commits, bytes(ledger.file_bytes))),
             ("ledger writable", if ledger.writable { "yes" } else { "NO" }.into()),
             ("ledger growth", self.growth()),
@@ -157,6 +160,9 @@ impl Status {
     }
 
     fn growth(&self) -> String {
+        if self.ledger.bytes_per_day == 0 {
+            return "not known yet".into();
+        }
         let per_day = format!("{} a day", bytes(self.ledger.bytes_per_day));
         match self.ledger.days_until_full {
             Some(days) => format!("{per_day}, full in {days} days"),
@@ -169,6 +175,15 @@ impl Clock {
     fn text(&self) -> String {
         let trusted = if self.trusted { "trusted" } else { "NOT TRUSTED: `keyward clock accept --reason …` once it is right" };
         format!("{trusted}, deviates by {} ms", self.deviation_micros / 1_000)
+    }
+}
+
+/// Whether the newest CRL tells of every quarantine. What it lacks is in force all the same.
+pub(super) fn crl(not_listed: u64) -> String {
+    match not_listed {
+        0 => "tells of every quarantine".into(),
+        1 => "1 certificate that is denied is NOT ON IT YET".into(),
+        many => format!("{many} certificates that are denied are NOT ON IT YET"),
     }
 }
 

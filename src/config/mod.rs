@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::model::{Digest, TrustDomain};
+use crate::proto::TokenRole;
 
 /// The checked configuration.
 #[derive(Debug, Clone)]
@@ -75,6 +76,15 @@ pub struct Token {
     pub pin: PinSource,
     /// Sign lanes (threads with a session each), 1 to 256. Default: twice the cores.
     pub lanes: usize,
+}
+
+/// The section that names the token of a role.
+#[must_use]
+pub fn section(role: TokenRole) -> &'static str {
+    match role {
+        TokenRole::Agents => "hsm.agents",
+        TokenRole::Authority | TokenRole::Unspecified => "hsm.authority",
+    }
 }
 
 /// Where a PIN is read from, at each login anew. Never argv, never the environment.

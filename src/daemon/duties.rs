@@ -7,12 +7,13 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::acts;
+use crate::config::section;
 use crate::hsm::Health as TokenHealth;
 use crate::model::Outage;
 use crate::proto::TokenRole;
 
 use super::Cause;
-use super::rooms::{Rooms, out_of_service, section};
+use super::rooms::{Rooms, out_of_service};
 
 /// After a failed try: 1 s, 2 s, 4 s … at most this.
 const BACK_OFF_MAX: Duration = Duration::from_secs(30);
@@ -50,15 +51,22 @@ pub(super) async fn server_certificate(rooms: Rooms) {
     }
 }
 
-/// The CRL: at start, on change (coalesced), and at half of its period.
+/// The CRL: at start, on change (coalesced), and at half of its period. What an outage kept from being signed is signed when the token is
+/// back, and not only when the next try would be due.
 pub(super) async fn crl(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
     denials.mark_unchanged();
+    let mut token = match &*rooms.tokens.borrow() {
+        Some(tokens) => tokens.authority.health(),
+        // They are open before this duty begins.
+        None => return,
+    };
     let mut wait = Duration::ZERO;
     let mut tries = 0;
     loop {
         tokio::select! {
             () = sleep(wait) => {}
+            () = back_in_service(&mut token), if tries > 0 => {}
             changed = denials.changed() => {
                 if changed.is_err() {
                     return;
@@ -67,6 +75,8 @@ pub(super) async fn crl(rooms: Rooms) {
             }
         }
         denials.mark_unchanged();
+        // Before the try: what changes during it is heard after it.
+        token.mark_unchanged();
         wait = match rooms.acts.publish_crl().await {
             Ok(next) => {
                 tries = 0;
@@ -105,6 +115,18 @@ pub(super) async fn rotation(rooms: Rooms) {
             }
         };
         sleep(wait).await;
+    }
+}
+
+/// Until the token serves, and something has changed with it since the last look.
+async fn back_in_service(token: &mut watch::Receiver<TokenHealth>) {
+    loop {
+        if token.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        if token.borrow_and_update().usable {
+            return;
+        }
     }
 }
 
@@ -214,12 +236,14 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
         let mut waiting = rooms.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         // What is missing, in full; and by the names that it keeps while it is missing.
         let mut missing: Vec<(String, String)> = waiting.what.iter().map(|what| (what.clone(), what.clone())).collect();
+        let mut locked: Vec<&str> = waiting.locked.into_iter().collect();
         for (role, token) in tokens {
             match (&token.key, token.usable) {
                 // Where no key can be had, it is no news that one of them cannot.
                 (_, false) => {
                     let fault = token.fault.as_deref().unwrap_or("it is being connected");
-                    missing.push((out_of_service(*role, fault), section(*role).to_owned()));
+                    missing.push((out_of_service(*role, fault, token.locked), section(*role).to_owned()));
+                    locked.extend(token.locked.then(|| section(*role)));
                 }
                 (Some(key), true) => {
                     let told = format!("{}: {key}; it is looked for again by itself", section(*role));
@@ -231,7 +255,7 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
         let rest = [(written, "ledger: it cannot be written"), (trusted, "clock: it jumped; see `keyward clock accept`")];
         missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
         let (missing, names): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
-        waiting.tell(&missing, &names);
+        waiting.tell(&missing, &names, &locked);
         let ready = missing.is_empty();
         rooms.readiness.set_missing(missing);
         ready

@@ -97,7 +97,7 @@ pub fn serve(config: Config) -> Result<ExitCode, String> {
 
 async fn run(config: Config) -> Result<Cause, String> {
     let config = Arc::new(config);
-    let modules = Modules::new();
+    let modules = Modules::of_the_daemon();
     let rooms = rooms::open(&config).await?;
     // Before a supervisor hears anything: it may answer with a signal.
     let signals = signal(SignalKind::terminate()).and_then(|terminate| Ok((terminate, signal(SignalKind::interrupt())?)));

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::acts::{self, Acts, Authorities, Crl, KeyToken, Tokens};
 use crate::api::{self, Health, Readiness};
 use crate::authn::Tls;
-use crate::config::Config;
+use crate::config::{Config, section};
 use crate::hsm::{self, Hsm, Modules};
 use crate::ledger::{Ledger, Settings};
 use crate::model::{Meter, Outage, UnixTime};
@@ -48,13 +48,15 @@ pub(super) struct Rooms {
 pub(super) struct Waiting {
     /// What is between the start and being ready; empty when agents are served.
     pub what: Option<String>,
+    /// The section of a token whose login waits for an operator.
+    pub locked: Option<&'static str>,
     pub outage: Outage,
 }
 
 impl Waiting {
     /// One line when the daemon is not ready any more, one for what is missing besides and one when it is ready again. `missing` is told,
-    /// `names` says whether that is something new: a fault has many faces.
-    pub(super) fn tell(&mut self, missing: &[String], names: &[String]) {
+    /// `names` says whether that is something new: a fault has many faces. What is `locked` waits for an operator, who hears at once.
+    pub(super) fn tell(&mut self, missing: &[String], names: &[String], locked: &[&str]) {
         match missing {
             [] => {
                 if let Some(lasted) = self.outage.ends() {
@@ -63,7 +65,12 @@ impl Waiting {
             }
             [only] if only == STARTING => {}
             _ => {
-                if self.outage.goes_on(&names.join(", ")) {
+                let names = names.join(", ");
+                let news = match locked {
+                    [] => self.outage.goes_on(&names),
+                    locked => self.outage.awaits_a_person(&format!("locked: {}", locked.join(", "))),
+                };
+                if news {
                     tracing::warn!(?missing, "not ready");
                 }
             }
@@ -107,7 +114,7 @@ pub(super) async fn open(config: &Arc<Config>) -> Result<Rooms, String> {
         config: Arc::clone(config),
         health,
         tls,
-        waiting: Arc::new(Mutex::new(Waiting { what: Some(STARTING.to_owned()), outage: Outage::default() })),
+        waiting: Arc::new(Mutex::new(Waiting { what: Some(STARTING.to_owned()), locked: None, outage: Outage::default() })),
         tokens: Arc::new(watch::Sender::new(None)),
     })
 }
@@ -124,14 +131,14 @@ pub(super) fn ledger_settings(config: &Config) -> Settings {
 }
 
 impl Rooms {
-    /// Says what agents have to wait for; `None`: nothing any more.
-    pub(super) fn wait_for(&self, what: Option<String>) {
+    /// Says what agents have to wait for; `None`: nothing any more. `locked` is the section of a token that waits for an operator.
+    pub(super) fn wait_for(&self, what: Option<String>, locked: Option<&'static str>) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if waiting.what != what {
             let missing: Vec<String> = what.iter().cloned().collect();
             match &what {
                 Some(what) => {
-                    waiting.tell(&missing, &missing);
+                    waiting.tell(&missing, &missing, locked.as_slice());
                     notify::waiting(what);
                 }
                 None => {
@@ -141,7 +148,7 @@ impl Rooms {
                 }
             }
             self.readiness.set_missing(missing);
-            waiting.what = what;
+            (waiting.what, waiting.locked) = (what, locked);
         }
     }
 
@@ -166,14 +173,13 @@ impl Rooms {
         if !ledger.finish(Duration::from_secs(5)).await {
             tracing::error!("the ledger did not come to its end in time");
         }
-        let tokens = self.tokens.borrow().clone();
-        if let Some(tokens) = tokens {
+        let tokens = self.readiness.tokens();
+        if !tokens.is_empty() {
             // Who hangs inside the module is not waited for: until the next daemon serves, nobody is served.
             let patience = if *cause == Cause::TokenStuck { Duration::ZERO } else { TOKEN_DEADLINE };
             let shut = tokio::task::spawn_blocking(move || {
-                tokens.authority.shut_down(patience);
-                if !tokens.shared {
-                    tokens.agents.shut_down(patience);
+                for token in tokens {
+                    token.shut_down(patience);
                 }
             });
             let _ = tokio::time::timeout(TOKEN_DEADLINE * 3, shut).await;
@@ -208,7 +214,7 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let tokens = open_tokens(&rooms, Arc::new(modules), &stop).await;
         rooms.tokens.send_replace(Some(tokens.clone()));
         while let Err(what) = prepare(&rooms, &tokens).await {
-            rooms.wait_for(Some(what));
+            rooms.wait_for(Some(what), None);
             tokio::time::sleep(TOKEN_RETRY).await;
         }
         bind(&rooms).await
@@ -219,7 +225,7 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
     };
     let served = async {
         let listener = listener?;
-        rooms.wait_for(None);
+        rooms.wait_for(None, None);
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
@@ -238,43 +244,33 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
     }
 }
 
-/// Opens the tokens, again and again until it works. A login that needs an operator is not tried before the operator said so.
+/// Opens the tokens one after the other, each again and again until it works; one that is open stays so while the next is tried. A login
+/// that needs an operator is not tried before the operator said so.
 async fn open_tokens(rooms: &Rooms, modules: Arc<Modules>, stop: &watch::Sender<Option<Cause>>) -> Tokens {
     let config = &rooms.config;
+    let shared = config.agents == config.authority;
+    let authority = open_at_last(rooms, &modules, TokenRole::Authority, stop).await;
+    rooms.readiness.set_tokens(vec![authority.clone()]);
+    if shared {
+        return Tokens { agents: authority.clone(), authority, shared };
+    }
+    let agents = open_at_last(rooms, &modules, TokenRole::Agents, stop).await;
+    rooms.readiness.set_tokens(vec![authority.clone(), agents.clone()]);
+    Tokens { authority, agents, shared }
+}
+
+async fn open_at_last(rooms: &Rooms, modules: &Arc<Modules>, role: TokenRole, stop: &watch::Sender<Option<Cause>>) -> Hsm {
     loop {
-        let authority = open_token(rooms, &modules, TokenRole::Authority, stop).await;
-        let opened = match authority {
-            Ok(authority) if config.agents == config.authority => {
-                Ok(Tokens { agents: authority.clone(), authority, shared: true })
-            }
-            Ok(authority) => match open_token(rooms, &modules, TokenRole::Agents, stop).await {
-                Ok(agents) => Ok(Tokens { authority, agents, shared: false }),
-                Err(error) => {
-                    let close = tokio::task::spawn_blocking(move || authority.shut_down(TOKEN_DEADLINE));
-                    let _ = close.await;
-                    Err((TokenRole::Agents, error))
-                }
-            },
-            Err(error) => Err((TokenRole::Authority, error)),
+        let error = match open_token(rooms, modules, role, stop).await {
+            Ok(token) => return token,
+            Err(error) => error,
         };
-        match opened {
-            Ok(tokens) => {
-                let mut open = vec![tokens.authority.clone()];
-                if !tokens.shared {
-                    open.push(tokens.agents.clone());
-                }
-                rooms.readiness.set_tokens(open);
-                return tokens;
-            }
-            Err((role, error)) => {
-                not_open(rooms, role, &error.to_string());
+        not_open(rooms, role, &error.to_string(), error.awaits_unlock());
+        tokio::time::sleep(TOKEN_RETRY).await;
+        if error.needs_operator() {
+            // The marker goes when the operator has corrected the PIN, and that is in the ledger.
+            while hsm::pin_pending(&rooms.config.paths.state, role) {
                 tokio::time::sleep(TOKEN_RETRY).await;
-                if error.needs_operator() {
-                    // The marker goes when the operator has corrected the PIN, and that is in the ledger.
-                    while hsm::pin_pending(&config.paths.state, role) {
-                        tokio::time::sleep(TOKEN_RETRY).await;
-                    }
-                }
             }
         }
     }
@@ -293,7 +289,12 @@ async fn open_token(
     let opened = match tokio::time::timeout(OPEN_SLOW, &mut opening).await {
         Ok(opened) => opened,
         Err(_) => {
-            not_open(rooms, role, &format!("token {label:?} is not open after {OPEN_SLOW:?}: its PKCS#11 module may hang"));
+            not_open(
+                rooms,
+                role,
+                &format!("token {label:?} is not open after {OPEN_SLOW:?}: its PKCS#11 module may hang"),
+                false,
+            );
             match tokio::time::timeout(OPEN_DEADLINE - OPEN_SLOW, opening).await {
                 Ok(opened) => opened,
                 Err(_) => {
@@ -307,29 +308,24 @@ async fn open_token(
     opened.unwrap_or(Err(hsm::Error::ShutDown))
 }
 
-/// Says why a token is not there yet; the other one is not there without it.
-fn not_open(rooms: &Rooms, role: TokenRole, fault: &str) {
+/// Says why a token is not there yet; the one after it is not there without it.
+fn not_open(rooms: &Rooms, role: TokenRole, fault: &str, locked: bool) {
     let config = &rooms.config;
-    let mut roles = vec![TokenRole::Authority, TokenRole::Agents];
-    roles.truncate(if config.agents == config.authority { 1 } else { 2 });
+    let shared = config.agents == config.authority;
+    let roles = match role {
+        TokenRole::Authority | TokenRole::Unspecified if !shared => vec![TokenRole::Authority, TokenRole::Agents],
+        one => vec![one],
+    };
     let waits = format!("not open: it waits for {}", section(role));
     let pending = roles.into_iter().map(|one| pending(config, one, if one == role { fault } else { &waits })).collect();
     rooms.readiness.set_pending_tokens(pending);
-    rooms.wait_for(Some(out_of_service(role, fault)));
+    rooms.wait_for(Some(out_of_service(role, fault, locked)), locked.then(|| section(role)));
 }
 
-/// The section of the configuration that names the token.
-pub(super) fn section(role: TokenRole) -> &'static str {
-    match role {
-        TokenRole::Agents => "hsm.agents",
-        TokenRole::Authority | TokenRole::Unspecified => "hsm.authority",
-    }
-}
-
-/// Why there is no signature of a token, and whether that ends by itself: where an operator has to act, the fault says so. (The marker of
+/// Why there is no signature of a token, and whether that ends by itself: of one that is locked the fault says what to do. (The marker of
 /// a login does not tell: it is there during each one.)
-pub(super) fn out_of_service(role: TokenRole, fault: &str) -> String {
-    let next = if fault.contains("keyward hsm unlock") { "" } else { "; it is tried again by itself" };
+pub(super) fn out_of_service(role: TokenRole, fault: &str, locked: bool) -> String {
+    let next = if locked { "" } else { "; it is tried again by itself" };
     format!("{}: the token is out of service: {fault}{next}", section(role))
 }
 

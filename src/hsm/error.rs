@@ -11,7 +11,7 @@ use crate::model::{InvalidKey, KeyId};
 /// What went wrong in the HSM room. Never holds a PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The module could not be loaded.
+    /// The module could not be loaded, or not be started (again).
     #[error("the PKCS#11 module {path} cannot be loaded: {cause}")]
     Module {
         /// As configured.
@@ -23,7 +23,7 @@ pub enum Error {
     #[error("the process cannot be kept from dumping core: {0}")]
     Harden(std::io::Error),
     /// No token, or more than one, fits the configured label and serial.
-    #[error("{matches} tokens are labelled {label:?}{serial}; the module shows: {found}")]
+    #[error("{} labelled {label:?}{serial}; the module shows: {found}", if *matches == 0 { "no token is".into() } else { format!("{matches} tokens are") })]
     TokenNotFound {
         /// As configured.
         label: String,
@@ -91,6 +91,9 @@ pub enum Error {
     /// The token has no such key.
     #[error("key {0} is not in the token")]
     KeyLost(KeyId),
+    /// The token has none of the keys that it had: it is away, or emptied.
+    #[error("the token does not show its keys")]
+    KeysLost,
     /// The token has several private keys of that id.
     #[error("key {id} is in the token {count} times")]
     KeyAmbiguous {
@@ -162,6 +165,9 @@ pub enum Error {
     /// The token is not usable at present.
     #[error("the token is not usable: {0}")]
     Unusable(String),
+    /// The token is not usable, and no login is tried until an operator says so.
+    #[error("the token is not usable: {0}")]
+    Locked(String),
     /// A call hangs inside the module: nothing but a new process helps.
     #[error("a call hangs inside the module; the process has to be restarted")]
     Stuck,
@@ -239,7 +245,13 @@ impl Error {
     /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
     #[must_use]
     pub fn needs_operator(&self) -> bool {
-        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::PinState { .. })
+        self.awaits_unlock() || matches!(self, Self::PinState { .. })
+    }
+
+    /// Whether no login is tried until `keyward hsm unlock`.
+    #[must_use]
+    pub fn awaits_unlock(&self) -> bool {
+        matches!(self, Self::PinPending { .. } | Self::PinIncorrect { .. } | Self::Locked(_))
     }
 }
 

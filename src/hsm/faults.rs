@@ -17,8 +17,12 @@ use cryptoki::error::RvError;
 /// Which call failed. A code means another thing after C_Sign than before it: whatever C_Sign answers, the token may have signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// C_Initialize, C_Finalize, C_GetSlotList, C_GetTokenInfo.
-    Module,
+    /// C_GetSlotList.
+    Slots,
+    /// C_GetTokenInfo.
+    Describe,
+    /// C_GetMechanismList.
+    Mechanisms,
     /// C_OpenSession.
     OpenSession,
     /// C_Login.
@@ -44,7 +48,9 @@ pub enum Place {
 impl fmt::Display for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
-            Self::Module => "the PKCS#11 module",
+            Self::Slots => "C_GetSlotList",
+            Self::Describe => "C_GetTokenInfo",
+            Self::Mechanisms => "C_GetMechanismList",
             Self::OpenSession => "C_OpenSession",
             Self::Login => "C_Login",
             Self::Search => "the search for a key",
@@ -302,7 +308,9 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
     let outcome = match place {
         Place::Sign => Outcome::Unknown,
         Place::SignInit => row.sign_init,
-        Place::Module
+        Place::Slots
+        | Place::Describe
+        | Place::Mechanisms
         | Place::OpenSession
         | Place::Login
         | Place::Search
@@ -319,8 +327,10 @@ pub(super) fn verdict(place: Place, code: RvError) -> Verdict {
 mod tests {
     use super::*;
 
-    const PLACES: [Place; 11] = [
-        Place::Module,
+    const PLACES: [Place; 13] = [
+        Place::Slots,
+        Place::Describe,
+        Place::Mechanisms,
         Place::OpenSession,
         Place::Login,
         Place::Search,

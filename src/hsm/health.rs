@@ -11,6 +11,8 @@ use super::error::{Error, SignError};
 use super::faults::Remedy;
 use super::keyring::{Bound, Location};
 use super::lanes;
+use super::modules::RESTART_SHARED;
+use super::objects;
 use super::queue::{Mark, Post};
 use super::token::{Token, reconnect};
 use crate::model::{KeyId, Outage};
@@ -26,9 +28,6 @@ const CANARY_DEADLINE: (Duration, Duration) = (Duration::from_millis(300), Durat
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts: a token that is back is in service within a second.
 const BACK_OFF_MAX: Duration = Duration::from_millis(500);
-/// Where other tokens behind the same module are in service, it is restarted under them only after as long a time again as this one
-/// has been away, between these two: who was away for a short time is back in a short time, and who stays away is no burden.
-const RESTART_SHARED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// A call may take this much longer than a signature's deadline before its lane is given up.
 const GRACE: Duration = Duration::from_secs(1);
 /// Longest time for C_Finalize, C_Initialize, C_GetSlotList, C_OpenSession and C_Login together.
@@ -57,11 +56,15 @@ async fn watch(token: &Arc<Token>) {
             looked = Instant::now();
             look_for_keys(token).await;
         }
-        token.tell_of_keys();
+        if token.has_news_of_keys() {
+            // It may be the token that is away, and not a key.
+            look(token).await;
+        }
         if !token.is_usable() {
             recover(token).await;
             continue;
         }
+        token.tell_of_keys();
         token.crew.give_up(token.settings.sign_deadline + GRACE);
         if token.crew.other_inside_for().is_some_and(|time| time > ADMIN_DEADLINE + GRACE) {
             token.suspend("the admin lane or an owner hangs inside the PKCS#11 module", Remedy::Restart);
@@ -127,9 +130,27 @@ async fn look(token: &Arc<Token>) {
             return;
         }
     }
-    if let Some(error) = failure {
-        token.suspend(&format!("the canary is silent: {error}"), Remedy::Restart);
+    let fault = match failure {
+        None => return,
+        Some(SignError::NotSigned(lost @ Error::KeyLost(_))) => key_or_token(token, lost).await.to_string(),
+        Some(error) => format!("the canary is silent: {error}"),
+    };
+    token.suspend(&fault, Remedy::Restart);
+}
+
+/// A key that is lost is told by its name if others are there; where none is, it is the token that is away or was emptied.
+async fn key_or_token(token: &Arc<Token>, lost: Error) -> Error {
+    for key in token.keyring.all() {
+        let id = key.id;
+        let deadline = Instant::now() + canary_deadline(token);
+        match token.errand(deadline, move |session| objects::find(session, id)).await {
+            Ok(found) if found.iter().any(|object| object.private) => return lost,
+            Ok(_) => {}
+            // Nothing is known of the others.
+            Err(_) => return lost,
+        }
     }
+    Error::KeysLost
 }
 
 /// As long as every lane before it needs, where the device serves one at a time: those of its other tokens, too.
@@ -173,9 +194,9 @@ async fn recover(token: &Arc<Token>) {
         }
         // Half an attempt may have left threads behind. What a login did not mend a restart may.
         token.suspend(&error.to_string(), Remedy::Restart);
-        token.note_fault(&error.to_string(), matches!(error, Error::Stuck));
+        token.note_fault(&error);
         token.history.note(&error);
-        if matches!(error, Error::PinPending { .. } | Error::PinIncorrect { .. }) {
+        if error.awaits_unlock() {
             // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
             restarted = None;
         }
@@ -206,7 +227,9 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
     let canary = token.canary();
     if let Some(canary) = &canary {
         // Without it this is not our token: nothing else is asked of it.
-        looked_up(Arc::clone(canary)).await?;
+        if let Err(error) = looked_up(Arc::clone(canary)).await {
+            return Err(if matches!(error, Error::KeyLost(_)) { key_or_token(token, error).await } else { error });
+        }
     }
     for key in token.keyring.all() {
         match looked_up(key).await {

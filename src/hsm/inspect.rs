@@ -101,7 +101,7 @@ impl Modules {
         let module = self.load(path)?;
         let _held = module.lifecycle();
         let context = module.context();
-        let slots = context.get_slots_with_token().map_err(|error| Error::at(Place::Module, error))?;
+        let slots = context.get_slots_with_token().map_err(|error| Error::at(Place::Slots, error))?;
         let seen = slots.into_iter().map(|slot| SlotSeen {
             id: slot.id(),
             description: context.get_slot_info(slot).map(|info| info.slot_description().to_owned()).unwrap_or_default(),
@@ -119,7 +119,7 @@ impl Modules {
                         () => None,
                     },
                 }),
-                Err(error) => Err(Error::at(Place::Module, error).to_string()),
+                Err(error) => Err(Error::at(Place::Describe, error).to_string()),
             },
         });
         Ok(seen.collect())

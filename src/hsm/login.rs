@@ -11,10 +11,13 @@ use super::Settings;
 use super::error::Error;
 use super::faults::{Class, Place, class};
 use super::pin::{Marker, Pin};
+use crate::config;
+use crate::proto::TokenRole;
 
 /// A token's PIN and its `pin-pending` marker.
 pub(super) struct Login {
     label: String,
+    role: TokenRole,
     pin: Pin,
     marker: Marker,
     /// The newest login failed without a word about the PIN, and what the token has counted is not known.
@@ -25,6 +28,7 @@ impl Login {
     pub(super) fn new(settings: &Settings) -> Self {
         Self {
             label: settings.token.label.clone(),
+            role: settings.role,
             pin: Pin::new(settings.token.pin.clone()),
             marker: Marker::new(&settings.state, settings.role),
             unclear: AtomicBool::new(false),
@@ -43,6 +47,13 @@ impl Login {
 
     fn pending(&self) -> Error {
         Error::PinPending { label: self.label.clone(), path: self.marker.path().into() }
+    }
+
+    /// Told at once, and once for each try: from here on everything waits for an operator.
+    fn refused(&self, error: Error) -> Error {
+        tracing::error!(token = %self.label, section = config::section(self.role), %error,
+            "the login failed and a PIN try is spent; no other is made until the PIN is corrected and `keyward hsm unlock` called");
+        error
     }
 
     fn mark(&self, info: &TokenInfo) -> Result<(), Error> {
@@ -79,15 +90,17 @@ impl Login {
         drop(pin);
         let judged = match answer {
             Ok(()) | Err(Cryptoki::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
-            Err(Cryptoki::Pkcs11(RvError::PinIncorrect, _)) => return Err(Error::PinIncorrect { label: self.label.clone() }),
+            Err(Cryptoki::Pkcs11(RvError::PinIncorrect, _)) => {
+                return Err(self.refused(Error::PinIncorrect { label: self.label.clone() }));
+            }
             Err(Cryptoki::Pkcs11(code, _)) if class(code) == Class::Pin => {
-                return Err(Error::Token { place: Place::Login, code });
+                return Err(self.refused(Error::Token { place: Place::Login, code }));
             }
             // Not a word about the PIN. But an answer gets lost, and some modules have no better one: a try that was counted is not
             // repeated. A token that cannot be asked now is asked before the next login.
             Err(other) => match context.get_token_info(slot) {
                 Ok(now) if now.user_pin_count_low() || now.user_pin_final_try() || now.user_pin_locked() => {
-                    return Err(Error::at(Place::Login, other));
+                    return Err(self.refused(Error::at(Place::Login, other)));
                 }
                 asked => {
                     self.unclear.store(asked.is_err(), Ordering::Release);

@@ -112,6 +112,9 @@ impl Hsm {
         });
         if let Err(error) = opened {
             token.stop();
+            if error.awaits_unlock() {
+                lifecycle.forget();
+            }
             return Err(error);
         }
         Ok(hsm)

@@ -18,6 +18,10 @@ use super::faults::{Place, Remedy, name};
 use super::token::Token;
 use crate::config;
 
+/// Where other tokens behind the same module are in service, it is restarted under them only after as long a time again as the one that
+/// needs it has been away, between these two: who was away for a short time is back in a short time, and who stays away is no burden.
+pub(super) const RESTART_SHARED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
 /// How long recovery waits for lanes to come out of the module before it calls them stuck.
 const COME_OUT: Duration = Duration::from_secs(2);
 
@@ -36,16 +40,32 @@ pub fn harden() -> Result<(), Error> {
 
 /// The modules loaded in this process, one C_Initialize each: built once by the daemon and passed to `Hsm::open`. Two tokens may
 /// share a module. A module is never unloaded: libraries with threads and exit handlers of their own do not survive that.
-#[derive(Default)]
 pub struct Modules {
     loaded: Mutex<HashMap<PathBuf, Arc<Module>>>,
+    /// Whose environment tells them where their tokens are.
+    whose: &'static str,
 }
 
+impl Default for Modules {
+    fn default() -> Self {
+        Self { loaded: Mutex::default(), whose: THIS_COMMAND }
+    }
+}
+
+/// Of a process that an operator has started and looks at.
+const THIS_COMMAND: &str = "this command's environment";
+
 impl Modules {
-    /// None yet.
+    /// None yet, in the process of a command.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same in the daemon, whose environment is not that of whoever reads what it says.
+    #[must_use]
+    pub fn of_the_daemon() -> Self {
+        Self { whose: "the daemon's environment", ..Self::default() }
     }
 
     pub(super) fn load(&self, path: &Path) -> Result<Arc<Module>, Error> {
@@ -60,21 +80,17 @@ impl Modules {
         let context = Pkcs11::new(&real).map_err(|error| failed(error.to_string()))?;
         // The last clone to be dropped would unload it, under threads whose ends still run in it.
         std::mem::forget(context.clone());
-        initialize(&context).map_err(|error| {
-            let cause = match error {
-                Cryptoki::Pkcs11(code, _) => format!("C_Initialize answered {}", name(code)),
-                other => other.to_string(),
-            };
-            failed(finds_tokens_by(&real).into_iter().fold(cause, |cause, hint| format!("{cause}; {hint}")))
-        })?;
+        initialize(&context).map_err(|error| not_started(&real, self.whose, &error))?;
         if let Ok(info) = context.get_library_info() {
             tracing::info!(module = %real.display(), library = %info.library_description(), manufacturer = %info.manufacturer_id(),
                 "PKCS#11 module loaded");
         }
         let module = Arc::new(Module {
             context,
+            path: real.clone(),
+            whose: self.whose,
             generation: AtomicU64::new(1),
-            lifecycle: Mutex::new(Lifecycle { initialized: true }),
+            lifecycle: Mutex::new(Lifecycle { initialized: true, stale: false, missing: None }),
             objects: Mutex::new(()),
             tokens: Mutex::new(Vec::new()),
         });
@@ -83,15 +99,20 @@ impl Modules {
     }
 }
 
-/// Where a module looks for its tokens, if only its environment tells: what to look at when they are not there.
+/// Where a module looks for its tokens, if only its environment tells: what to look at when they are not there, for whoever runs a
+/// command.
 #[must_use]
 pub fn finds_tokens_by(module: &Path) -> Option<String> {
+    finds_tokens_in(module, THIS_COMMAND)
+}
+
+fn finds_tokens_in(module: &Path, whose: &str) -> Option<String> {
     let file = module.file_name()?.to_string_lossy();
     let known = [("softhsm", "SOFTHSM2_CONF"), ("kryoptic", "KRYOPTIC_CONF")];
     let (_, variable) = known.into_iter().find(|(part, _)| file.contains(part))?;
     Some(match std::env::var_os(variable) {
-        Some(value) => format!("it finds its tokens by {variable}, which is {} here", value.display()),
-        None => format!("it finds its tokens by {variable}, which is not set here"),
+        Some(value) => format!("it finds its tokens by {variable}, which is {} in {whose}", value.display()),
+        None => format!("it finds its tokens by {variable}, which is not set in {whose}"),
     })
 }
 
@@ -108,6 +129,16 @@ fn check_owner(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
+/// C_Initialize has failed, at the start or in the middle of a life.
+fn not_started(module: &Path, whose: &str, error: &Cryptoki) -> Error {
+    let cause = match error {
+        Cryptoki::Pkcs11(code, _) => format!("C_Initialize answered {}", name(*code)),
+        other => other.to_string(),
+    };
+    let cause = finds_tokens_in(module, whose).into_iter().fold(cause, |cause, hint| format!("{cause}; {hint}"));
+    Error::Module { path: module.into(), cause }
+}
+
 fn initialize(context: &Pkcs11) -> Result<(), Cryptoki> {
     match context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
         Err(Cryptoki::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(()),
@@ -118,6 +149,8 @@ fn initialize(context: &Pkcs11) -> Result<(), Cryptoki> {
 /// One loaded module.
 pub(super) struct Module {
     context: Pkcs11,
+    path: PathBuf,
+    whose: &'static str,
     generation: AtomicU64,
     /// Held while connecting a token and while recovering: the two must never overlap.
     lifecycle: Mutex<Lifecycle>,
@@ -129,6 +162,35 @@ pub(super) struct Module {
 /// Proof that nobody else connects or recovers.
 pub(super) struct Lifecycle {
     initialized: bool,
+    /// A PIN was refused: the next one is tried on what is there then, not on what the module remembers.
+    stale: bool,
+    missing: Option<Missing>,
+}
+
+/// A token that could not be opened while others are in service.
+struct Missing {
+    since: Instant,
+    /// When the module was last restarted for it.
+    restarted: Instant,
+}
+
+impl Lifecycle {
+    /// The next look for a token begins with a restart.
+    pub(super) fn forget(&mut self) {
+        self.stale = true;
+    }
+
+    /// Whether the module may be restarted under those who use it, for a token that is not there.
+    fn is_restart_due(&mut self) -> bool {
+        let now = Instant::now();
+        let missing = self.missing.get_or_insert(Missing { since: now, restarted: now });
+        let patience = (missing.restarted - missing.since).clamp(RESTART_SHARED.0, RESTART_SHARED.1);
+        let due = now - missing.restarted >= patience;
+        if due {
+            missing.restarted = now;
+        }
+        due
+    }
 }
 
 impl Module {
@@ -173,19 +235,20 @@ impl Module {
     pub(super) fn suspend_all(&self, first: &Token, fault: &str) {
         first.suspend(fault, Remedy::LogIn);
         for token in self.tokens().iter().filter(|token| !std::ptr::eq(Arc::as_ptr(token), first)) {
-            token.suspend("another token of this module lost its login", Remedy::LogIn);
+            token.stand_aside(&format!("token {:?} of the same module lost its login", first.label()), Remedy::LogIn);
         }
     }
 
     /// Starts the module afresh, unless that happened since `seen`: C_Finalize with a call in flight is undefined, so every token's
-    /// threads come out first. Afterwards every token has to be connected again by its own watch, which is told to.
-    pub(super) fn restart(&self, lifecycle: &mut Lifecycle, seen: u64) -> Result<(), Error> {
+    /// threads come out first. Afterwards every token has to be connected again by its own watch, which is told to. `sake` is the label of
+    /// the one that needs it.
+    pub(super) fn restart(&self, lifecycle: &mut Lifecycle, seen: u64, sake: &str) -> Result<(), Error> {
         if self.generation() != seen && lifecycle.initialized {
             return Ok(());
         }
         let tokens = self.tokens();
         for token in &tokens {
-            token.suspend("the PKCS#11 module is being restarted", Remedy::Restart);
+            token.stand_aside(&format!("the PKCS#11 module is restarted for the sake of token {sake:?}"), Remedy::Restart);
         }
         let deadline = Instant::now() + COME_OUT;
         for token in &tokens {
@@ -211,7 +274,7 @@ impl Module {
             tracing::debug!(?error, "C_Finalize");
         }
         lifecycle.initialized = false;
-        initialize(&self.context).map_err(|error| Error::at(Place::Module, error))?;
+        initialize(&self.context).map_err(|error| not_started(&self.path, self.whose, &error))?;
         lifecycle.initialized = true;
         Ok(())
     }
@@ -238,7 +301,7 @@ impl Module {
 
     /// The one slot whose token has this label (and serial). Slot ids are no names: SoftHSM derives them anew.
     pub(super) fn find(&self, wanted: &config::Token) -> Result<(Slot, TokenInfo), Error> {
-        let slots = self.context.get_slots_with_token().map_err(|error| Error::at(Place::Module, error))?;
+        let slots = self.context.get_slots_with_token().map_err(|error| Error::at(Place::Slots, error))?;
         let mut found = String::new();
         let mut fitting = Vec::new();
         for slot in slots {
@@ -261,7 +324,7 @@ impl Module {
                 label: wanted.label.clone(),
                 serial: wanted.serial.as_ref().map(|serial| format!(" with serial {serial:?}")).unwrap_or_default(),
                 matches: more + usize::from(last.is_some()),
-                found: match finds_tokens_by(&wanted.module) {
+                found: match finds_tokens_in(&wanted.module, self.whose) {
                     _ if !found.is_empty() => found,
                     Some(hint) => format!("no token; {hint}"),
                     None => "no token".into(),
@@ -270,19 +333,26 @@ impl Module {
         }
     }
 
-    /// [`Module::find`], after a fresh start if the token is not there and nobody else is using the module: SoftHSM and others look
-    /// for tokens only at C_Initialize.
+    /// [`Module::find`], after a fresh start if the token is not there: SoftHSM and others look for tokens only at C_Initialize. Where
+    /// others are using the module that is done seldom ([`RESTART_SHARED`]).
     pub(super) fn find_afresh(&self, lifecycle: &mut Lifecycle, wanted: &config::Token) -> Result<(Slot, TokenInfo), Error> {
         if !lifecycle.initialized {
             self.reinitialize(lifecycle)?;
         }
-        match self.find(wanted) {
-            Err(Error::TokenNotFound { .. } | Error::Token { .. }) if self.tokens().is_empty() => {
-                self.generation.fetch_add(1, Ordering::AcqRel);
-                self.reinitialize(lifecycle)?;
-                self.find(wanted)
+        let found = self.find(wanted);
+        let afresh = match &found {
+            Err(Error::TokenNotFound { .. } | Error::Token { .. }) => {
+                !self.tokens().iter().any(|token| token.is_usable()) || lifecycle.is_restart_due()
             }
-            other => other,
+            _ => std::mem::take(&mut lifecycle.stale),
+        };
+        if afresh {
+            self.restart(lifecycle, self.generation(), &wanted.label)?;
+            return self.find(wanted);
         }
+        if found.is_ok() {
+            lifecycle.missing = None;
+        }
+        found
     }
 }

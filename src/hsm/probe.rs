@@ -53,7 +53,7 @@ pub(super) fn capabilities(
     let context = module.context();
     // CloudHSM has no read-only sessions.
     let read_only_sessions = context.open_ro_session_no_drop(slot).map(Token::discard).is_ok();
-    let list = context.get_mechanism_list(slot).map_err(|error| Error::at(Place::Module, error))?;
+    let list = context.get_mechanism_list(slot).map_err(|error| Error::at(Place::Mechanisms, error))?;
     let has = |kind: MechanismType| list.contains(&kind);
     if !has(MechanismType::ECDSA) || !has(MechanismType::ECC_KEY_PAIR_GEN) {
         return Err(Error::Incapable { label: label.into(), what: "ECDSA on P-256" });

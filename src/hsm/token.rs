@@ -47,6 +47,8 @@ pub struct Health {
     pub fault: Option<String>,
     /// A call hangs inside the module: recovery in process is not possible, the daemon has to be restarted.
     pub stuck: bool,
+    /// No login is tried until an operator says so.
+    pub locked: bool,
     /// A key in use that is gone or wrong, while the token serves the others.
     pub key: Option<String>,
 }
@@ -116,7 +118,7 @@ impl Token {
             signatures: AtomicU64::new(0),
             started: Instant::now(),
             signed_at_ms: AtomicU64::new(0),
-            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, key: None }),
+            health: watch::Sender::new(Health { usable: false, fault: None, stuck: false, locked: false, key: None }),
             stopping: AtomicBool::new(false),
         })
     }
@@ -294,7 +296,7 @@ impl Token {
         let resumed = self.health.send_if_modified(|health| {
             let open = self.jobs.is_open();
             if open {
-                (health.usable, health.stuck) = (true, false);
+                (health.usable, health.stuck, health.locked) = (true, false, false);
                 self.restart.store(false, Ordering::Release);
             }
             open
@@ -304,6 +306,27 @@ impl Token {
 
     /// Out of service at once: what waits is answered, threads go home, the watch starts recovery.
     pub(super) fn suspend(&self, fault: &str, remedy: Remedy) {
+        if !self.take_out(fault, remedy) {
+            return;
+        }
+        if fault == SHUT_DOWN {
+            tracing::info!(token = %self.label(), "the token is closed");
+        } else {
+            self.history.note(fault);
+            tracing::error!(token = %self.label(), fault, "the token is out of service");
+        }
+    }
+
+    /// The same for a token that is well, as far as anybody knows: another one behind the same module is not.
+    pub(super) fn stand_aside(&self, fault: &str, remedy: Remedy) {
+        if self.take_out(fault, remedy) {
+            self.history.note(fault);
+            tracing::warn!(token = %self.label(), because = fault, "the token is out of service for a moment");
+        }
+    }
+
+    /// Whether it was in service.
+    fn take_out(&self, fault: &str, remedy: Remedy) -> bool {
         if remedy == Remedy::Restart {
             self.restart.store(true, Ordering::Release);
         }
@@ -323,20 +346,28 @@ impl Token {
         for shard in self.owners.shards() {
             drop(shard.errands.shut());
         }
-        if was_usable {
-            if fault == SHUT_DOWN {
-                tracing::info!(token = %self.settings.token.label, "the token is closed");
-            } else {
-                self.history.note(fault);
-                tracing::error!(token = %self.settings.token.label, fault, "the token is out of service");
-            }
-        }
         self.alarm.notify_one();
+        was_usable
+    }
+
+    /// CK_TOKEN_INFO label.
+    pub(super) fn label(&self) -> &str {
+        &self.settings.token.label
+    }
+
+    /// Whether [`Token::tell_of_keys`] has something new to say of a key that is not there.
+    pub(super) fn has_news_of_keys(&self) -> bool {
+        let key = self.troubled_key();
+        key.is_some() && self.health.borrow().key != key
+    }
+
+    fn troubled_key(&self) -> Option<String> {
+        self.keyring.all().iter().find_map(|key| key.trouble())
     }
 
     /// Says which key in use is not there, if that is news.
     pub(super) fn tell_of_keys(&self) {
-        let key = self.keyring.all().iter().find_map(|key| key.trouble());
+        let key = self.troubled_key();
         self.health.send_if_modified(|health| {
             let news = health.key != key;
             if news {
@@ -356,11 +387,12 @@ impl Token {
         if self.restart.load(Ordering::Acquire) { Remedy::Restart } else { Remedy::LogIn }
     }
 
-    pub(super) fn note_fault(&self, fault: &str, stuck: bool) {
+    pub(super) fn note_fault(&self, error: &Error) {
         // A hang is over when the token serves again, not when somebody else has a fault to tell.
         self.health.send_modify(|health| {
-            (health.usable, health.fault) = (false, Some(fault.into()));
-            health.stuck |= stuck;
+            (health.usable, health.fault) = (false, Some(error.to_string()));
+            health.stuck |= matches!(error, Error::Stuck);
+            health.locked = error.awaits_unlock();
         });
     }
 
@@ -372,7 +404,8 @@ impl Token {
         if health.stuck {
             return Error::Stuck;
         }
-        Error::Unusable(health.fault.clone().unwrap_or_else(|| "it is being connected".into()))
+        let fault = health.fault.clone().unwrap_or_else(|| "it is being connected".into());
+        if health.locked { Error::Locked(fault) } else { Error::Unusable(fault) }
     }
 
     /// Whether this vague error is one too many.
@@ -438,7 +471,7 @@ pub(super) fn reconnect(token: &Arc<Token>, seen: u64, remedy: Remedy) -> Result
     let mut lifecycle = token.module.lifecycle();
     let lifecycle: &mut Lifecycle = &mut lifecycle;
     match remedy {
-        Remedy::Restart => token.module.restart(lifecycle, seen)?,
+        Remedy::Restart => token.module.restart(lifecycle, seen, token.label())?,
         Remedy::LogIn => token.module.come_out(token)?,
     }
     // Noted before the token is looked for: what is not there now may be there after another restart, and only then.

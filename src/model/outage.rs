@@ -24,13 +24,22 @@ impl Outage {
         self.goes_on_at(reason, Instant::now())
     }
 
+    /// The same for a reason that waits for a person: it is told at once, however little time has passed, if it was not told yet.
+    pub fn awaits_a_person(&mut self, reason: &str) -> bool {
+        self.is_news(reason, Duration::ZERO, Instant::now())
+    }
+
     fn goes_on_at(&mut self, reason: &str, now: Instant) -> bool {
+        self.is_news(reason, BETWEEN, now)
+    }
+
+    fn is_news(&mut self, reason: &str, between: Duration, now: Instant) -> bool {
         let Some(told) = &mut self.0 else {
             self.0 = Some(Told { began: now, newest: now, reasons: vec![reason.to_owned()] });
             return true;
         };
         let news = told.reasons.len() < REASONS_MAX
-            && now.saturating_duration_since(told.newest) >= BETWEEN
+            && now.saturating_duration_since(told.newest) >= between
             && !told.reasons.iter().any(|known| known == reason);
         if news {
             told.newest = now;
@@ -64,6 +73,14 @@ mod tests {
         assert!(!outage.goes_on_at("gone", after(1000)), "it was told");
         assert!(outage.ends().is_some() && outage.ends().is_none());
         assert!(outage.goes_on_at("gone", after(1001)), "another one");
+    }
+
+    #[test]
+    fn a_reason_that_waits_for_a_person_is_told_at_once_and_once() {
+        let mut outage = Outage::default();
+        assert!(outage.goes_on("gone") && !outage.goes_on("restarted"));
+        assert!(outage.awaits_a_person("locked") && !outage.awaits_a_person("locked"));
+        assert!(!outage.goes_on("locked") && !outage.goes_on("restarted"), "the rest has to wait");
     }
 
     #[test]

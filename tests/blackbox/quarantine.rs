@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use keyward::proto::IntentKind;
 
 use crate::house::wire::{Draft, Face, Identity, ServingStatus, refused};
-use crate::house::{Body, House};
+use crate::house::{Body, DEADLINE, House};
 
 #[test]
 fn a_quarantined_agent_gets_nothing_more_and_is_told_why() {
@@ -74,6 +75,34 @@ fn enrolling_a_quarantined_agent_again_is_refused() {
 fn an_agent_that_nobody_enrolled_cannot_be_quarantined() {
     let house = House::serving();
     house.quarantine("builder/404").exits(4).says("AGENT_UNKNOWN");
+}
+
+#[test]
+fn a_quarantine_that_an_outage_keeps_off_the_crl_is_told_and_is_on_it_as_soon_as_the_token_signs() {
+    let mut house = House::new().with_one_token().with_shim().initialised().served();
+    let serial = {
+        let agent = house.attested("builder/1");
+        agent.serial()
+    };
+    let before = house.log().len();
+    house.shim().tell("lose");
+    house.quarantine("builder/1").ok();
+    assert_eq!(house.keyward(&["status", "--format", "json"]).json()["not_on_crl"], 1);
+    house.keyward(&["crl", "show"]).ok().says("NOT ON IT YET");
+    // By now the next try would be due in four seconds.
+    let until = Instant::now() + DEADLINE;
+    while house.log()[before..].matches("no new CRL could be signed").count() < 2 {
+        assert!(Instant::now() < until, "it does not try");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    house.shim().tell("return");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    let from = Instant::now();
+    assert!(crate::certificate::crl_listing(&house, &serial).contains(&serial));
+    assert!(from.elapsed() < Duration::from_secs(2), "{:?}", from.elapsed());
+    assert_eq!(house.keyward(&["status", "--format", "json"]).json()["not_on_crl"], 0);
+    assert_eq!(house.keyward(&["crl", "show"]).ok().stderr, "");
+    house.stop_and_verify();
 }
 
 #[test]

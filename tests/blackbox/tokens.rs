@@ -1,7 +1,8 @@
 //! What an operator asks of the tokens: which there are, how they are, whether they do what they are there for.
 
 use std::fs;
-use std::time::Instant;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
 
 use keyward::proto::Purpose;
 use serde_json::Value;
@@ -100,6 +101,7 @@ fn causes(house: &House) -> Vec<String> {
 #[test]
 fn while_tokens_are_away_the_status_names_them_and_not_their_keys() {
     let house = House::serving();
+    let before = house.log().len();
     house.take_tokens_away();
     let until = Instant::now() + DEADLINE;
     let out_of_service = |cause: &String, role: &str| {
@@ -116,6 +118,82 @@ fn while_tokens_are_away_the_status_names_them_and_not_their_keys() {
     house.bring_tokens_back();
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     assert!(causes(&house).is_empty());
+    let log = house.log()[before..].to_owned();
+    let mut told =
+        log.lines().filter(|line| ["out of service", "not ready", "not back yet"].iter().any(|what| line.contains(what)));
+    assert!(!told.any(|line| line.contains("is not in the token")), "it is no matter of one key:\n{log}");
+}
+
+#[test]
+fn where_one_key_is_gone_and_others_are_there_the_log_names_it() {
+    let house = House::serving();
+    let key = key_of(&house, Purpose::Canary);
+    instruments::destroy(&house, "authority", &key);
+    house.keyward(&["hsm", "test"]).exits(5);
+    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let until = Instant::now() + DEADLINE;
+    while !causes(&house).iter().any(|cause| cause.contains(&format!("key {hex} is not in the token"))) {
+        assert!(Instant::now() < until, "{:?}", causes(&house));
+    }
+    assert!(!house.log().contains("does not show its keys"));
+}
+
+#[test]
+fn the_neighbour_of_a_token_for_which_the_module_is_restarted_is_no_error_and_says_for_whose_sake() {
+    let mut house = House::new().with_shim().initialised().served();
+    let before = house.log().len();
+    house.shim().tell("fail C_SignInit rv=0x30");
+    let said = |what: &str| house.log()[before..].lines().filter(|line| line.contains(what)).count();
+    let until = Instant::now() + DEADLINE;
+    while said("is back in service") < 2 {
+        assert!(Instant::now() < until, "{}", &house.log()[before..]);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(said(" ERROR "), 1, "{}", &house.log()[before..]);
+    let line = house.log()[before..]
+        .lines()
+        .find(|line| line.contains("WARN") && line.contains("for the sake of token"))
+        .map(str::to_owned);
+    assert!(line.is_some_and(|line| line.contains("out of service for a moment")), "{}", &house.log()[before..]);
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_running_daemon_says_where_its_module_looks_for_tokens_and_that_this_is_its_own_environment() {
+    let house = House::serving();
+    let (variable, conf) = house.module_environment();
+    fs::rename(&conf, house.path("conf.away")).unwrap();
+    house.take_tokens_away();
+    let until = Instant::now() + DEADLINE;
+    let told = |causes: &[String]| {
+        let hint = |cause: &String| cause.contains(variable) && cause.contains("in the daemon's environment");
+        causes.len() == 2 && causes.iter().all(hint)
+    };
+    while !told(&causes(&house)) {
+        assert!(Instant::now() < until, "{:?}", causes(&house));
+    }
+    fs::rename(house.path("conf.away"), conf).unwrap();
+    house.bring_tokens_back();
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+}
+
+#[test]
+fn while_one_token_is_tried_again_at_a_start_the_other_one_stays_open_and_is_logged_in_to_once() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = house.signatures().logins;
+    fs::set_permissions(house.path("agents.pin"), fs::Permissions::from_mode(0o640)).unwrap();
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let until = Instant::now() + DEADLINE;
+    while status(&house, "agents")["faults"][0]["count"].as_u64() < Some(4) {
+        assert!(Instant::now() < until, "{}", status(&house, "agents"));
+    }
+    assert_eq!(status(&house, "authority")["usable"], true);
+    assert_eq!(house.signatures().logins - logins, 1);
+    fs::set_permissions(house.path("agents.pin"), fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(house.daemon().is_ready());
+    assert_eq!(house.signatures().logins - logins, 2);
+    house.stop_and_verify();
 }
 
 #[test]
@@ -136,6 +214,26 @@ fn a_daemon_that_starts_without_its_tokens_tells_of_both() {
     house.bring_tokens_back();
     assert!(house.daemon().is_ready());
     assert_eq!(status(&house, "agents")["usable"], true);
+}
+
+/// A module looks for tokens when it is started: the healthy one stands aside for that, and seldom.
+#[test]
+fn a_token_that_is_away_at_a_start_is_found_when_it_is_back_and_the_other_one_is_seldom_disturbed() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = house.signatures().logins;
+    house.take_token_away("agents");
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let until = Instant::now() + DEADLINE;
+    while status(&house, "agents")["faults"][0]["count"].as_u64() < Some(6) {
+        assert!(Instant::now() < until, "{}", status(&house, "agents"));
+    }
+    assert!(status(&house, "agents")["fault"].as_str().unwrap().contains("no token is labelled \"agents\""));
+    let tried = house.signatures().logins - logins;
+    assert!(tried <= 3, "one of the start, one for each restart: {tried}");
+    house.bring_tokens_back();
+    assert!(house.daemon().is_ready());
+    house.stop_and_verify();
 }
 
 #[test]
@@ -214,7 +312,7 @@ fn a_test_of_the_tokens_fails_when_a_token_is_away_or_was_never_opened() {
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     house.keyward(&["hsm", "test"]).ok();
     assert_eq!(house.stop(), 0);
-    house.keyward(&["hsm", "test"]).exits(5);
+    house.keyward(&["hsm", "test"]).exits(5).says("is `keyward serve` running?");
     house.misplace_pins();
     house.start();
     let checks = rows(&house.keyward(&["hsm", "test", "--format", "json"]).exits(5));

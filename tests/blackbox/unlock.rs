@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use keyward::proto::TokenRole;
 
+use crate::crash::Holder;
 use crate::house::wire::{Face, ServingStatus};
-use crate::house::{Body, DEADLINE, House, write_private};
+use crate::house::{Body, DEADLINE, House, Output, write_private};
 use crate::instruments::slow;
 
 /// Of each unlock in the book: which token, and why. Each names whoever ran the command.
@@ -25,9 +26,14 @@ fn of_authority(reasons: &[&str]) -> Vec<(TokenRole, String)> {
     reasons.iter().map(|reason| (TokenRole::Authority, (*reason).to_owned())).collect()
 }
 
-fn unlock(house: &House, reason: &str) {
-    let said = house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]).ok().json();
-    assert_eq!(said["unlocked"], serde_json::json!(["authority"]));
+fn unlock(house: &House, reason: &str) -> Output {
+    unlock_ends_with(house, reason, 0)
+}
+
+fn unlock_ends_with(house: &House, reason: &str, code: i32) -> Output {
+    let said = house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]).exits(code);
+    assert_eq!(said.json()["unlocked"], serde_json::json!(["authority"]));
+    said
 }
 
 /// A daemon has tried a wrong PIN and has ended. How many logins there have been.
@@ -69,7 +75,7 @@ fn logins_become(house: &House, wanted: usize) {
 fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_whatever_comes_of_it() {
     let mut house = House::new().with_shim().initialised();
     let logins = locked(&mut house);
-    unlock(&house, "the first");
+    assert!(unlock(&house, "the first").stderr.contains("started next"));
     assert_eq!(unlocks(&house.ended_entries()), []);
     house.shim_script("hang C_Login");
     house.start();
@@ -94,10 +100,13 @@ fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_w
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]));
     // And the daemon that met it hears of the next one.
     house.return_pins();
-    unlock(&house, "the third");
+    let said = unlock(&house, "the third");
+    assert_eq!(said.json()["logged_in"], serde_json::json!(["authority"]), "{said:?}");
     assert!(house.daemon().is_ready());
     let listed = house.keyward(&["ledger", "list"]).ok().stdout;
     assert_eq!(listed.lines().filter(|line| line.contains("hsm_unlocked")).count(), 3, "{listed}");
+    let by = format!("by=uid {}: the second", rustix::process::geteuid().as_raw());
+    assert!(listed.contains(&by) && !listed.contains("by=…"), "{listed}");
     let whole = house.keyward(&["ledger", "list", "--format", "json"]).ok().stdout;
     assert!(whole.contains("the second"), "{whole}");
     assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first", "the second", "the third"]));
@@ -113,16 +122,18 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     let logins = house.signatures().logins;
     // Wrong once more, and then slow.
     house.shim().tell("fail C_Login rv=0xa0");
-    unlock(&house, "the first");
+    let said = unlock_ends_with(&house, "the first", 5);
+    assert!(said.stderr.contains("refused again") && said.json()["logged_in"] == serde_json::json!([]), "{said:?}");
     logins_become(&house, logins + 1);
     is_locked(&house);
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]));
     house.shim().tell("hang C_Login");
-    unlock(&house, "the second");
+    let unlocking = house.keyward_async(&["hsm", "unlock", "--reason", "the second"]);
     house.shim().tell("await hanging=1");
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]), "the login is still under way");
     house.shim().tell("clear");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    drop(unlocking);
     // Nothing is locked any more: that is no act.
     let said = house.keyward(&["hsm", "unlock"]).ok();
     assert!(said.stderr.contains("no login was locked"), "{said:?}");
@@ -131,13 +142,44 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     house.verify().ok();
 }
 
+/// Nobody looks at `hsm status` unasked: it is the log that has to say so, and not ten seconds after the outage began.
+#[test]
+fn a_pin_that_a_running_daemon_is_refused_is_in_the_log_at_once_and_agents_hear_that_an_operator_is_needed() {
+    let mut house = House::new().with_one_token().with_shim().initialised().served();
+    let mut holder = Holder::attest(&house, "builder/1");
+    house.shim().tell("fail C_Login rv=0xa0");
+    let before = house.log().len();
+    house.shim().tell("logout");
+    is_locked(&house);
+    let from = Instant::now();
+    let until_said = |level: &str, words: &[&str]| {
+        let says = |line: &str| line.contains(level) && words.iter().all(|word| line.contains(word));
+        while !house.log()[before..].lines().any(says) {
+            assert!(from.elapsed() < Duration::from_secs(5), "no {level} of {words:?} in\n{}", &house.log()[before..]);
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    until_said("ERROR", &["PIN try is spent", "hsm.authority", "refused the PIN", "keyward hsm unlock"]);
+    until_said("WARN", &["not ready", "hsm.authority", "keyward hsm unlock"]);
+    let refusal = holder.try_renew(&house).unwrap_err();
+    assert_eq!(refusal.reason, "HSM_UNAVAILABLE");
+    assert!(refusal.message.contains("keyward's HSM") && refusal.message.contains("operator"), "{refusal:?}");
+    assert!(!refusal.message.contains("in a moment"), "{refusal:?}");
+    let refused = house.log()[before..].lines().filter(|line| line.contains("PIN try is spent")).count();
+    assert_eq!(refused, 1, "once for each try");
+    unlock(&house, "the PIN is right");
+    house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
+    holder.try_renew(&house).unwrap();
+    house.stop_and_verify();
+}
+
 #[test]
 fn of_two_unlocks_before_a_daemon_hears_of_one_the_second_says_so() {
     let mut house = House::new().with_shim().initialised();
     let logins = locked(&mut house);
     unlock(&house, "the first");
-    let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).ok();
-    assert!(said.stderr.contains("unlocked before"), "{said:?}");
+    let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).exits(3);
+    assert!(said.stderr.contains("the first") && said.stderr.contains("not kept"), "{said:?}");
     assert_eq!(said.json()["unlocked"], serde_json::json!([]));
     house.start();
     assert!(!house.daemon().was_ready());
@@ -169,7 +211,7 @@ fn an_unlock_that_cannot_be_recorded_unlocks_nothing_until_the_next_daemon_has_r
     house.start();
     assert!(!house.daemon().was_ready());
     house.control().fail_next_sync();
-    unlock(&house, "the first");
+    assert!(unlock_ends_with(&house, "the first", 5).stderr.contains("started next"));
     assert_eq!(house.ended(), Some(74));
     assert!(house.log().contains("an unlock could not be recorded"));
     assert_eq!(house.signatures().logins, logins, "the PIN was tried");

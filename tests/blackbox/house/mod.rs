@@ -370,6 +370,11 @@ impl House {
         token::take_away(self.dir.path());
     }
 
+    /// The same of one of them.
+    pub fn take_token_away(&self, label: &str) {
+        token::take_one_away(self.dir.path(), label);
+    }
+
     /// Whatever becomes of both tokens, [`House::bring_tokens_back`] undoes it.
     pub fn keep_tokens(&self) {
         token::keep(self.dir.path());

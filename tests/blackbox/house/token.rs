@@ -141,6 +141,22 @@ pub fn keep(dir: &Path) {
     copy(&tokens(dir), &away(dir));
 }
 
+/// One of the tokens is gone; [`bring_back`] undoes it.
+pub fn take_one_away(dir: &Path, label: &str) {
+    keep(dir);
+    match kind() {
+        Kind::SoftHsm => {
+            let labelled = |place: &PathBuf| {
+                let object = fs::read(place.join("token.object")).unwrap();
+                object.windows(label.len()).any(|window| window == label.as_bytes())
+            };
+            let places = fs::read_dir(tokens(dir)).unwrap().map(|entry| entry.unwrap().path());
+            fs::remove_dir_all(places.into_iter().find(labelled).expect("its directory")).unwrap();
+        }
+        Kind::Kryoptic => drop(fs::File::create(tokens(dir).join(format!("{label}.sql"))).unwrap()),
+    }
+}
+
 /// The tokens that were taken away are there again.
 pub fn bring_back(dir: &Path) {
     let (here, away) = (tokens(dir), away(dir));

@@ -176,7 +176,7 @@ pub async fn rotation(plan: &RotationPlan, mut progress: impl FnMut(&str)) -> Re
             running = killed(&house, running, purpose_of(number)).await?;
             hops.send_modify(|moment| moment.address = house.address().unwrap_or_default());
         } else {
-            rotate(&mut running, purpose_of(number)).await?;
+            rotate(&mut running, purpose_of(number)).await.map_err(|error| house.said(&error.to_string()))?;
         }
         // A client that follows the refresh hint comes by at least every fourth time; an agent does each time.
         let all_were_here = caught_up.wait_for(|renewed| renewed.iter().all(|hop| *hop > number));

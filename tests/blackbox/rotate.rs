@@ -294,6 +294,39 @@ fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
     house.stop_and_verify();
 }
 
+/// The power fails at each sync of a taint in turn: once it is recorded, the next daemon does what follows from it.
+#[test]
+fn a_taint_that_was_recorded_is_acted_on_after_a_power_cut_at_any_moment() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    for sync in (1..).step_by(if instruments::slow() { 1 } else { 7 }) {
+        let active = |house: &House| generations(house, "issuing").into_iter().find(|(_, state)| state == "active").unwrap().0;
+        let tainted = active(&house);
+        house.control().kill_after_sync(sync);
+        let done = house.keyward(&["ca", "taint", &tainted, "--reason", "a test", "--yes"]).code == 0;
+        house.control().clear();
+        house.power_cut();
+        let recorded = house.ended_entries().iter().rev().any(|body| match body {
+            Body::AuthorityTainted(taint) => taint.key_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>() == tainted,
+            _ => false,
+        });
+        house.serve();
+        let until = Instant::now() + DEADLINE;
+        while recorded && active(&house) == tainted {
+            assert!(Instant::now() < until, "killed after sync {sync}: a tainted authority stays active");
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(recorded || !done, "acknowledged, and lost");
+        Holder::attest(&house, &format!("builder/{sync}"));
+        if done {
+            assert!(sync > 20, "a taint syncs more often than that");
+            break;
+        }
+    }
+    nothing_is_left_over(&house);
+    house.stop_and_verify();
+}
+
 #[test]
 fn a_ledger_key_is_vouched_for_by_the_one_before_it() {
     let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();

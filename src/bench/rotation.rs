@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use prost::Message as _;
 use serde::Serialize;
 use tokio::sync::watch;
+use tonic::Code;
 
 use super::house::{House, Running, Site, Wants};
 use super::report::goals_text;
@@ -267,8 +268,8 @@ async fn rotate(running: &mut Running, purpose: Purpose) -> Result<(), Failed> {
     let request = RotateRequest { purpose: purpose.into(), now: true, reason: "bench".into() };
     match running.operator.rotate(request).await {
         Ok(_) => Ok(()),
-        // The one before is not through yet, or a crash left one that goes on by itself.
-        Err(status) if status.message().contains("on its way") => Ok(()),
+        // The one before is not through yet, or one that had to wait goes on by itself.
+        Err(status) if status.code() == Code::FailedPrecondition || status.code() == Code::Unavailable => Ok(()),
         Err(status) => Err(status.into()),
     }
 }

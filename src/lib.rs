@@ -19,7 +19,7 @@
 //! | [`authn`] | who is calling |
 //! | [`attest`] | evidence → appraisal |
 //! | [`policy`] | standing + appraisal + wish → grant; pure |
-//! | [`acts`] | the verbs: issue, enrol, quarantine, release, crl, … |
+//! | [`acts`] | the verbs: issue, enrol, quarantine, release, rotate, crl, … |
 //! | [`api`] | gRPC: translate, call one act, translate back |
 //! | [`client`] | the Rust client of an agent and of an operator |
 //! | [`daemon`] | builds the rooms left to right, serves, drains |

@@ -37,6 +37,7 @@ impl Acts {
         let kept = tokio::task::spawn_blocking(move || files::replace(&path, text.as_bytes(), 0o644)).await;
         kept.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
         self.request.store(Some(std::sync::Arc::new((planned.key_id, der))));
+        tracing::warn!(key = %planned.key_id, "the outside root's turn: sign issuing.csr, and give it back with `keyward ca adopt`");
         Ok(())
     }
 

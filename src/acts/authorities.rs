@@ -1,6 +1,6 @@
 //! The authorities in force, and the bundle that peers trust.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
@@ -22,6 +22,8 @@ pub struct Authorities {
     tokens: Tokens,
     generations: Vec<Generation>,
     keys: BTreeMap<KeyId, SigningKey>,
+    /// Trusted, not active, and not bound: the token could not find them when it was asked.
+    missing: BTreeSet<KeyId>,
     /// Of all trusted issuing authorities, the active one first.
     issuing: Vec<Arc<Authority>>,
     /// None with an outside root.
@@ -42,7 +44,7 @@ impl Authorities {
         if before.is_none() {
             keys::set_canaries(&tokens, &rows).await?;
         }
-        let mut keys = BTreeMap::new();
+        let (mut keys, mut missing) = (BTreeMap::new(), BTreeSet::new());
         for generation in generations.iter().filter(|found| found.is_trusted() && !found.is_outside()) {
             let bound = before.and_then(|before| before.keys.get(&generation.key_id).cloned());
             let bound = match bound {
@@ -52,8 +54,13 @@ impl Authorities {
             match bound {
                 Ok(key) => drop(keys.insert(generation.key_id, key)),
                 Err(refusal) if generation.state == State::Active => return Err(refusal),
-                // What it still had to sign stays as it is; the others are not to wait for it.
-                Err(refusal) => tracing::error!(key = %generation.key_id, ?refusal, "a key that is not active cannot be used"),
+                // What it still had to sign stays as it is; the others are not to wait for it. It is asked for again.
+                Err(refusal) => {
+                    if before.is_none_or(|before| !before.missing.contains(&generation.key_id)) {
+                        tracing::error!(key = %generation.key_id, ?refusal, "a key that is not active cannot be used");
+                    }
+                    missing.insert(generation.key_id);
+                }
             }
         }
         let unfinished =
@@ -82,7 +89,7 @@ impl Authorities {
             sequence,
             refresh_hint_seconds: REFRESH_HINT_SECONDS,
         };
-        Ok(Self { tokens, generations, keys, issuing, root, ledger_keys, bundle })
+        Ok(Self { tokens, generations, keys, missing, issuing, root, ledger_keys, bundle })
     }
 
     /// What signs leaves.
@@ -153,6 +160,12 @@ impl Authorities {
     #[must_use]
     pub fn tokens(&self) -> &Tokens {
         &self.tokens
+    }
+
+    /// Whether every trusted key is bound.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.missing.is_empty()
     }
 
     /// What the ledger said when this was loaded.

@@ -38,7 +38,7 @@ pub(super) async fn certify_issuing(
     root: &Authority,
     now: UnixTime,
 ) -> Result<Certified, Refusal> {
-    let until = end(root.certificate()).unwrap_or(now).min(now.plus_seconds(ISSUING_SECONDS));
+    let until = validity(root.certificate()).map_or(now, |(_, end)| end).min(now.plus_seconds(ISSUING_SECONDS));
     let params = params(domain, "issuing", key, 0, now, until)?;
     let tbs = leaf_to_be_signed(root, &params, key.public())?;
     let (intent, signature) = sign_own(ledger, IntentKind::Issuing, root.key(), tbs.clone()).await?;
@@ -71,8 +71,9 @@ fn params(
     certificate::authority(domain, &name, path_length, &Serial::random(), now.minus_seconds(30), until)
 }
 
-/// notAfter of a certificate; none where it does not parse.
-pub(super) fn end(certificate: &[u8]) -> Option<UnixTime> {
+/// notBefore and notAfter of a certificate; none where it does not parse.
+pub(super) fn validity(certificate: &[u8]) -> Option<(UnixTime, UnixTime)> {
     let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    u64::try_from(parsed.validity().not_after.timestamp()).ok().map(UnixTime::from_seconds)
+    let seconds = |at: x509_parser::time::ASN1Time| u64::try_from(at.timestamp()).ok().map(UnixTime::from_seconds);
+    Some((seconds(parsed.validity().not_before)?, seconds(parsed.validity().not_after)?))
 }

@@ -83,7 +83,7 @@ impl Acts {
         }
         tracing::info!(authorities = newest.len(), "a CRL was published");
         self.crl.newest.store(Arc::new(newest));
-        self.keep_crls().await?;
+        self.write_crls().await?;
         Ok(Duration::from_secs(u64::from(self.limits.crl_seconds) / 2))
     }
 
@@ -97,11 +97,16 @@ impl Acts {
         let mut newest = BTreeMap::clone(&self.crl.newest.load());
         newest.insert(issuing.key().id(), der);
         self.crl.newest.store(Arc::new(newest));
-        self.keep_crls().await
+        self.write_crls().await
     }
 
     /// The files are what is in memory, under the names that fit who is active now.
     pub(super) async fn keep_crls(&self) -> Result<(), Refusal> {
+        let _one = self.publishing.lock().await;
+        self.write_crls().await
+    }
+
+    async fn write_crls(&self) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
         let keys: Vec<_> = authorities.issuing_trusted().iter().map(|issuing| issuing.key().id()).collect();
         let crl = Arc::clone(&self.crl);

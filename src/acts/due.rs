@@ -18,7 +18,8 @@ const OVERLAP_SECONDS: u64 = 3_600;
 const TAINT_SECONDS: u64 = 900;
 /// Clocks differ: a certificate is over for everybody so long after its end, in seconds.
 const SLACK_SECONDS: u64 = 60;
-/// An authority's successor is made at the latest so long before its certificate ends, in seconds.
+/// An authority's successor is made at the latest so long before its certificate ends, in seconds; of one that is not good for longer than
+/// that three times over, a third of its life before.
 const CERTIFICATE_REST_SECONDS: u64 = 14 * 86_400;
 
 /// What the arrows are weighed by.
@@ -78,7 +79,10 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Prepublished => Some(activation(of, all, terms)),
         State::Active => Some(succession(of, all, terms)),
         State::Retiring => Some(retirement(of, all, terms)),
-        State::Retired => Some(arrow(State::Destroyed, Some(of.since), of.tainted)),
+        State::Retired => {
+            let kept = if of.tainted { 0 } else { terms.rotation.destroy_days * 86_400 };
+            Some(arrow(State::Destroyed, Some(of.since.plus_seconds(kept)), of.tainted))
+        }
         State::Destroyed | State::Unspecified => None,
     }
 }
@@ -127,8 +131,11 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         _ => terms.rotation.ledger_days,
     };
     let by_age = of.since.plus_seconds(days * 86_400 + jitter(of.key_id, terms.rotation.jitter_seconds));
-    let at = match certify::end(&of.certificate) {
-        Some(end) => by_age.min(end.minus_seconds(CERTIFICATE_REST_SECONDS)),
+    let at = match certify::validity(&of.certificate) {
+        Some((from, end)) => {
+            let third = end.seconds().saturating_sub(from.seconds()) / 3;
+            by_age.min(end.minus_seconds(third.min(CERTIFICATE_REST_SECONDS)))
+        }
         None => by_age,
     };
     arrow(to, Some(terms.rotation.window.map_or(at, |window| window.next(at))), false)

@@ -6,7 +6,7 @@ use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
 use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal, TrustDomain, UnixTime};
-use crate::proto::{self, Purpose, TokenRole, entry::Body};
+use crate::proto::{self, AuthorityState, Purpose, TokenRole, entry::Body};
 
 use super::certificate::Authority;
 use super::certify::{certify_issuing, certify_root, request_issuing};
@@ -117,7 +117,7 @@ pub async fn initialise(
     }
     let (generations, _) = ledger.generations();
     let pem_of = |purpose: Purpose| {
-        let found = generations.iter().find(|found| found.purpose == purpose);
+        let found = generations.iter().find(|found| found.purpose == purpose && found.state == AuthorityState::Active);
         found
             .map(|found| pem::encode(&pem::Pem::new("CERTIFICATE", found.certificate.as_slice())))
             .ok_or_else(|| Refusal::internal("an authority is missing"))

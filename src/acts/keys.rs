@@ -3,7 +3,7 @@
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger};
 use crate::model::{Algorithm, KeyId, PublicKey, Refusal, hex};
-use crate::proto::{self, KeyAlgorithm, Purpose, TokenRole, entry::Body};
+use crate::proto::{self, AuthorityState, KeyAlgorithm, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
 
@@ -65,9 +65,12 @@ pub(super) async fn rows(ledger: &Ledger) -> Result<Vec<KeyRow>, Refusal> {
     tokio::task::spawn_blocking(move || ledger.reader().keys()).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
 }
 
-/// The first key of a purpose, made now if there is none: for `init`.
+/// The key of a purpose, the active one if there are several; made now if there is none: for `init`.
 pub(super) async fn ensure(ledger: &Ledger, tokens: &Tokens, purpose: Purpose, role: TokenRole) -> Result<SigningKey, Refusal> {
-    let known = rows(ledger).await?.into_iter().find(|row| row.purpose == purpose && row.token == role);
+    let (generations, _) = ledger.generations();
+    let active = generations.iter().find(|found| found.purpose == purpose && found.state == AuthorityState::Active);
+    let is_it = |row: &KeyRow| row.purpose == purpose && row.token == role && active.is_none_or(|active| active.key_id == row.id);
+    let known = rows(ledger).await?.into_iter().find(is_it);
     let (id, public) = match known {
         Some(KeyRow { id, public: Some(public), .. }) => (id, public),
         _ => {

@@ -225,7 +225,10 @@ impl Acts {
             // Who follows CRLs has one of it before a certificate.
             Purpose::Issuing => {
                 let issuing = authorities.issuing_trusted().iter().find(|issuing| issuing.key().id() == of.key_id);
-                self.publish_first_crl(issuing.ok_or_else(|| Refusal::internal("its key is not there"))?).await?;
+                self.publish_first_crl(
+                    issuing.ok_or_else(|| Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"))?,
+                )
+                .await?;
                 String::new()
             }
             // Who trusts the old key learns of the new one by the old one's signature.
@@ -279,16 +282,24 @@ impl Acts {
     async fn follow_the_ledger(&self) -> Result<(), Refusal> {
         let current = self.authorities()?;
         let (generations, _) = self.ledger.generations();
-        if current.generations() == generations {
+        if current.generations() == generations && current.is_whole() {
             return Ok(());
         }
         let next = Authorities::load(&self.ledger, current.tokens().clone(), Some(&current)).await?;
         self.set_authorities(next)?;
-        self.keep_authority_files().await
+        self.write_authority_files().await
     }
 
     /// `bundle.pem`, `issuing.pem` and `ledger.vkey` say what is in force. A crash before leaves the old ones, which the next start replaces.
+    ///
+    /// # Errors
+    /// `INTERNAL`: the state directory cannot be written.
     pub async fn keep_authority_files(&self) -> Result<(), Refusal> {
+        let _one = self.rotating.lock().await;
+        self.write_authority_files().await
+    }
+
+    async fn write_authority_files(&self) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
         let pem = |der: &[u8]| pem::encode(&pem::Pem::new("CERTIFICATE", der));
         let vkey = super::verifier_key(&self.domain, authorities.ledger_key().public().clone())?;

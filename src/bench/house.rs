@@ -204,9 +204,10 @@ impl House {
         Ok(Running { child, pid, operator, ready_after })
     }
 
-    fn said(&self, what: &str) -> Failed {
+    /// What went wrong, and the last of what the daemon logged.
+    pub(super) fn said(&self, what: &str) -> Failed {
         let log = fs::read_to_string(self.dir.join("daemon.log")).unwrap_or_default();
-        let last: Vec<&str> = log.lines().rev().take(5).collect();
+        let last: Vec<&str> = log.lines().rev().take(8).collect();
         format!("keyward serve: {what}\n{}", last.into_iter().rev().collect::<Vec<_>>().join("\n")).into()
     }
 }
@@ -291,6 +292,9 @@ fn configuration(dir: &Path, runtime: &Path, module: &Path, wants: Wants<'_>) ->
         if let Some(lanes) = wants.lanes.filter(|_| role == "authority") {
             let _ = writeln!(text, "lanes = {lanes}");
         }
+    }
+    if wants.clock.is_some() {
+        text.push_str("[rotation]\ndestroy_days = 0\n");
     }
     if let Some(most) = wants.live_certificates {
         let _ = writeln!(text, "[limits]\nlive_certificates_per_agent = {most}");

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use prost::Message as _;
 use serde::Serialize;
 use tokio::sync::watch;
+use tonic::Code;
 
 use super::house::{House, Running, Site, Wants};
 use super::report::goals_text;
@@ -176,7 +177,7 @@ pub async fn rotation(plan: &RotationPlan, mut progress: impl FnMut(&str)) -> Re
             running = killed(&house, running, purpose_of(number)).await?;
             hops.send_modify(|moment| moment.address = house.address().unwrap_or_default());
         } else {
-            rotate(&mut running, purpose_of(number)).await?;
+            rotate(&mut running, purpose_of(number)).await.map_err(|error| house.said(&error.to_string()))?;
         }
         // A client that follows the refresh hint comes by at least every fourth time; an agent does each time.
         let all_were_here = caught_up.wait_for(|renewed| renewed.iter().all(|hop| *hop > number));
@@ -267,8 +268,8 @@ async fn rotate(running: &mut Running, purpose: Purpose) -> Result<(), Failed> {
     let request = RotateRequest { purpose: purpose.into(), now: true, reason: "bench".into() };
     match running.operator.rotate(request).await {
         Ok(_) => Ok(()),
-        // The one before is not through yet, or a crash left one that goes on by itself.
-        Err(status) if status.message().contains("on its way") => Ok(()),
+        // The one before is not through yet, or one that had to wait goes on by itself.
+        Err(status) if status.code() == Code::FailedPrecondition || status.code() == Code::Unavailable => Ok(()),
         Err(status) => Err(status.into()),
     }
 }

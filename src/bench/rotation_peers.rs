@@ -183,10 +183,17 @@ pub(super) struct Judge {
     work: PathBuf,
 }
 
+/// A bundle, when it was seen first, and what verifies by it as long as somebody may go by it.
+struct Known {
+    since: UnixTime,
+    bundle: Bundle,
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+}
+
 #[derive(Default)]
 struct Seen {
-    /// In the order of their sequences, with when each was seen first.
-    bundles: Vec<(UnixTime, Bundle, Option<Arc<dyn ClientCertVerifier>>)>,
+    /// In the order of their sequences.
+    bundles: Vec<Known>,
     /// Chains that have not ended.
     live: Vec<(UnixTime, Vec<Vec<u8>>)>,
 }
@@ -214,29 +221,29 @@ impl Judge {
         let bundle = credential.bundle.clone().ok_or("a credential without a bundle")?;
         let number = self.issued.fetch_add(1, Ordering::Relaxed);
         let mut seen = self.seen();
-        if seen.bundles.last().is_none_or(|(_, newest, _)| newest.sequence < bundle.sequence) {
+        if seen.bundles.last().is_none_or(|newest| newest.bundle.sequence < bundle.sequence) {
             let verifier = verifier(&bundle)?;
             // Who goes by the new bundle meets what was issued before it.
             seen.live.retain(|(not_after, _)| *not_after > now);
             for (_, chain) in &seen.live {
                 self.verify(&verifier, chain, now);
             }
-            seen.bundles.push((now, bundle.clone(), Some(verifier)));
+            seen.bundles.push(Known { since: now, bundle: bundle.clone(), verifier: Some(verifier) });
         }
         let refresh = u64::from(bundle.refresh_hint_seconds);
         let (count, oldest) = (seen.bundles.len(), now.minus_seconds(refresh));
         // Superseded so long ago that nobody goes by it any more: from the one before the first that is newer.
-        let first = seen.bundles.iter().rposition(|(since, ..)| *since <= oldest).unwrap_or(0);
-        for (at, (_, _, verifier)) in seen.bundles.iter_mut().enumerate() {
+        let first = seen.bundles.iter().rposition(|known| known.since <= oldest).unwrap_or(0);
+        for (at, known) in seen.bundles.iter_mut().enumerate() {
             if at < first {
-                *verifier = None;
-            } else if let Some(verifier) = verifier {
+                known.verifier = None;
+            } else if let Some(verifier) = &known.verifier {
                 self.verify(verifier, &credential.chain, now);
             }
         }
         let not_after = UnixTime::from_seconds(credential.not_after_unix_seconds);
         seen.live.push((not_after, credential.chain.clone()));
-        let oldest_in_use = seen.bundles[first.min(count - 1)].1.clone();
+        let oldest_in_use = seen.bundles[first.min(count - 1)].bundle.clone();
         drop(seen);
         if number.is_multiple_of(OPENSSL_EVERY) {
             self.ask_openssl(number, &credential.chain, &oldest_in_use, now)?;

@@ -16,6 +16,9 @@ pub struct Rotation {
     pub token_signing_days: u64,
     /// Age of a ledger key, in days, 1 to 3,650. Default 365.
     pub ledger_days: u64,
+    /// A retired key stays in the token for so long, in days, 0 to 3,650, so that a backup of the ledger from before can be restored; a
+    /// tainted one goes at once. Default 7.
+    pub destroy_days: u64,
     /// What is due by age waits for this time of day. Default: any.
     pub window: Option<Window>,
     /// Up to so much is added to each age, differently for each key, in seconds, 0 to 604,800. Default 3,600.
@@ -72,6 +75,7 @@ impl Rotation {
             issuing_days: number("issuing_days", 1..=350, 90),
             token_signing_days: number("token_signing_days", 1..=3_650, 30),
             ledger_days: number("ledger_days", 1..=3_650, 365),
+            destroy_days: number("destroy_days", 0..=3_650, 7),
             jitter_seconds: number("jitter_seconds", 0..=604_800, 3_600),
             window: None,
             paused: false,
@@ -94,6 +98,7 @@ impl Rotation {
             format!("rotation.issuing_days = {}", self.issuing_days),
             format!("rotation.token_signing_days = {}", self.token_signing_days),
             format!("rotation.ledger_days = {}", self.ledger_days),
+            format!("rotation.destroy_days = {}", self.destroy_days),
             format!("rotation.window = \"{}\"", self.window.map(|window| window.to_string()).unwrap_or_default()),
             format!("rotation.jitter_seconds = {}", self.jitter_seconds),
             format!("rotation.paused = {}", self.paused),

@@ -419,6 +419,7 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::UnixTime;
 
     const NEXT: &str = "CREATE TABLE colour (name TEXT PRIMARY KEY) STRICT;";
 
@@ -487,6 +488,25 @@ mod tests {
         store.migrate(&path, &[MIGRATIONS[0], NEXT]).unwrap();
         assert_eq!(std::fs::read(&copy).unwrap(), before);
         assert_eq!(store.size().unwrap(), 2);
+    }
+
+    #[test]
+    fn the_authorities_of_an_older_file_are_generations_in_force() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        let mut store = Store { connection: connect(&path, OpenFlags::SQLITE_OPEN_CREATE).unwrap() };
+        store.migrate(&path, &MIGRATIONS[..2]).unwrap();
+        let rows = "INSERT INTO authority VALUES (1, x'', randomblob(40), 0), (2, randomblob(16), randomblob(40), 0);
+                    INSERT INTO hsm_key VALUES (randomblob(16), 3, 2, 1, 'active', NULL), (randomblob(16), 3, 2, 1, 'abandoned', NULL);";
+        store.connection.execute_batch(rows).unwrap();
+        drop(store);
+        let all = Store::open(&path).unwrap().generations().unwrap().all();
+        let of = |purpose| all.iter().find(|found| found.purpose == purpose).unwrap();
+        let (root, issuing) = (of(proto::Purpose::Root), of(proto::Purpose::Issuing));
+        assert!(root.is_outside() && root.key_id.0[..] == root.certificate[24..]);
+        assert_eq!((issuing.issuer, issuing.state), (Some(root.key_id), proto::AuthorityState::Active));
+        assert!(issuing.since > UnixTime::from_seconds(1_700_000_000), "its age counts from now");
+        assert_eq!(all.len(), 3, "and the ledger key: {all:?}");
     }
 
     #[test]

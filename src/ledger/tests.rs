@@ -190,3 +190,75 @@ fn after_a_clock_was_set_back_tokens_are_good_and_live_certificates_are_known() 
     house.runtime.block_on(house.ledger.quarantine(&agent(), None, proto::QuarantineCause::Operator, "")).unwrap();
     assert_eq!(house.ledger.denied_certificates(house.ledger.clock().reckoned()).len(), 1);
 }
+
+fn in_force(purpose: proto::Purpose, key: KeyId) -> Body {
+    Body::AuthorityActivated(proto::AuthorityActivated {
+        purpose: purpose.into(),
+        key_id: key.0.to_vec(),
+        ..proto::AuthorityActivated::default()
+    })
+}
+
+fn stepped(key: KeyId, to: proto::AuthorityState, replaces: Option<KeyId>) -> Body {
+    Body::AuthorityStepped(proto::AuthorityStepped {
+        purpose: proto::Purpose::Issuing.into(),
+        key_id: key.0.to_vec(),
+        to: to.into(),
+        replaces: replaces.map(|key| key.0.to_vec()).unwrap_or_default(),
+        ..proto::AuthorityStepped::default()
+    })
+}
+
+#[test]
+fn nothing_is_intended_for_a_key_whose_generation_does_not_sign_it_nor_for_one_that_is_forgotten() {
+    use proto::AuthorityState as State;
+    let house = House::new(|_| ());
+    let record = |body| house.runtime.block_on(house.ledger.record(body));
+    let (old, new) = (KeyId::random(), KeyId::random());
+    record(in_force(proto::Purpose::Issuing, old)).unwrap();
+    record(stepped(new, State::Planned, None)).unwrap();
+    record(stepped(new, State::Prepublished, None)).unwrap();
+    let intend = |kind, key_id| {
+        let intention = Intention { kind, key_id, tbs: Arc::from(&b"tbs"[..]), subject: None };
+        match house.runtime.block_on(house.ledger.intend(intention)) {
+            Ok(Decided::Intent(intent)) => intent.release(b"signature").map(drop),
+            other => other.map(drop),
+        }
+    };
+    let superseded = |kind, key| intend(kind, key).unwrap_err().reason == Reason::AuthoritySuperseded;
+    assert!(superseded(IntentKind::Renew, new), "it is only trusted");
+    intend(IntentKind::Crl, new).unwrap();
+    record(stepped(new, State::Active, Some(old))).unwrap();
+    assert!(superseded(IntentKind::Renew, old), "it retires");
+    intend(IntentKind::Crl, old).unwrap();
+    record(stepped(old, State::Retired, None)).unwrap();
+    assert!(superseded(IntentKind::Crl, old));
+    record(stepped(old, State::Destroyed, None)).unwrap();
+    assert!(superseded(IntentKind::Crl, old), "forgotten is not unknown");
+    assert_eq!(house.ledger.gate().intents, 0);
+}
+
+#[test]
+fn there_is_one_authority_on_its_way_and_no_arrow_but_to_the_next_state() {
+    use proto::AuthorityState as State;
+    let house = House::new(|_| ());
+    let record = |body| house.runtime.block_on(house.ledger.record(body));
+    let (old, new) = (KeyId::random(), KeyId::random());
+    record(in_force(proto::Purpose::Issuing, old)).unwrap();
+    for to in [State::Prepublished, State::Active, State::Retiring, State::Retired, State::Destroyed] {
+        assert_eq!(record(stepped(new, to, Some(old))).unwrap_err().reason, Reason::Internal, "{to:?}");
+    }
+    record(stepped(new, State::Planned, None)).unwrap();
+    assert_eq!(record(stepped(KeyId::random(), State::Planned, None)).unwrap_err().reason, Reason::RotationUnderWay);
+    record(stepped(new, State::Prepublished, None)).unwrap();
+    assert_eq!(record(stepped(new, State::Active, None)).unwrap_err().reason, Reason::Internal, "whom it replaces");
+    record(stepped(new, State::Active, Some(old))).unwrap();
+    // As a start would find them.
+    let (found, _) = house.ledger.generations();
+    let read = house.ledger.reader().generations(proto::Purpose::Issuing).unwrap();
+    assert_eq!(found.len(), 2);
+    assert!(read.iter().all(|row| found.contains(row)), "{read:?}");
+    let before = house.entries().len();
+    assert!(record(stepped(old, State::Active, Some(new))).is_err());
+    assert_eq!(house.entries().len(), before, "what is refused is no entry");
+}

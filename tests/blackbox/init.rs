@@ -9,13 +9,13 @@ use crate::house::{Body, House, run};
 use crate::instruments;
 
 /// An outside root that signs whatever it is given, as told.
-struct OutsideRoot(PathBuf);
+pub struct OutsideRoot(PathBuf);
 
-const FITS: &str = "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n\
+pub const FITS: &str = "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n\
                     subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nsubjectAltName=URI:spiffe://house.example\n";
 
 impl OutsideRoot {
-    fn new(house: &House, name: &str) -> Self {
+    pub fn new(house: &House, name: &str) -> Self {
         let root = Self(house.path(name));
         std::fs::create_dir(&root.0).unwrap();
         root.openssl(
@@ -29,12 +29,12 @@ impl OutsideRoot {
         run(Command::new("openssl").args(arguments.split_whitespace()).current_dir(&self.0)).ok();
     }
 
-    fn certificate(&self) -> String {
+    pub fn certificate(&self) -> String {
         self.0.join("root.pem").display().to_string()
     }
 
     /// The issuing certificate for a request, with these extensions.
-    fn sign(&self, csr: &str, extensions: &str) -> String {
+    pub fn sign(&self, csr: &str, extensions: &str) -> String {
         std::fs::write(self.0.join("extensions"), extensions).unwrap();
         self.openssl(&format!(
             "x509 -req -in {csr} -CA root.pem -CAkey root.key -out issuing.pem -days 7 -extfile extensions -set_serial 7"
@@ -44,7 +44,7 @@ impl OutsideRoot {
 }
 
 /// A house that waits for its issuing certificate, and the request for it.
-fn awaiting_root() -> (House, String) {
+pub fn awaiting_root() -> (House, String) {
     let house = House::new();
     let csr = house.path("issuing.csr").display().to_string();
     house.keyward(&["init", "--root-csr", &csr]).ok();

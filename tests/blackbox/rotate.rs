@@ -11,6 +11,7 @@ use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
 use crate::house::{Body, DEADLINE, House, Output, run};
+use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
@@ -139,7 +140,7 @@ fn every_trusted_issuing_authority_has_a_crl_of_its_own() {
 
 #[test]
 fn an_issuing_authority_is_destroyed_when_its_last_certificate_has_ended() {
-    let mut house = House::new().with_preload().initialised();
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
     let first = generations(&house, "issuing")[0].0.clone();
     house.attested("builder/1");
@@ -155,6 +156,31 @@ fn an_issuing_authority_is_destroyed_when_its_last_certificate_has_ended() {
     nothing_is_left_over(&house);
     assert!(Holder::attest(&house, "builder/2").renew(&house));
     house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_retired_key_stays_for_as_long_as_a_backup_may_need_it() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    let copy = house.path("copy.db");
+    let ledger = house.state().join("keyward.db");
+    rusqlite::Connection::open(&ledger).unwrap().execute("VACUUM INTO ?1", [copy.to_str().unwrap()]).unwrap();
+    rotate(&house, "issuing").ok();
+    rotate(&house, "ledger").ok();
+    later(&house, 4_000);
+    become_states(&house, "issuing", &["active", "retired"]);
+    become_states(&house, "ledger", &["active", "retired"]);
+    // The ledger of before the rotation is put back, and knows nothing of it.
+    assert_eq!(house.stop(), 0);
+    for name in ["keyward.db", "keyward.db-wal", "keyward.db-shm", "ledger.vkey", "issuing.pem"] {
+        let _ = std::fs::remove_file(house.state().join(name));
+    }
+    std::fs::copy(&copy, &ledger).unwrap();
+    house.keyward(&["init"]).ok();
+    house.serve();
+    Holder::attest(&house, "builder/1");
+    rotate(&house, "issuing").ok();
     house.stop_and_verify();
 }
 
@@ -222,7 +248,7 @@ fn a_power_cut_at_any_moment_of_a_rotation_leaves_nothing_behind() {
 
 #[test]
 fn a_new_root_is_in_every_bundle_before_it_signs_and_the_old_one_stays_as_long_as_it_is_needed() {
-    let mut house = House::new().with_preload().initialised();
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
     house.attested("builder/1");
     let bundle = |house: &House| crate::house::certificates(&house.state().join("bundle.pem"));
@@ -250,7 +276,7 @@ fn a_new_root_is_in_every_bundle_before_it_signs_and_the_old_one_stays_as_long_a
 
 #[test]
 fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
-    let mut house = House::new().with_preload().initialised();
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
     house.attested("builder/1");
     let tainted = generations(&house, "issuing")[0].0.clone();
@@ -268,9 +294,42 @@ fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
     house.stop_and_verify();
 }
 
+/// The power fails at each sync of a taint in turn: once it is recorded, the next daemon does what follows from it.
+#[test]
+fn a_taint_that_was_recorded_is_acted_on_after_a_power_cut_at_any_moment() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    for sync in (1..).step_by(if instruments::slow() { 1 } else { 7 }) {
+        let active = |house: &House| generations(house, "issuing").into_iter().find(|(_, state)| state == "active").unwrap().0;
+        let tainted = active(&house);
+        house.control().kill_after_sync(sync);
+        let done = house.keyward(&["ca", "taint", &tainted, "--reason", "a test", "--yes"]).code == 0;
+        house.control().clear();
+        house.power_cut();
+        let recorded = house.ended_entries().iter().rev().any(|body| match body {
+            Body::AuthorityTainted(taint) => taint.key_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>() == tainted,
+            _ => false,
+        });
+        house.serve();
+        let until = Instant::now() + DEADLINE;
+        while recorded && active(&house) == tainted {
+            assert!(Instant::now() < until, "killed after sync {sync}: a tainted authority stays active");
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(recorded || !done, "acknowledged, and lost");
+        Holder::attest(&house, &format!("builder/{sync}"));
+        if done {
+            assert!(sync > 20, "a taint syncs more often than that");
+            break;
+        }
+    }
+    nothing_is_left_over(&house);
+    house.stop_and_verify();
+}
+
 #[test]
 fn a_ledger_key_is_vouched_for_by_the_one_before_it() {
-    let mut house = House::new().with_preload().initialised();
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
     let pinned = house.path("pinned.vkey");
     std::fs::copy(house.state().join("ledger.vkey"), &pinned).unwrap();
@@ -366,6 +425,85 @@ fn through_many_rotations_nothing_is_refused_rejected_or_left_over() {
         assert_eq!(report["kills"].to_string(), kills);
         assert!(report["issued"].as_u64() > Some(20));
     }
+}
+
+/// A house whose issuing authority an outside root has signed.
+fn under_an_outside_root() -> (House, OutsideRoot) {
+    let (house, csr) = awaiting_root();
+    let root = OutsideRoot::new(&house, "root");
+    let issuing = root.sign(&csr, FITS);
+    house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &issuing]).ok();
+    let mut house = house.configured("rotation", "destroy_days = 0").with_preload();
+    house.serve();
+    (house, root)
+}
+
+/// The request that waits for the outside root.
+fn request(house: &House) -> String {
+    let path = house.path("next.csr");
+    let until = Instant::now() + DEADLINE;
+    loop {
+        // A daemon signs its own at its first look.
+        let shown = house.keyward(&["ca", "show", "--csr"]);
+        if shown.code == 0 {
+            std::fs::write(&path, shown.stdout).unwrap();
+            return path.display().to_string();
+        }
+        assert!(Instant::now() < until, "{shown:?}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() {
+    let (mut house, root) = under_an_outside_root();
+    house.attested("builder/1");
+    rotate(&house, "root").refused("NO_SUCH_AUTHORITY_HERE");
+    house.keyward(&["ca", "show", "--csr"]).exits(4);
+    rotate(&house, "issuing").ok().says("BEGIN CERTIFICATE REQUEST");
+    assert_eq!(states(&house, "issuing"), ["planned", "active"]);
+    house.agent("builder/1").renew().ok();
+    let key = |path: &str| run(Command::new("openssl").args(["req", "-in", path, "-noout", "-pubkey"])).ok().stdout;
+    let before = key(&request(&house));
+    house.restart();
+    let csr = request(&house);
+    assert_eq!(key(&csr), before, "the same key waits");
+    let adopt = |issuing: &str| house.keyward(&["ca", "adopt", "--issuing-certificate", issuing]);
+    adopt(&root.sign(&csr, &FITS.replace("pathlen:0", "pathlen:1"))).refused("CERTIFICATE_UNFIT");
+    adopt(&OutsideRoot::new(&house, "stranger").sign(&csr, FITS)).refused("CERTIFICATE_UNFIT");
+    adopt(&root.sign(&csr, FITS)).ok();
+    assert_eq!(states(&house, "issuing"), ["active", "retiring"]);
+    adopt(&root.sign(&csr, FITS)).exits(4);
+    house.agent("builder/1").renew().ok();
+    nothing_is_left_over(&house);
+    house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn another_outside_root_is_in_the_bundle_before_anything_under_it_signs() {
+    let (mut house, _) = under_an_outside_root();
+    house.attested("builder/1");
+    let next = OutsideRoot::new(&house, "next");
+    rotate(&house, "issuing").ok();
+    let issuing = next.sign(&request(&house), FITS);
+    let arguments = ["ca", "adopt", "--issuing-certificate", &issuing, "--root-certificate", &next.certificate()];
+    house.keyward(&arguments).ok();
+    assert_eq!(states(&house, "root"), ["prepublished", "active"]);
+    assert_eq!(states(&house, "issuing"), ["prepublished", "active"]);
+    house.agent("builder/1").renew().ok();
+    assert_eq!(crate::house::certificates(&house.agent("builder/1").bundle()).len(), 2);
+    house.restart();
+    later(&house, 901);
+    become_states(&house, "root", &["active", "retiring"]);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    later(&house, 901 + 700);
+    become_states(&house, "issuing", &["active"]);
+    become_states(&house, "root", &["active"]);
+    Holder::attest(&house, "builder/2");
+    nothing_is_left_over(&house);
+    house.restart();
+    house.stop_and_verify();
 }
 
 #[test]

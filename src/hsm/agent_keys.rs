@@ -3,7 +3,7 @@
 //! agent's only if its label says so.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cryptoki::object::Attribute;
 use cryptoki::session::Session;
@@ -23,8 +23,6 @@ use crate::proto::KeyStorage;
 pub(super) const LABEL: &str = "keyward/agent/";
 /// Signatures of a batch that a lane makes at one go: what it costs to hand them over is shared.
 const CHUNK_MAX: usize = 16;
-/// A lane is kept from others for no longer, but for one signature.
-const CHUNK_TIME: Duration = Duration::from_millis(5);
 
 /// A key that was just made.
 #[derive(Debug, Clone)]
@@ -337,6 +335,6 @@ impl AgentKey {
     /// Signatures of one chunk.
     fn chunk(&self) -> usize {
         let pace = self.token.admission.pace().as_nanos();
-        CHUNK_TIME.as_nanos().checked_div(pace).and_then(|fit| usize::try_from(fit).ok()).unwrap_or(CHUNK_MAX).clamp(1, CHUNK_MAX)
+        lanes::CHUNK_TIME.as_nanos().checked_div(pace).and_then(|fit| usize::try_from(fit).ok()).unwrap_or(CHUNK_MAX).clamp(1, CHUNK_MAX)
     }
 }

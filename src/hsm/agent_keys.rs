@@ -335,6 +335,11 @@ impl AgentKey {
     /// Signatures of one chunk.
     fn chunk(&self) -> usize {
         let pace = self.token.admission.pace().as_nanos();
-        lanes::CHUNK_TIME.as_nanos().checked_div(pace).and_then(|fit| usize::try_from(fit).ok()).unwrap_or(CHUNK_MAX).clamp(1, CHUNK_MAX)
+        lanes::CHUNK_TIME
+            .as_nanos()
+            .checked_div(pace)
+            .and_then(|fit| usize::try_from(fit).ok())
+            .unwrap_or(CHUNK_MAX)
+            .clamp(1, CHUNK_MAX)
     }
 }

@@ -222,10 +222,10 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
-        let reservations = tokio::spawn(duties::reservations(rooms.clone()));
+        let ended_keys = tokio::spawn(duties::ended_keys(rooms.clone()));
         let until = end_of_service(stopping);
         let served = api::serve_agents(Arc::clone(&rooms.acts), &rooms.config, listener, settings, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints, reservations] {
+        for duty in [certificates, crl, checkpoints, ended_keys] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())

@@ -2,6 +2,7 @@
 //! reached from here: these are bound under a type of their own, an id or public key of another key is refused, and a token object is an
 //! agent's only if its label says so.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -203,6 +204,12 @@ impl Hsm {
         // On its way home the owner buries them.
         self.0.owner_errand(shard, Instant::now() + ADMIN_DEADLINE, |_| Ok(())).await?;
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
+    }
+
+    /// The keys of the class `session` that the token has now.
+    #[must_use]
+    pub fn session_keys(&self) -> HashSet<KeyId> {
+        self.0.owners.session_keys()
     }
 
     /// The same key wrapped under another wrapping key. It is extractable for as long as this takes.

@@ -6,6 +6,7 @@ mod end;
 mod list;
 mod loaded;
 mod rotate;
+mod session;
 mod sign;
 mod verify;
 
@@ -25,6 +26,7 @@ use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
+use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
@@ -71,6 +73,7 @@ pub struct AgentKeys {
     /// Signatures asked for in this second, by agent.
     rates: Mutex<(u64, HashMap<AgentId, u32>)>,
     seen: ReplayCache,
+    session: SessionKeys,
     per_agent_max: usize,
     resident_max: usize,
     per_second_max: u32,
@@ -96,6 +99,7 @@ impl AgentKeys {
             making: Arc::default(),
             rates: Mutex::default(),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
+            session: SessionKeys::default(),
             per_agent_max: limits.keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
             per_second_max: limits.signatures_per_second,

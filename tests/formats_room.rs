@@ -12,7 +12,7 @@ use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed2551
 use keyward::formats::http_signature::Component;
 use keyward::formats::verify::{dpop as received_dpop, http_signature as received_http, jws as received_jws};
 use keyward::formats::{
-    Jwk, Profile, ReplayCache, Signed, SigningInput, VerifyingKey, Window, dpop, http_signature, jwks, jws, tls,
+    Bounds, Jwk, Profile, ReplayCache, Signed, SigningInput, VerifyingKey, Window, dpop, http_signature, jwks, jws, tls,
 };
 use keyward::model::{Algorithm, PublicKey, UnixTime, unhex};
 use serde_json::{Value, json};
@@ -123,17 +123,18 @@ fn keyward_reads_what_others_sign() {
         let public = PublicKey::from_spki(&unhex(text("spki")).unwrap()).unwrap();
         let now = UnixTime::from_seconds(written["now"].as_u64().unwrap());
         let window = Window { now, skew_seconds: 10, lifetime_seconds_max: 300 };
-        let once = ReplayCache::new(10, 10, UnixTime::from_seconds(0));
+        let cache = ReplayCache::new(Bounds { all: 10, of_reader: 10, of_signer: 10 }, UnixTime::from_seconds(0));
+        let once = cache.of("tools", "tools/1", "builder/1");
         let key = |profile| VerifyingKey::new(profile, public.clone());
 
         let token = received_jws::Received::parse(text("compact"), None).unwrap();
         assert_eq!(token.kid(), text("kid"));
-        let expected = received_jws::Expected { audience: "b", window, once: Some(&once) };
+        let expected = received_jws::Expected { audience: "b", window, once: Some(once) };
         token.check(&key(Profile::Jws), Some(&expected)).unwrap();
 
         let proof = received_dpop::Received::parse(text("dpop")).unwrap();
         let request = dpop::Request { method: "GET", uri: "https://a.example/b", token_digest: None, nonce: None };
-        proof.check(&key(Profile::Dpop), &received_dpop::Expected { request, window, once: &once }).unwrap();
+        proof.check(&key(Profile::Dpop), &received_dpop::Expected { request, window, once }).unwrap();
 
         let received = received_http::Received::parse(text("signature_input"), text("signature"), Some("theirs")).unwrap();
         let components = [
@@ -148,7 +149,7 @@ fn keyward_reads_what_others_sign() {
             tag: Some("agent-call"),
             nonce: Some("n"),
             window,
-            once: Some(&once),
+            once: Some(once),
         };
         received.check(&key(Profile::HttpMessageSignature), &expected).unwrap();
     }

@@ -3,7 +3,7 @@
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger};
 use crate::model::{Algorithm, KeyId, PublicKey, Refusal, hex};
-use crate::proto::{self, AuthorityState, KeyAlgorithm, Purpose, TokenRole, entry::Body};
+use crate::proto::{self, AuthorityState, KeyAlgorithm, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
 
@@ -41,7 +41,8 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
     }
     for id in being_destroyed(ledger).await? {
         // An agent's resident key whose end was recorded: a crash came before the object was gone.
-        tokens.agents.destroy(id).await.map_err(hsm_refusal)?;
+        // By its label it has to be an agent's: no row makes the daemon destroy an authority's.
+        tokens.agents.destroy_agent_key(id, KeyStorage::Resident).await.map_err(hsm_refusal)?;
         ledger.key_object_destroyed(id).await?;
     }
     Ok(abandoned)

@@ -14,7 +14,7 @@ use crate::model::{AgentId, Reason, Refusal};
 
 use super::headers::unindexed;
 use super::refusal::status_of;
-use super::shares::Shares;
+use super::shares::{Share, Shares};
 
 /// Open without a client certificate. Not Health/Watch: its streams would cost a stranger nothing and stay.
 const OPEN: [&str; 2] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Health/Check"];
@@ -23,7 +23,8 @@ const OPEN: [&str; 2] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Hea
 const KEY_CALLS_WAIT: Duration = Duration::from_millis(100);
 /// Calls about keys, by the path of their service.
 const KEYS: &str = "/keyward.v1.KeyService/";
-/// Calls about keys of one agent under way at once. Counted before a message is read: what it may bring along takes memory.
+/// Calls about keys of one agent under way at once. Counted before a message is read and until the answer has been taken: what either
+/// brings along takes memory.
 const KEY_CALLS_MAX: usize = 64;
 
 #[derive(Debug, Clone)]
@@ -85,9 +86,52 @@ where
         }
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let answer = answer.await.map(unindexed);
-            drop(share);
-            answer
+            let answer = answer.await.map(unindexed)?;
+            Ok(match share.flatten() {
+                Some(share) => answer.map(|body| Body::new(Held { body, _share: share })),
+                None => answer,
+            })
         })
+    }
+}
+
+/// An answer that its agent has not taken yet. Whoever reads none of them is not given more and more.
+struct Held {
+    body: Body,
+    _share: Share<AgentId>,
+}
+
+impl http_body::Body for Held {
+    type Data = <Body as http_body::Body>::Data;
+    type Error = <Body as http_body::Body>::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_nobody_takes_is_a_call_under_way() {
+        let (shares, agent) = (Shares::of(1), AgentId::parse("builder/1").unwrap());
+        let share = shares.take(agent.clone()).unwrap();
+        let answer = Body::new(Held { body: Body::new("an answer".to_owned()), _share: share });
+        assert!(shares.take(agent.clone()).is_none());
+        drop(answer);
+        assert!(shares.take(agent).is_some());
     }
 }

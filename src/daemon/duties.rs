@@ -24,6 +24,8 @@ const ROTATION_LOOK: Duration = Duration::from_secs(1);
 /// Between two checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 
+/// Between two looks for session keys that have expired.
+const SESSION_KEYS_EVERY: Duration = Duration::from_secs(2);
 /// Between two looks for an operator who unlocks a login.
 const UNLOCK_EVERY: Duration = Duration::from_millis(200);
 
@@ -91,11 +93,17 @@ pub(super) async fn crl(rooms: Rooms) {
     }
 }
 
-/// What denied agents have reserved for their counted keys is sealed.
-pub(super) async fn reservations(rooms: Rooms) {
+/// What denied agents have reserved for their counted keys is sealed; session keys that have ended make room, those of denied agents
+/// at once.
+pub(super) async fn ended_keys(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
-    while denials.changed().await.is_ok() {
-        rooms.acts.seal_signatures(false);
+    loop {
+        match tokio::time::timeout(SESSION_KEYS_EVERY, denials.changed()).await {
+            Ok(Ok(())) => rooms.acts.seal_signatures(false),
+            Ok(Err(_)) => return,
+            Err(_) => {}
+        }
+        rooms.acts.end_session_keys().await;
     }
 }
 

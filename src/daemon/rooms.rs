@@ -229,12 +229,12 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let certificates = tokio::spawn(duties::server_certificate(rooms.clone()));
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
-        let reservations = tokio::spawn(duties::reservations(rooms.clone()));
+        let ended_keys = tokio::spawn(duties::ended_keys(rooms.clone()));
         let rotation = tokio::spawn(duties::rotation(rooms.clone()));
         let until = end_of_service(stopping);
         let (acts, tls) = (Arc::clone(&rooms.acts), Arc::clone(&rooms.tls));
         let served = api::serve_agents(acts, &rooms.config, listener, tls, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints, rotation, reservations] {
+        for duty in [certificates, crl, checkpoints, rotation, ended_keys] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())

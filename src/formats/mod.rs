@@ -26,7 +26,7 @@ pub mod verify;
 
 pub use jwk::{Jwk, jwks};
 pub use signing::{Profile, Signed, SigningInput};
-pub use verify::{ReplayCache, VerifyingKey, Window};
+pub use verify::{Bounds, Memory, ReplayCache, VerifyingKey, Window};
 
 use crate::model::{Reason, Refusal};
 

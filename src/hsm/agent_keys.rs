@@ -2,8 +2,9 @@
 //! reached from here: these are bound under a type of their own, an id or public key of another key is refused, and a token object is an
 //! agent's only if its label says so.
 
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cryptoki::object::Attribute;
 use cryptoki::session::Session;
@@ -23,8 +24,6 @@ use crate::proto::KeyStorage;
 pub(super) const LABEL: &str = "keyward/agent/";
 /// Signatures of a batch that a lane makes at one go: what it costs to hand them over is shared.
 const CHUNK_MAX: usize = 16;
-/// A lane is kept from others for no longer, but for one signature.
-const CHUNK_TIME: Duration = Duration::from_millis(5);
 
 /// A key that was just made.
 #[derive(Debug, Clone)]
@@ -207,6 +206,12 @@ impl Hsm {
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
+    /// The keys of the class `session` that the token has now.
+    #[must_use]
+    pub fn session_keys(&self) -> HashSet<KeyId> {
+        self.0.owners.session_keys()
+    }
+
     /// The same key wrapped under another wrapping key. It is extractable for as long as this takes.
     ///
     /// # Errors
@@ -337,6 +342,11 @@ impl AgentKey {
     /// Signatures of one chunk.
     fn chunk(&self) -> usize {
         let pace = self.token.admission.pace().as_nanos();
-        CHUNK_TIME.as_nanos().checked_div(pace).and_then(|fit| usize::try_from(fit).ok()).unwrap_or(CHUNK_MAX).clamp(1, CHUNK_MAX)
+        lanes::CHUNK_TIME
+            .as_nanos()
+            .checked_div(pace)
+            .and_then(|fit| usize::try_from(fit).ok())
+            .unwrap_or(CHUNK_MAX)
+            .clamp(1, CHUNK_MAX)
     }
 }

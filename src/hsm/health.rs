@@ -113,8 +113,8 @@ async fn look(token: &Arc<Token>) {
     for _ in 0..2 {
         match sing(token, &canary, patience).await {
             Ok(()) => return,
-            // A full queue is no sign of silence, as long as it moves.
-            Err(SignError::NotSigned(Error::QueueFull)) if token.idle_for() < LOOK + patience => return,
+            // A queue is no sign of silence, as long as it moves.
+            Err(SignError::NotSigned(Error::QueueFull | Error::Deadline)) if token.idle_for() < LOOK + patience => return,
             Err(error) => {
                 if matches!(error, SignError::NotSigned(Error::Deadline) | SignError::Unknown(Error::Deadline)) {
                     token.crew.give_up(patience.mul_f64(0.9));

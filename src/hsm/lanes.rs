@@ -17,6 +17,8 @@ use super::owners::Object;
 use super::queue::{Mark, Refused};
 use super::token::Token;
 
+/// A lane is kept from others for no longer, but for one signature: the rest of a job goes back to the end of the queue.
+pub(super) const CHUNK_TIME: Duration = Duration::from_millis(5);
 /// The asker has gone: no lane will begin another signature.
 const WITHDRAWN: usize = 1 << (usize::BITS - 1);
 
@@ -118,7 +120,8 @@ pub(super) fn serve(token: &Token, term: u64, mark: &Mark) {
     token.leave(mark, session);
 }
 
-/// One input after the other, until one fails, or it is too late, or nobody listens any more.
+/// One input after the other, until one fails, or it is too late, or nobody listens any more. A device may be slower by now than when
+/// the job was cut: what does not fit into [`CHUNK_TIME`] is left to the asker.
 fn work_off(
     token: &Token,
     session: &mut Option<Session>,
@@ -126,9 +129,14 @@ fn work_off(
     spoilt: &Arc<AtomicBool>,
     mark: &Mark,
 ) -> Result<(), Failed> {
+    let from = Instant::now();
     for (index, input) in job.inputs.iter().enumerate() {
-        if Instant::now() >= job.deadline || mark.is_given_up() {
+        let now = Instant::now();
+        if now >= job.deadline || mark.is_given_up() {
             return Err(Failed::not_signed(Error::Deadline));
+        }
+        if index > 0 && now.duration_since(from) >= CHUNK_TIME {
+            return Ok(());
         }
         if !job.progress.begin(index) || job.reply.is_closed() {
             return Err(Failed::not_signed(Error::Deadline)); // nobody hears it
@@ -220,7 +228,7 @@ impl Drop for Withdraw {
 }
 
 /// One attempt, until `deadline`. Each signature is verified here. An answer for each input that a lane has begun, in their order, and one
-/// for the next if there is one.
+/// for the next if it cannot be signed; no more than that where the lane gave the rest back.
 pub(super) async fn ask(
     token: &Token,
     key: &Arc<Bound>,
@@ -258,7 +266,8 @@ pub(super) async fn ask(
     answers
 }
 
-/// Verified signatures, one for each input. The key is looked up anew at most once, and only where C_Sign was certainly not reached.
+/// Verified signatures, one for each input. The key is looked up anew at most once, and only where C_Sign was certainly not reached. What
+/// a lane gave back is asked for again, behind whoever has come meanwhile.
 pub(super) async fn sign_all(
     token: &Arc<Token>,
     key: &Arc<Bound>,
@@ -275,23 +284,29 @@ pub(super) async fn sign_all(
                 break;
             }
         };
-        let mut again = false;
+        let (mut again, mut ended) = (false, false);
         for answer in ask(token, key, &hold, inputs[signed.len()..].to_vec(), deadline).await {
             match answer {
-                Ok(signature) => signed.push(Ok(signature)),
+                Ok(signature) => {
+                    signed.push(Ok(signature));
+                    continue;
+                }
                 Err(Failed { error, outcome: Outcome::Unknown }) => signed.push(Err(SignError::Unknown(error))),
                 Err(Failed { outcome: Outcome::Resolve, .. }) if !last => again = true,
                 Err(Failed { error, .. }) => signed.push(Err(SignError::NotSigned(error))),
             }
+            ended = !again;
         }
-        if !again {
+        if ended || signed.len() == inputs.len() {
             break;
         }
-        match &hold.object {
-            None => token.epoch_ends(hold.epoch),
-            Some(object) => object.doubt(),
+        if again {
+            match &hold.object {
+                None => token.epoch_ends(hold.epoch),
+                Some(object) => object.doubt(),
+            }
+            last = true;
         }
-        last = true;
     }
     signed.resize_with(inputs.len(), || Err(SignError::NotSigned(Error::BatchEnded)));
     signed

@@ -4,7 +4,7 @@
 //!
 //! An object in use is never destroyed: who signs with it holds it, and the last to let go leaves it to its owner to be buried.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
@@ -326,6 +326,10 @@ impl Owners {
     /// Unwrapped objects that one shard keeps.
     pub(super) fn unwrapped_max(&self) -> usize {
         self.unwrapped_max.load(Ordering::Relaxed).div_ceil(SHARDS)
+    }
+
+    pub(super) fn session_keys(&self) -> HashSet<KeyId> {
+        self.shards.iter().flat_map(|shard| shard.kept().session.keys().copied().collect::<Vec<_>>()).collect()
     }
 
     /// Sessions that are open.

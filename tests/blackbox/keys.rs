@@ -677,6 +677,35 @@ fn session_keys_die_with_the_daemon_and_the_others_come_back() {
 }
 
 #[test]
+fn session_keys_that_never_sign_again_make_room_in_the_token() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let session =
+            |name: &str, ttl_seconds| CreateKeyRequest { storage: KeyStorage::Session.into(), ttl_seconds, ..wish(name) };
+        keys.create(session("stays", 3600)).unwrap();
+        keys.create(session("short", 1)).unwrap();
+        let before = house.shim().calls("C_DestroyObject");
+        let destroyed = |count: u64| {
+            let until = std::time::Instant::now() + crate::house::DEADLINE;
+            while house.shim().calls("C_DestroyObject") < before + count {
+                assert!(std::time::Instant::now() < until, "{count} session keys were not destroyed");
+                thread::sleep(std::time::Duration::from_millis(20));
+            }
+        };
+        destroyed(1);
+        keys.sign("stays", digest(b"x")).unwrap();
+        refused(keys.sign("short", digest(b"x")), "KEY_EXPIRED");
+        assert_eq!(keys.rotate("short", 1).unwrap().0.versions[0].number, 2);
+        keys.sign("short", digest(b"x")).unwrap();
+        house.wire().quarantine("builder/1");
+        // Both, and before them the public half of the new version.
+        destroyed(4);
+    }
+    house.stop_and_verify();
+}
+
+#[test]
 fn more_keys_than_memory_holds_are_used_one_after_the_other() {
     let mut house = House::new().configured("limits", "keys_cached = 16\nresident_keys_per_agent = 64").initialised().served();
     {

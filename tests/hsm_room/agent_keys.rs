@@ -499,6 +499,31 @@ fn a_batch_is_signed_in_order_and_what_goes_wrong_in_its_midst_costs_one_signatu
 }
 
 #[test]
+fn a_device_that_grows_slow_in_the_midst_of_a_batch_keeps_nobody_else_waiting() {
+    in_house("agent_keys::a_device_that_grows_slow_in_the_midst_of_a_batch_keeps_nobody_else_waiting", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        let key = room.bind(&room.make(Algorithm::P256, Session).await);
+        let other = room.bind(&room.make(Algorithm::P256, Session).await);
+        let batch = |round: u8| (0..32_u8).map(|number| digest(&[round, number])).collect::<Vec<_>>();
+        // What a signature takes is known, and a batch is cut by it.
+        assert!(key.sign_digests(batch(0)).await.iter().all(Result::is_ok));
+        signs(&other, b"fast").await;
+
+        shim.tell("delay C_Sign ms=250");
+        let begun = shim.calls("C_Sign");
+        let slow = tokio::spawn(async move { key.sign_digests(batch(1)).await });
+        until("the batch is under way", Duration::from_secs(5), || shim.calls("C_Sign") > begun).await;
+        let from = Instant::now();
+        signs(&other, b"between two of a batch").await;
+        assert!(from.elapsed() < Duration::from_millis(1200), "{:?} behind a batch", from.elapsed());
+        let made = slow.await.unwrap().iter().filter(|answer| answer.is_ok()).count();
+        assert!(made >= 4, "{made} of the batch by its deadline");
+        assert!(room.hsm.status().usable && room.hsm.status().reconnects == 0, "{:?}", room.hsm.status());
+        room.hsm.shut_down(Duration::from_secs(10));
+    });
+}
+
+#[test]
 fn a_batch_ends_at_its_deadline_with_what_was_made() {
     in_house("agent_keys::a_batch_ends_at_its_deadline_with_what_was_made", async |house| {
         let (room, shim) = Room::behind_the_shim(&house).await;

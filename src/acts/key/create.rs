@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::authn::Connection;
 use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
-use crate::model::{AgentId, Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
+use crate::model::{Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
@@ -105,7 +105,7 @@ impl Acts {
         }
         let token = self.keys.token()?;
         self.has_room_for_resident(&token, &of, &terms).await?;
-        let version = self.make_version(&token, &of.agent, &terms, 1, now).await?;
+        let version = self.make_version(&token, &of, &terms, 1, now).await?;
         let (key_id, storage) = (version.key_id, version.storage);
         match self.ledger.create_key(of, terms, version, making).await {
             Ok((_, key)) => Ok(self.shown(super::stored(&key))),
@@ -158,7 +158,7 @@ impl Acts {
     pub(super) async fn make_version(
         &self,
         token: &KeyToken,
-        agent: &AgentId,
+        of: &KeyOf,
         terms: &KeyTerms,
         number: u32,
         now: UnixTime,
@@ -181,7 +181,7 @@ impl Acts {
             Ok(made) => made,
             Err(error) => {
                 self.give_up(token, key_id, storage, "the token could not make it").await;
-                tracing::warn!(%agent, %error, "an agent's key could not be made");
+                tracing::warn!(agent = %of.agent, %error, "an agent's key could not be made");
                 return Err(key_refusal(error));
             }
         };
@@ -192,6 +192,10 @@ impl Acts {
             self.give_up(token, key_id, storage, "the token made a key that there is already").await;
             return Err(Refusal::internal(format!("the token made key {kid} twice: its random numbers are none")));
         }
+        let expires = UnixTime::from_seconds(now.seconds()).plus_seconds(terms.ttl_seconds.into());
+        if storage == KeyStorage::Session {
+            self.keys.session.made(key_id, &of.agent, of.epoch, expires);
+        }
         Ok(KeyVersion {
             number,
             key_id,
@@ -199,7 +203,7 @@ impl Acts {
             public,
             storage,
             wrapped: wrapped.map(Arc::from).zip(wrapping),
-            expires: UnixTime::from_seconds(now.seconds()).plus_seconds(terms.ttl_seconds.into()),
+            expires,
         })
     }
 

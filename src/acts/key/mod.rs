@@ -6,6 +6,7 @@ mod end;
 mod list;
 mod loaded;
 mod rotate;
+mod session;
 mod sign;
 mod verify;
 
@@ -17,7 +18,7 @@ use arc_swap::ArcSwapOption;
 
 use crate::authn::{AgentConnection, Connection};
 use crate::config::Limits;
-use crate::formats::{Profile, ReplayCache};
+use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
 use crate::ledger::{AgentKey, KeyOf, KeyVersion, StoredKey};
 use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
@@ -25,15 +26,15 @@ use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
+use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
 pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
 
-/// Messages that `verify` remembers, in all and of one key: 16 MiB at most.
-const REPLAYS_MAX: usize = 65_536;
-const REPLAYS_PER_KEY_MAX: usize = 8192;
+/// Messages that `verify` remembers: 24 MiB at most.
+const REPLAYS: Bounds = Bounds { all: 65_536, of_reader: 16_384, of_signer: 8192 };
 /// What a page of keys costs, in signatures, of what an agent may ask for in a second.
 const PAGE_COSTS: usize = 100;
 
@@ -72,6 +73,7 @@ pub struct AgentKeys {
     /// Signatures asked for in this second, by agent.
     rates: Mutex<(u64, HashMap<AgentId, u32>)>,
     seen: ReplayCache,
+    session: SessionKeys,
     per_agent_max: usize,
     resident_max: usize,
     per_second_max: u32,
@@ -96,7 +98,8 @@ impl AgentKeys {
             loaded: LoadedKeys::new(limits.keys_cached),
             making: Arc::default(),
             rates: Mutex::default(),
-            seen: ReplayCache::new(REPLAYS_MAX, REPLAYS_PER_KEY_MAX, clock.reckoned()),
+            seen: ReplayCache::new(REPLAYS, clock.reckoned()),
+            session: SessionKeys::default(),
             per_agent_max: limits.keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
             per_second_max: limits.signatures_per_second,

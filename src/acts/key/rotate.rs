@@ -38,7 +38,7 @@ impl Acts {
         }
         let (making, _) = self.keys.make(&of)?;
         let token = self.keys.token()?;
-        let version = self.make_version(&token, &of.agent, key.terms(), before.number + 1, now).await?;
+        let version = self.make_version(&token, &of, key.terms(), before.number + 1, now).await?;
         let (key_id, storage) = (version.key_id, version.storage);
         let changing = Arc::clone(&loaded.changing).lock_owned().await;
         // Whoever signs with the old version finishes first.

@@ -113,15 +113,20 @@ impl Acts {
             Received::Http(received) => received.kid(),
             Received::Dpop(received) => received.kid(),
         };
-        let (key, mut signer) = self.verifying_key(kid, agent.as_ref(), now).await?;
-        self.check(received, &key, &message, now, &mut signer)?;
-        // The denial may have come meanwhile.
-        self.ledger.admits(&signer.agent, self.ledger.agent(&signer.agent)?.epoch).map_err(|_| unknown_kid())?;
+        let (key, epoch, mut signer) = self.verifying_key(kid, agent.as_ref(), now).await?;
+        self.check(received, &key, &message, (caller.agent(), now), &mut signer)?;
+        // The denial may have come meanwhile; and its release, in an epoch that this key is not of.
+        self.ledger.admits(&signer.agent, epoch).map_err(|_| unknown_kid())?;
         Ok(signer)
     }
 
-    /// The key of this name, if it verifies now.
-    async fn verifying_key(&self, kid: &str, agent: Option<&AgentId>, now: UnixTime) -> Result<(VerifyingKey, Signer), Refusal> {
+    /// The key of this name with the epoch that it is of, if it verifies now.
+    async fn verifying_key(
+        &self,
+        kid: &str,
+        agent: Option<&AgentId>,
+        now: UnixTime,
+    ) -> Result<(VerifyingKey, u32, Signer), Refusal> {
         let wanted = kid.to_owned();
         let found = self.read(move |reader| reader.agent_key_by_kid(&wanted)).await?.ok_or_else(unknown_kid)?;
         self.ledger.admits(&found.of.agent, found.of.epoch).map_err(|_| unknown_kid())?;
@@ -139,7 +144,7 @@ impl Acts {
             covered: Vec::new(),
             jti: String::new(),
         };
-        Ok((VerifyingKey::new(profile, version.public.clone()), signer))
+        Ok((VerifyingKey::new(profile, version.public.clone()), found.of.epoch, signer))
     }
 
     fn check(
@@ -147,10 +152,13 @@ impl Acts {
         received: Received,
         key: &VerifyingKey,
         message: &Message,
-        now: UnixTime,
+        (reader, now): (&AgentId, UnixTime),
         signer: &mut Signer,
     ) -> Result<(), Refusal> {
-        let seen = &self.keys.seen;
+        // Instances of one class are one audience.
+        let class = reader.as_str().split('/').next().unwrap_or_default();
+        let agent = signer.agent.clone();
+        let seen = self.keys.seen.of(class, reader.as_str(), agent.as_str());
         match (received, message) {
             (Received::Jws(received), Message::Jws { audience, lifetime_seconds_max, .. }) => {
                 let window = window(*lifetime_seconds_max, now)?;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::{
-    CALL, NOW, POST, Profile, Signer, cache, check_jws, component, dpop, expected_http, http_signature, jws, reason,
+    CALL, NOW, POST, Profile, Signer, cache, check_jws, component, dpop, expected_http, http_signature, jws, memory, reason,
     received_dpop, received_http, received_jws, signed_http, signed_jws, window,
 };
 use crate::formats::{Jwk, PAYLOAD_BYTES_MAX, raw_digest, tls};
@@ -105,7 +105,7 @@ fn claims_are_read_after_the_signature_and_to_the_letter() {
     let now = NOW.seconds();
     let cache = cache();
     let check = |claims: serde_json::Value| {
-        let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(&cache) };
+        let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(memory(&cache)) };
         check_jws(&signer, &signed_jws(&signer, claims.to_string().as_bytes()), &expected)
             .map_or_else(|refusal| refusal.reason, |_| Reason::Unspecified)
     };
@@ -161,7 +161,7 @@ fn claims_are_read_after_the_signature_and_to_the_letter() {
     }
     // A forgery with the name of a message to come takes nothing away from that message.
     let to_come = json!({ "aud": "https://b", "iat": now, "exp": now + 60, "jti": "to-come" }).to_string();
-    let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(&cache) };
+    let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(memory(&cache)) };
     let thief = Signer::new(Algorithm::P256);
     let forged = token(&thief, &format!(r#"{{"alg":"ES256","kid":"{}"}}"#, signer.kid()), &to_come);
     assert_eq!(reason(check_jws(&signer, &forged, &expected)), Reason::SignatureInvalid);
@@ -245,7 +245,7 @@ fn a_proof_for_another_request_is_refused() {
     let proof = signer.compact(dpop::prepare(&signer.public(), &request, "1", NOW).unwrap());
     let cache = cache();
     let check = |proof: &str, request: dpop::Request<'_>, window| {
-        let expected = received_dpop::Expected { request, window, once: &cache };
+        let expected = received_dpop::Expected { request, window, once: memory(&cache) };
         received_dpop::Received::parse(proof)
             .and_then(|received| received.check(&signer.verifying(Profile::Dpop), &expected))
             .map_or_else(|refusal| refusal.reason, |_| Reason::Unspecified)
@@ -399,7 +399,7 @@ fn an_http_signature_over_another_message_or_with_other_parameters_is_refused() 
     assert_eq!(verdict(&input, &signature, &at(NOW.minus_seconds(6))), Reason::OutsideTimeWindow);
 
     let (unnamed, by_it) = signed_http(&signer, &POST, None);
-    let once = received_http::Expected { once: Some(&cache), ..good };
+    let once = received_http::Expected { once: Some(memory(&cache)), ..good };
     assert_eq!(verdict(&unnamed, &by_it, &once), Reason::MalformedRequest, "no nonce");
     assert_eq!(verdict(&unnamed, &signature, &good), Reason::SignatureInvalid);
 

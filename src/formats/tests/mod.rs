@@ -7,7 +7,7 @@ mod vectors;
 use super::http_signature::Component;
 use super::signing::Signer;
 use super::verify::{dpop as received_dpop, http_signature as received_http, jws as received_jws};
-use super::{Profile, ReplayCache, Window, algorithm, dpop, http_signature, jws};
+use super::{Bounds, Memory, Profile, ReplayCache, Window, algorithm, dpop, http_signature, jws};
 use crate::model::{Reason, Refusal, UnixTime};
 
 /// The time of every test.
@@ -18,7 +18,11 @@ fn window() -> Window {
 }
 
 fn cache() -> ReplayCache {
-    ReplayCache::new(100, 50, UnixTime::from_seconds(0))
+    ReplayCache::new(Bounds { all: 100, of_reader: 100, of_signer: 50 }, UnixTime::from_seconds(0))
+}
+
+fn memory(cache: &ReplayCache) -> Memory<'_> {
+    cache.of("tools", "tools/1", "builder/1")
 }
 
 fn reason<T>(result: Result<T, Refusal>) -> Reason {
@@ -68,7 +72,7 @@ fn what_is_signed_for_each_profile_is_verified_once() {
 
         let payload = format!(r#"{{"aud":["x","https://b"],"iat":{0},"exp":{1},"jti":"n1"}}"#, NOW.seconds(), NOW.seconds() + 60);
         let token = signed_jws(&signer, payload.as_bytes());
-        let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(&cache) };
+        let expected = received_jws::Expected { audience: "https://b", window: window(), once: Some(memory(&cache)) };
         let verified = check_jws(&signer, &token, &expected).unwrap();
         assert_eq!((verified.kid, verified.typ.as_deref()), (signer.kid(), Some("JWT")));
         assert_eq!(verified.claims.unwrap()["jti"], "n1");
@@ -76,7 +80,7 @@ fn what_is_signed_for_each_profile_is_verified_once() {
 
         let request = dpop::Request { token_digest: Some(crate::model::Digest::of(b"token")), nonce: Some("abc"), ..CALL };
         let proof = signer.compact(dpop::prepare(&signer.public(), &request, "n1", NOW).unwrap());
-        let expected = received_dpop::Expected { request, window: window(), once: &cache };
+        let expected = received_dpop::Expected { request, window: window(), once: memory(&cache) };
         // The same key and name as above: in life a key has one profile, and one memory may serve them all.
         let check =
             |proof: &str| received_dpop::Received::parse(proof).unwrap().check(&signer.verifying(Profile::Dpop), &expected);
@@ -86,7 +90,7 @@ fn what_is_signed_for_each_profile_is_verified_once() {
         assert_eq!(reason(check(&proof)), Reason::Replayed);
 
         let (input, signature) = signed_http(&signer, &POST, Some("n3"));
-        let expected = received_http::Expected { required: &["@method"], once: Some(&cache), ..expected_http(&POST) };
+        let expected = received_http::Expected { required: &["@method"], once: Some(memory(&cache)), ..expected_http(&POST) };
         let check = || {
             let received = received_http::Received::parse(&input, &signature, None).unwrap();
             received.check(&signer.verifying(Profile::HttpMessageSignature), &expected)

@@ -118,7 +118,8 @@ fn a_signature_of_one_profile_is_refused_by_the_verifier_of_every_other() {
         assert_eq!(reason(received_jws::Received::parse(&jws, None).unwrap().check(&key, None)), Reason::ProfileMismatch);
     }
     for key in others(Profile::Dpop) {
-        let expected = received_dpop::Expected { request: super::CALL, window: super::window(), once: &super::cache() };
+        let cache = super::cache();
+        let expected = received_dpop::Expected { request: super::CALL, window: super::window(), once: super::memory(&cache) };
         let received = received_dpop::Received::parse(&proof).unwrap();
         assert_eq!(reason(received.check(&key, &expected)), Reason::ProfileMismatch);
     }

@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::json;
 
-use super::{Profile, ReplayCache, Window, component, dpop, http_signature, received_dpop, received_http};
+use super::{Profile, Window, component, dpop, http_signature, received_dpop, received_http};
 use crate::formats::verify::VerifyingKey;
 use crate::formats::{Jwk, algorithm, jwks, tls};
 use crate::model::{Digest, PublicKey, UnixTime, hex};
@@ -50,8 +50,11 @@ fn rfc_9449_proofs_are_verified_for_their_requests() {
         assert_eq!(received.kid(), "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I");
         let now = UnixTime::from_seconds(now);
         let window = Window { now, skew_seconds: 0, lifetime_seconds_max: 60 };
-        let once = ReplayCache::new(1, 1, UnixTime::from_seconds(0));
-        received.check(&VerifyingKey::new(Profile::Dpop, key.clone()), &received_dpop::Expected { request, window, once: &once })
+        let once = super::cache();
+        received.check(
+            &VerifyingKey::new(Profile::Dpop, key.clone()),
+            &received_dpop::Expected { request, window, once: super::memory(&once) },
+        )
     };
     // §4.1, figure 2.
     let token_request =

@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
 use super::jws::{Parts, signature_algorithm};
-use super::{ReplayCache, SignedBytes, VerifyingKey, Window, elsewhere, missing};
+use super::{Memory, SignedBytes, VerifyingKey, Window, elsewhere, missing};
 use crate::formats::dpop::{Request, TYP, canonical_uri};
 use crate::formats::jwk::Jwk;
 use crate::formats::signing::Profile;
@@ -27,7 +27,7 @@ pub struct Expected<'a> {
     /// A proof counts from its `iat` for `lifetime_seconds_max`.
     pub window: Window,
     /// A proof counts once.
-    pub once: &'a ReplayCache,
+    pub once: Memory<'a>,
 }
 
 /// A proof that is its key's, for this request.

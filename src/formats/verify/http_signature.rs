@@ -2,7 +2,7 @@
 
 use sfv::{Dictionary, InnerList, ListEntry, Parser, StringRef};
 
-use super::{ReplayCache, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid};
+use super::{Memory, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid};
 use crate::formats::http_signature::{
     COMPONENTS_MAX, Component, Covered, FIELD_BYTES_MAX, check_identifier, parse_identifier, same_identifier, serialized,
     serialized_item,
@@ -32,7 +32,7 @@ pub struct Expected<'a> {
     /// A signature counts from `created` (which has to be there) for `lifetime_seconds_max`, or until `expires` if that is earlier.
     pub window: Window,
     /// With it a nonce has to be there, and the signature is accepted once.
-    pub once: Option<&'a ReplayCache>,
+    pub once: Option<Memory<'a>>,
 }
 
 /// A signature that is its key's, over this message.

@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
 
-use super::{ReplayCache, SignedBytes, VerifyingKey, Window, missing, named_algorithm, unknown_kid};
+use super::{Memory, SignedBytes, VerifyingKey, Window, missing, named_algorithm, unknown_kid};
 use crate::formats::jws::{HEADER_BYTES_MAX, refuse_reserved};
 use crate::formats::signing::Profile;
 use crate::formats::{NAME_BYTES_MAX, PAYLOAD_BYTES_MAX, algorithm, check_name, json, malformed, too_large};
@@ -28,7 +28,7 @@ pub struct Expected<'a> {
     /// `exp` has to be there; `nbf` and `iat` hold where they are.
     pub window: Window,
     /// With it `jti` and `iat` have to be there, and the token is accepted once.
-    pub once: Option<&'a ReplayCache>,
+    pub once: Option<Memory<'a>>,
 }
 
 /// A JWS that is its key's.

@@ -8,7 +8,7 @@ pub mod http_signature;
 pub mod jws;
 mod replay;
 
-pub use replay::ReplayCache;
+pub use replay::{Bounds, Memory, ReplayCache};
 
 use super::jwk::Jwk;
 use super::signing::Profile;

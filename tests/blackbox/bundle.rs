@@ -224,3 +224,28 @@ fn wrapped(base64: &str) -> String {
 fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
+
+#[test]
+fn a_new_root_is_told_within_a_second_and_before_it_signs() {
+    let house = House::serving();
+    let agent = house.attested("builder/1");
+    let wire = house.wire();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    let before = following.next().unwrap();
+    let from = Instant::now();
+    house.keyward(&["ca", "rotate", "root", "--now", "--yes"]).ok();
+    let after = following.next().unwrap();
+    // The command waits for the new root's own certificate: to make a key and sign twice.
+    assert!(from.elapsed() < Duration::from_secs(2), "{:?}", from.elapsed());
+    assert!(after.sequence > before.sequence);
+    assert_eq!(after.authorities.len(), 2);
+    assert!(after.authorities.contains(&before.authorities[0]), "the old root stays");
+    // Nobody is certified under the new one yet.
+    agent.renew().ok();
+    assert_eq!(certificates(&agent.bundle()).len(), 2);
+    let pem = house.path("old.pem");
+    std::fs::write(&pem, keyward::client::store::certificates_pem(&before.authorities)).unwrap();
+    let chain = agent.svid();
+    let verify = ["verify", "-x509_strict", "-CAfile", path(&pem), "-untrusted", path(&chain), path(&chain)];
+    run(Command::new("openssl").args(verify)).ok();
+}

@@ -758,3 +758,23 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
     }
     house.stop_and_verify();
 }
+
+#[test]
+fn after_a_failed_fsync_a_counted_key_signs_nothing_more_though_its_block_is_open() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish("counted") }).unwrap();
+        keys.create(wish("recorded")).unwrap();
+        keys.sign("counted", digest(b"one")).unwrap();
+        house.control().fail_next_sync();
+        refused(keys.sign("recorded", digest(b"two")), "LEDGER_UNAVAILABLE");
+        refused(keys.sign("counted", digest(b"three")), "LEDGER_UNAVAILABLE");
+    }
+    assert_eq!(house.ended(), Some(74));
+    house.control().clear();
+    house.power_cut();
+    house.serve();
+    house.stop_and_verify();
+}

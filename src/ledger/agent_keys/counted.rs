@@ -93,6 +93,10 @@ impl Ledger {
     /// # Errors
     /// As the agent's standing and the key's state; `KEY_BUDGET_SPENT`, `LEDGER_UNAVAILABLE`.
     pub async fn reserve_signatures(&self, key: &Arc<AgentKey>, version: &KeyVersion, count: u64) -> Result<Reserved, Refusal> {
+        // A block that is durable would last for a while yet: what it was used for could not be sealed.
+        if !self.is_writable() {
+            return Err(unavailable());
+        }
         if let Some(reserved) = self.take(key, version.key_id, count) {
             return Ok(reserved);
         }

@@ -61,7 +61,7 @@ impl Acts {
         check_outside(&self.domain, &root, &issuing, key.public(), now)?;
         let by = || Wish { by: Some(operator.signs(reason)), now: planned.now, cause: "signed outside" };
         let issuer = match known(&root) {
-            Some(found) if found.state == State::Retiring => {
+            Some(found) if found.state == State::Retiring || found.tainted => {
                 return Err(Refusal::new(Reason::CertificateUnfit, "this root is on its way out; have the newest one sign"));
             }
             Some(found) => found.key_id,

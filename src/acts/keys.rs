@@ -29,14 +29,14 @@ impl Tokens {
 
 /// Puts key intents in order that were left open, by a crash or by a token that went away: whatever objects they made are destroyed (nobody
 /// has used them), and the intent is abandoned. Only objects of our own open intents are ever destroyed unasked. Gives how many there were.
+/// For a time when nobody makes keys: one that is being made has an open intent, too.
 ///
 /// # Errors
 /// When the token or the ledger is not available.
 pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusal> {
     let mut abandoned = 0;
     for row in rows(ledger).await?.into_iter().filter(|row| !row.active) {
-        let destroyed = tokens.of(row.token).destroy(row.id).await.map_err(hsm_refusal)?;
-        abandon(ledger, row.id, "its making was interrupted", destroyed).await?;
+        give_up(ledger, tokens, &row).await?;
         abandoned += 1;
     }
     for id in being_destroyed(ledger).await? {
@@ -46,6 +46,12 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
         ledger.key_object_destroyed(id).await?;
     }
     Ok(abandoned)
+}
+
+/// A key whose making was interrupted: nobody has used what there is of it.
+pub(super) async fn give_up(ledger: &Ledger, tokens: &Tokens, row: &KeyRow) -> Result<(), Refusal> {
+    let destroyed = tokens.of(row.token).destroy(row.id).await.map_err(hsm_refusal)?;
+    abandon(ledger, row.id, "its making was interrupted", destroyed).await
 }
 
 async fn being_destroyed(ledger: &Ledger) -> Result<Vec<KeyId>, Refusal> {

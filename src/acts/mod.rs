@@ -48,7 +48,7 @@ pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
-pub use keys::{Tokens, ensure_wrapping, reconcile};
+pub use keys::{Tokens, ensure_wrapping};
 pub use reconcile::Stray;
 pub use unlock::unlock;
 

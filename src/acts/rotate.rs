@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use crate::authn::Operator;
 use crate::hsm::SigningKey;
-use crate::ledger::Generation;
+use crate::ledger::{Generation, KeyRow};
 use crate::model::{KeyId, Reason, Refusal, hex};
 use crate::proto::{self, AuthorityState as State, AuthorityStepped, Purpose, TokenRole, entry::Body};
 
@@ -15,6 +15,7 @@ use super::Acts;
 use super::authorities::Authorities;
 use super::certify::{certify_issuing, certify_root};
 use super::due::{self, Arrow, Terms};
+use super::keys::Tokens;
 use super::{files, hsm_refusal, keys};
 
 /// Who wants an authority replaced, and how soon.
@@ -36,6 +37,8 @@ impl Acts {
 
     pub(super) async fn take_arrows(&self) -> Result<bool, Refusal> {
         let (mut taken, mut failed) = (false, BTreeMap::new());
+        // What could not be made is given up, and its purpose due again at once: not before the next look.
+        let mut failed_purposes = Vec::new();
         loop {
             let now = self.trusted_now()?;
             self.follow_the_ledger().await?;
@@ -44,6 +47,10 @@ impl Acts {
             let (all, _) = self.ledger.generations();
             let due = all.iter().filter(|of| !failed.contains_key(&of.key_id)).find_map(|of| {
                 let arrow = due::next(of, &all, &self.terms())?;
+                let plans_again = arrow.to == State::Retiring && failed_purposes.contains(&of.purpose);
+                if plans_again {
+                    return None;
+                }
                 arrow.is_due(now, &self.terms()).then_some((of, arrow.to))
             });
             let Some((of, to)) = due else { break };
@@ -52,6 +59,7 @@ impl Acts {
                 Err(refusal) => {
                     tracing::warn!(purpose = keys::name(of.purpose), key = %of.key_id, ?to, ?refusal, "an arrow was not taken");
                     failed.insert(of.key_id, refusal);
+                    failed_purposes.push(of.purpose);
                 }
             }
         }
@@ -89,6 +97,15 @@ impl Acts {
             State::Destroyed => self.destroy(of).await,
             State::Planned | State::Unspecified => Ok(()),
         }
+    }
+
+    /// Puts in order what was open when the daemon started, while no authority is being made.
+    ///
+    /// # Errors
+    /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    pub async fn give_up_interrupted_keys(&self, tokens: &Tokens) -> Result<usize, Refusal> {
+        let _one = self.rotating.lock().await;
+        keys::reconcile(&self.ledger, tokens).await
     }
 
     /// An operator wants an authority replaced. Goes as far as it can go now; gives the new generation's key.
@@ -177,16 +194,15 @@ impl Acts {
     pub(super) async fn key_of(&self, of: &Generation) -> Result<Option<SigningKey>, Refusal> {
         let authorities = self.authorities()?;
         let tokens = authorities.tokens();
-        let row = keys::rows(&self.ledger).await?.into_iter().find(|row| row.id == of.key_id);
-        let public = match row {
+        let known = keys::rows(&self.ledger).await?.into_iter().find(|row| row.id == of.key_id);
+        let public = match known {
             None => keys::make(&self.ledger, tokens, of.purpose, TokenRole::Authority, of.key_id).await?,
-            Some(row) => match row.public {
-                Some(public) => public,
-                None => {
-                    keys::reconcile(&self.ledger, tokens).await?;
-                    return Ok(None);
-                }
-            },
+            Some(KeyRow { public: Some(public), .. }) => public,
+            // This one alone: others may be in the making.
+            Some(interrupted) => {
+                keys::give_up(&self.ledger, tokens, &interrupted).await?;
+                return Ok(None);
+            }
         };
         tokens.of(TokenRole::Authority).key(of.key_id, public).await.map(Some).map_err(hsm_refusal)
     }
@@ -221,14 +237,16 @@ impl Acts {
     /// From this entry on it signs, and the one before it does not.
     async fn activate(&self, of: &Generation) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
+        // Lost since it was made: what is active has to be there at every start.
+        if !of.is_outside() && authorities.key(&of.key_id).is_none() {
+            return Err(Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"));
+        }
         let checkpoint = match of.purpose {
             // Who follows CRLs has one of it before a certificate.
             Purpose::Issuing => {
                 let issuing = authorities.issuing_trusted().iter().find(|issuing| issuing.key().id() == of.key_id);
-                self.publish_first_crl(
-                    issuing.ok_or_else(|| Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"))?,
-                )
-                .await?;
+                self.publish_first_crl(issuing.ok_or_else(|| Refusal::internal("its key is bound without a certificate"))?)
+                    .await?;
                 String::new()
             }
             // Who trusts the old key learns of the new one by the old one's signature.

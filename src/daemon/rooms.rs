@@ -361,14 +361,18 @@ fn pending(config: &Config, role: TokenRole, fault: &str) -> proto::TokenStatus 
 async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     let acts = &rooms.acts;
     let told = |refusal: crate::model::Refusal| format!("{refusal:?}");
-    let abandoned = acts::reconcile(acts.ledger(), tokens).await.map_err(told)?;
+    let abandoned = acts.give_up_interrupted_keys(tokens).await.map_err(told)?;
     if abandoned > 0 {
         tracing::warn!(abandoned, "keys that a crash left half made were given up");
     }
     let authorities = Authorities::load(acts.ledger(), tokens.clone(), None).await.map_err(told)?;
     acts.set_authorities(authorities).map_err(told)?;
     acts.keep_authority_files().await.map_err(told)?;
-    let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.map_err(told)?;
+    // Certificates do not wait for it: without it agents' keys live in sessions or in the token, visibly.
+    let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.unwrap_or_else(|refusal| {
+        tracing::warn!(?refusal, "there is no wrapping key until the next start");
+        None
+    });
     tokens.agents.set_unwrapped_max(rooms.config.limits.keys_cached);
     acts.set_key_token(KeyToken::new(tokens.agents.clone(), wrapping));
     acts.serve_certificate().await.map(drop).map_err(told)

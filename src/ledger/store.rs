@@ -269,7 +269,7 @@ fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
         }
         Row::KeyActivated(key) => {
             transaction
-                .prepare_cached("UPDATE hsm_key SET state = 'active', spki = ?2 WHERE id = ?1")?
+                .prepare_cached("UPDATE hsm_key SET state = 'active', spki = ?2 WHERE id = ?1 AND state = 'intended'")?
                 .execute(params![key.key_id, key.spki])?;
         }
         Row::KeyAbandoned(id) => {

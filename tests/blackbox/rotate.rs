@@ -528,3 +528,24 @@ fn every_arrow_is_an_entry_with_its_cause() {
     ];
     assert_eq!(arrows, wanted);
 }
+
+#[test]
+fn a_token_that_makes_no_key_neither_fills_the_book_nor_keeps_an_operator_waiting() {
+    let house = House::new().with_shim().initialised().served();
+    house.shim().tell("fail C_GenerateKeyPair rv=0x31 count=all");
+    let issuing = generations(&house, "issuing").remove(0).0;
+    let from = Instant::now();
+    house.keyward(&["ca", "taint", &issuing, "--reason", "a test", "--yes"]);
+    house.keyward(&["ca", "pause", "--reason", "a test"]).ok();
+    assert!(from.elapsed() < DEADLINE, "{:?}", from.elapsed());
+    let entries = house.keyward(&["status", "--format", "json"]).ok().json()["ledger"]["entries"].as_u64().unwrap();
+    assert!(entries < 100, "{entries} entries");
+    house.shim().tell("clear");
+    house.keyward(&["ca", "resume", "--reason", "a test"]).ok();
+    let until = Instant::now() + DEADLINE;
+    while !generations(&house, "issuing").contains(&(issuing.clone(), "retiring".to_owned())) {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "issuing"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    nothing_is_left_over(&house);
+}

@@ -82,7 +82,7 @@ impl Acts {
         let page = match of {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
                 Ok(found) => {
-                    let after = after.to_owned();
+                    let after = place(after)?.2;
                     self.read(move |reader| reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)).await?
                 }
                 // Nobody's keys are none.

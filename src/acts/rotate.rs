@@ -234,7 +234,7 @@ impl Acts {
                 String::new()
             }
             // Who trusts the old key learns of the new one by the old one's signature.
-            Purpose::Ledger => self.sign_checkpoint().await?.1,
+            Purpose::Ledger => self.sign_checkpoint(Some(&of.key_id)).await?.1,
             _ => String::new(),
         };
         let before = authorities.generations().iter().find(|found| found.purpose == of.purpose && found.state == State::Active);

@@ -140,6 +140,35 @@ fn every_trusted_issuing_authority_has_a_crl_of_its_own() {
 }
 
 #[test]
+fn a_lost_key_of_an_authority_before_holds_up_neither_crls_nor_checkpoints() {
+    let mut house = House::serving();
+    let serial = {
+        let agent = house.attested("builder/1");
+        rotate(&house, "issuing").ok();
+        rotate(&house, "ledger").ok();
+        for purpose in ["issuing", "ledger"] {
+            let (lost, state) = generations(&house, purpose).pop().unwrap();
+            assert_eq!(state, "retiring");
+            let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
+            instruments::destroy(&house, "authority", &id);
+        }
+        agent.quarantine().ok();
+        crate::certificate::crl_listing(&house, &agent.serial());
+        agent.serial()
+    };
+    let lost = generations(&house, "issuing").pop().unwrap().0;
+    let beside = house.state().join(format!("crl-{}.der", &lost[..8]));
+    let old = std::fs::read(&beside).unwrap();
+    house.restart();
+    crate::certificate::crl_listing(&house, &serial);
+    let pem = house.keyward(&["crl", "show", "--pem"]).ok().says("NOT ON IT YET").stdout;
+    let crls: Vec<_> = pem::parse_many(pem).unwrap().into_iter().map(pem::Pem::into_contents).collect();
+    assert_eq!((crls.len(), &crls[1]), (2, &old), "the old one stays, and is told");
+    assert_eq!(std::fs::read(&beside).unwrap(), old);
+    house.stop_and_verify();
+}
+
+#[test]
 fn an_issuing_authority_is_destroyed_when_its_last_certificate_has_ended() {
     let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();

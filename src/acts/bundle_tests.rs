@@ -3,6 +3,7 @@
 use tokio::time::timeout;
 
 use super::*;
+use crate::authn::Tls;
 use crate::ledger::{Settings, Token, create};
 use crate::model::{AGENT_EXTENSION_OID, AgentExtension, AgentId, Reason, TokenId, TrustDomain};
 
@@ -13,6 +14,7 @@ struct House {
     ledger: Ledger,
     bundles: Bundles,
     connection: Arc<Connection>,
+    tls: Tls,
     agent: AgentId,
     _directory: tempfile::TempDir,
 }
@@ -27,8 +29,10 @@ async fn house() -> House {
     let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
     let agent = AgentId::parse("builder/1").unwrap();
     let leaf = leaf(&agent, &domain);
-    let connection = Connection::identify(Some(&leaf), "192.0.2.1".parse().unwrap(), &domain).unwrap();
-    let house = House { ledger, bundles: Bundles::default(), connection: Arc::new(connection), agent, _directory: directory };
+    let tls = Tls::default();
+    tls.trust(ledger.clock(), &[leaf.clone().into()]).unwrap();
+    let connection = Arc::new(Connection::identify(Some(&leaf), "192.0.2.1".parse().unwrap(), &domain, &tls).unwrap());
+    let house = House { ledger, bundles: Bundles::default(), connection, tls, agent, _directory: directory };
     house.enrol(&house.agent).await;
     house
 }
@@ -117,6 +121,20 @@ async fn a_wait_that_was_given_up_loses_nothing() {
     assert!(silent(&mut watch).await, "there is no bundle yet");
     house.bundles.publish(bundle(1, 300));
     assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 300));
+}
+
+#[tokio::test]
+async fn it_ends_with_the_trust_in_the_authority_over_the_callers_certificate() {
+    let house = house().await;
+    house.bundles.publish(bundle(1, 300));
+    let mut watch = house.follow();
+    soon(&mut watch).await.unwrap();
+    let mut other = rcgen::CertificateParams::default();
+    other.distinguished_name.push(rcgen::DnType::CommonName, "another authority");
+    let other = other.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+    house.tls.trust(house.ledger.clock(), &[other.der().clone()]).unwrap();
+    house.bundles.publish(bundle(2, 300));
+    assert_eq!(soon(&mut watch).await.unwrap_err().reason, Reason::Unauthenticated);
 }
 
 #[tokio::test]

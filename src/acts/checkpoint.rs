@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::hsm::SignError;
 use crate::ledger::note::{Checkpoint, VerifierKey, ledger_name};
-use crate::model::{PublicKey, Refusal, TrustDomain};
+use crate::model::{KeyId, PublicKey, Refusal, TrustDomain};
 
 use super::{Acts, hsm_refusal};
 
@@ -25,14 +25,14 @@ impl Acts {
         if self.ledger.edge().await?.0 == last {
             return Ok(last);
         }
-        let (size, note) = self.sign_checkpoint().await?;
+        let (size, note) = self.sign_checkpoint(None).await?;
         self.ledger.keep_checkpoint(note).await?;
         Ok(size)
     }
 
-    /// The tree as it is now, signed by every ledger key in service: while one follows another, whoever trusts either is served. What is
-    /// signed starts with the origin in ASCII; a certificate's bytes of that first byte would be shorter than any certificate.
-    pub(super) async fn sign_checkpoint(&self) -> Result<(u64, String), Refusal> {
+    /// The tree as it is now, signed by every ledger key in service: while one follows another, whoever trusts either is served. The active
+    /// one and `successor` have to; any other that cannot is left out. What is signed starts with the origin in ASCII; a certificate's bytes of that first byte would be shorter than any certificate.
+    pub(super) async fn sign_checkpoint(&self, successor: Option<&KeyId>) -> Result<(u64, String), Refusal> {
         let authorities = self.authorities()?;
         let (size, root) = self.ledger.edge().await?;
         let name = ledger_name(&self.domain);
@@ -40,10 +40,16 @@ impl Acts {
         let body: Arc<[u8]> = checkpoint.body().into_bytes().into();
         let mut signatures = Vec::new();
         for key in authorities.ledger_keys() {
-            let signature = key.sign(Arc::clone(&body)).await.map_err(|error| match error {
-                SignError::NotSigned(error) | SignError::Unknown(error) => hsm_refusal(error),
-            })?;
-            signatures.push((key.public(), signature));
+            match key.sign(Arc::clone(&body)).await {
+                Ok(signature) => signatures.push((key.public(), signature)),
+                Err(SignError::NotSigned(error) | SignError::Unknown(error)) => {
+                    let refusal = hsm_refusal(error);
+                    if key.id() == authorities.ledger_key().id() || Some(&key.id()) == successor {
+                        return Err(refusal);
+                    }
+                    tracing::warn!(key = %key.id(), ?refusal, "a checkpoint goes without the signature of a key that is not active");
+                }
+            }
         }
         Ok((size, checkpoint.signed(&name, &signatures)))
     }

@@ -10,8 +10,9 @@ use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevocationReason, Revo
 use x509_parser::prelude::FromDer;
 use x509_parser::revocation_list::CertificateRevocationList;
 
+use crate::ledger::Generation;
 use crate::model::{KeyId, Refusal, Serial, UnixTime, hex};
-use crate::proto::IntentKind;
+use crate::proto::{AuthorityState as State, IntentKind, Purpose};
 
 use super::Acts;
 use super::certificate::{Authority, assemble, offset, sign_own};
@@ -20,36 +21,65 @@ use super::certificate::{Authority, assemble, offset, sign_own};
 /// the others. Each lists all that is denied, whichever of them signed it: serials are random, none is another's.
 pub struct Crl {
     state: PathBuf,
-    /// What an earlier daemon left, until there is a newer one.
-    left: Vec<u8>,
+    /// What an earlier daemon left, by file name: in force until there is a newer one.
+    left: BTreeMap<String, Vec<u8>>,
     newest: ArcSwap<BTreeMap<KeyId, Vec<u8>>>,
+}
+
+/// That of the active authority.
+const ACTIVE: &str = "crl.der";
+
+/// That of another one.
+fn beside(key: &KeyId) -> String {
+    format!("crl-{}.der", hex(&key.0[..4]))
+}
+
+/// Whether a file is one that is called so by us.
+fn is_beside(name: &str) -> bool {
+    let id = name.strip_prefix("crl-").and_then(|rest| rest.strip_suffix(".der"));
+    id.is_some_and(|id| id.len() == 8 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
 }
 
 impl Crl {
     /// With what an earlier daemon left in the state directory.
     #[must_use]
     pub fn open(state: &Path) -> Self {
-        let left = std::fs::read(state.join("crl.der")).unwrap_or_default();
+        let names = std::fs::read_dir(state)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let ours = names.filter(|name| name == ACTIVE || is_beside(name));
+        let left = ours.filter_map(|name| Some((name.clone(), std::fs::read(state.join(name)).ok()?))).collect();
         Self { state: state.to_owned(), left, newest: ArcSwap::default() }
     }
 
-    /// Blocking. Of `keys` the first is active; the files of those that are not among them go.
-    fn keep(&self, keys: &[KeyId]) -> std::io::Result<()> {
-        let newest = self.newest.load();
+    /// The newest of one authority. What is left under a name may be of another one, that had it before.
+    fn of(&self, authority: &Generation) -> Option<Vec<u8>> {
+        let newest = self.newest.load().get(&authority.key_id).cloned();
+        newest.or_else(|| {
+            let names = [ACTIVE.to_owned(), beside(&authority.key_id)];
+            names.iter().filter_map(|name| self.left.get(name)).find(|der| is_of(der, authority)).cloned()
+        })
+    }
+
+    /// Blocking. The files of all that are not among `trusted` go.
+    fn keep(&self, trusted: &[Generation]) -> std::io::Result<()> {
         let mut names = HashSet::new();
-        for (at, key) in keys.iter().enumerate() {
-            let Some(der) = newest.get(key) else { continue };
-            let name = if at == 0 { "crl.der".to_owned() } else { format!("crl-{}.der", hex(&key.0[..4])) };
+        for authority in trusted {
+            let name = if authority.state == State::Active { ACTIVE.to_owned() } else { beside(&authority.key_id) };
             let path = self.state.join(&name);
-            if std::fs::read(&path).ok().as_ref() != Some(der) {
-                super::files::replace(&path, der, 0o644)?;
+            if let Some(der) = self.of(authority)
+                && std::fs::read(&path).ok().as_ref() != Some(&der)
+            {
+                super::files::replace(&path, &der, 0o644)?;
             }
             names.insert(name);
         }
         for entry in std::fs::read_dir(&self.state)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("crl-") && !names.contains(&name) {
+            if is_beside(&name) && !names.contains(&name) {
                 std::fs::remove_file(entry.path())?;
             }
         }
@@ -57,29 +87,58 @@ impl Crl {
     }
 }
 
+/// Whether it is this authority's, by the name that is its alone.
+fn is_of(der: &[u8], authority: &Generation) -> bool {
+    let issuer = x509_parser::parse_x509_certificate(&authority.certificate);
+    match (CertificateRevocationList::from_der(der), issuer) {
+        (Ok((_, crl)), Ok((_, issuer))) => crl.tbs_cert_list.issuer.as_raw() == issuer.subject().as_raw(),
+        _ => false,
+    }
+}
+
 impl Acts {
-    /// The newest CRLs, of the active issuing authority first; none before the first.
-    #[must_use]
-    pub fn crls(&self) -> Vec<Vec<u8>> {
-        let newest = self.crl.newest.load();
-        let Ok(authorities) = self.authorities() else { return Vec::new() };
-        let trusted = authorities.issuing_trusted().iter().filter_map(|issuing| newest.get(&issuing.key().id()).cloned());
-        let all: Vec<_> = trusted.collect();
-        if all.is_empty() && !self.crl.left.is_empty() { vec![self.crl.left.clone()] } else { all }
+    /// The trusted issuing authorities, the active one first, each with its newest CRL if it has one.
+    fn crl_of_each(&self) -> Vec<(Generation, Option<Vec<u8>>)> {
+        self.issuing_generations().into_iter().map(|authority| (authority.clone(), self.crl.of(&authority))).collect()
     }
 
-    /// Signs and publishes a new CRL of each trusted issuing authority. Gives the time until the next ones are due: half a period.
+    fn issuing_generations(&self) -> Vec<Generation> {
+        let (mut all, _) = self.ledger.generations();
+        all.retain(|found| found.purpose == Purpose::Issuing && found.is_trusted());
+        all.sort_by_key(|found| (found.state != State::Active, std::cmp::Reverse(found.since)));
+        all
+    }
+
+    /// The newest CRLs: at first that of the active issuing authority, empty before there is one.
+    #[must_use]
+    pub fn crls(&self) -> Vec<Vec<u8>> {
+        let each = self.crl_of_each().into_iter().enumerate();
+        each.filter_map(|(at, (_, der))| if at == 0 { Some(der.unwrap_or_default()) } else { der }).collect()
+    }
+
+    /// Signs and publishes a new CRL of each trusted issuing authority. Where one that is not active cannot sign, its old one stays. Gives
+    /// the time until the next ones are due: half a period.
     ///
     /// # Errors
-    /// `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`: the old ones stay.
+    /// Of the active one `HSM_UNAVAILABLE`, `CLOCK_UNTRUSTED`, `LEDGER_UNAVAILABLE`: the old ones stay.
     pub async fn publish_crl(&self) -> Result<Duration, Refusal> {
         // Two at once would overwrite each other's files.
         let _one = self.publishing.lock().await;
         let now = self.trusted_now()?;
         let authorities = self.authorities()?;
-        let mut newest = BTreeMap::new();
+        let active = authorities.issuing().key().id();
+        let mut newest = BTreeMap::clone(&self.crl.newest.load());
+        let trusted = self.issuing_generations();
+        newest.retain(|key, _| trusted.iter().any(|found| found.key_id == *key));
         for issuing in authorities.issuing_trusted() {
-            newest.insert(issuing.key().id(), self.sign_crl(issuing, now).await?);
+            let key = issuing.key().id();
+            match self.sign_crl(issuing, now).await {
+                Ok(der) => drop(newest.insert(key, der)),
+                Err(refusal) if key == active => return Err(refusal),
+                Err(refusal) => {
+                    tracing::warn!(%key, ?refusal, "no new CRL of an authority that is not active; its old one stays")
+                }
+            }
         }
         tracing::info!(authorities = newest.len(), "a CRL was published");
         self.crl.newest.store(Arc::new(newest));
@@ -107,10 +166,8 @@ impl Acts {
     }
 
     async fn write_crls(&self) -> Result<(), Refusal> {
-        let authorities = self.authorities()?;
-        let keys: Vec<_> = authorities.issuing_trusted().iter().map(|issuing| issuing.key().id()).collect();
-        let crl = Arc::clone(&self.crl);
-        tokio::task::spawn_blocking(move || crl.keep(&keys)).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+        let (crl, trusted) = (Arc::clone(&self.crl), self.issuing_generations());
+        tokio::task::spawn_blocking(move || crl.keep(&trusted)).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
     }
 
     /// Its number is the tree's size when it was prepared, so it grows; a serial is on it until one period after its notAfter.
@@ -144,11 +201,12 @@ impl Acts {
     /// How many certificates are denied and not on the newest CRLs yet: for a second as a rule, longer where none can be signed.
     #[must_use]
     pub fn not_on_crl(&self) -> u64 {
-        let crls = self.crls();
-        // Each of them lists all that is denied; the oldest tells what is missing.
-        let listed = crls.iter().map(|der| match CertificateRevocationList::from_der(der) {
-            Ok((_, crl)) => crl.iter_revoked_certificates().map(|one| minimal(one.raw_serial()).to_vec()).collect(),
-            Err(_) => HashSet::new(),
+        // Each of them lists all that is denied; the oldest tells what is missing, and one that is not there lists nothing. Under an
+        // authority that is yet to come there is nothing to be denied.
+        let each = self.crl_of_each().into_iter().filter(|(authority, _)| authority.state != State::Prepublished);
+        let listed = each.map(|(_, der)| match der.as_deref().map(CertificateRevocationList::from_der) {
+            Some(Ok((_, crl))) => crl.iter_revoked_certificates().map(|one| minimal(one.raw_serial()).to_vec()).collect(),
+            _ => HashSet::new(),
         });
         let listed: HashSet<Vec<u8>> = listed.reduce(|all, one| all.intersection(&one).cloned().collect()).unwrap_or_default();
         let denied = self.ledger.denied_certificates(self.clock().reckoned());

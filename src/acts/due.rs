@@ -17,7 +17,7 @@ const OVERLAP_SECONDS: u64 = 3_600;
 /// certificate of the default lifetime has been renewed.
 const TAINT_SECONDS: u64 = 900;
 /// Clocks differ: a certificate is over for everybody so long after its end, in seconds.
-const SLACK_SECONDS: u64 = 60;
+pub(super) const SLACK_SECONDS: u64 = 60;
 /// An authority's successor is made at the latest so long before its certificate ends, in seconds; of one that is not good for longer than
 /// that three times over, a third of its life before.
 const CERTIFICATE_REST_SECONDS: u64 = 14 * 86_400;

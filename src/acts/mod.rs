@@ -137,6 +137,12 @@ impl Acts {
         Ok(())
     }
 
+    /// No certificate of an agent is good for longer, in seconds: whatever one says that somebody made with a stolen key.
+    #[must_use]
+    pub fn certificate_seconds_longest(&self) -> u64 {
+        u64::from(self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default)) + due::SLACK_SECONDS
+    }
+
     /// The authorities, if the token is there.
     ///
     /// # Errors

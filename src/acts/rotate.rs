@@ -32,7 +32,9 @@ impl Acts {
     /// The first that failed: `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`, `CLOCK_UNTRUSTED`. It is due again at the next look.
     pub async fn rotate_due(&self) -> Result<bool, Refusal> {
         let _one = self.rotating.lock().await;
-        self.take_arrows().await
+        let served = self.keep_server_trusted().await;
+        let taken = self.take_arrows().await?;
+        served.map(|()| taken)
     }
 
     pub(super) async fn take_arrows(&self) -> Result<bool, Refusal> {
@@ -250,7 +252,7 @@ impl Acts {
                 String::new()
             }
             // Who trusts the old key learns of the new one by the old one's signature.
-            Purpose::Ledger => self.sign_checkpoint().await?.1,
+            Purpose::Ledger => self.sign_checkpoint(Some(&of.key_id)).await?.1,
             _ => String::new(),
         };
         let before = authorities.generations().iter().find(|found| found.purpose == of.purpose && found.state == State::Active);
@@ -266,16 +268,29 @@ impl Acts {
 
     /// It is not trusted any more; nothing that it signed is in force.
     async fn retire(&self, of: &Generation) -> Result<(), Refusal> {
+        if of.purpose == Purpose::Root {
+            // Nobody would know the server any more.
+            self.keep_server_trusted().await?;
+        }
         self.record_step(AuthorityStepped { to: State::Retired.into(), ..step(of, &Wish { by: None, now: false, cause: "" }) })
             .await?;
         if of.purpose != Purpose::Issuing {
             return Ok(());
         }
-        if self.server_issuer.load().as_deref() == Some(&of.key_id) {
-            // Another one is in service before its root can go.
-            self.serve_certificate().await?;
+        // A crash here, or a failure: the next start has another one signed in any case, the next look tries again.
+        let served = self.keep_server_trusted().await;
+        self.keep_crls().await?;
+        served
+    }
+
+    /// The server's certificate is of an authority that is trusted, or another one is put into service: before its root can go.
+    async fn keep_server_trusted(&self) -> Result<(), Refusal> {
+        let Some(issuer) = self.server_issuer.load_full() else { return Ok(()) };
+        let (all, _) = self.ledger.generations();
+        if all.iter().any(|found| found.key_id == *issuer && found.is_trusted()) {
+            return Ok(());
         }
-        self.keep_crls().await
+        self.serve_certificate().await.map(drop)
     }
 
     /// The objects of our own retired generation are destroyed. A crash between the token and the entry: done again, of nothing.

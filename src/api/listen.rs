@@ -150,9 +150,8 @@ pub(super) fn tls(acts: Arc<Acts>, listener: TcpListener, settings: Arc<Tls>, li
                 continue;
             };
             let stranger = Stranger { source, share, places: Arc::clone(&strangers.places), agents: Arc::clone(&agents) };
-            // As they are now: whom they trust may change with every connection.
-            let Some(settings) = settings.settings() else { continue };
-            tokio::spawn(handshake(Arc::clone(&acts), TlsAcceptor::from(settings), stream, place, stranger, sender.clone()));
+            let trusting = Arc::clone(&settings);
+            tokio::spawn(handshake(Arc::clone(&acts), trusting, stream, place, stranger, sender.clone()));
         }
     });
     ReceiverStream::new(receiver)
@@ -174,13 +173,16 @@ struct Stranger {
 
 async fn handshake(
     acts: Arc<Acts>,
-    acceptor: TlsAcceptor,
+    trusting: Arc<Tls>,
     stream: TcpStream,
     place: OwnedSemaphorePermit,
     stranger: Stranger,
     sender: mpsc::Sender<io::Result<Agent>>,
 ) {
     let source = stranger.source;
+    // As they are now: whom they trust may change with every connection.
+    let Some(settings) = trusting.settings() else { return };
+    let acceptor = TlsAcceptor::from(settings);
     let _ = stream.set_nodelay(true);
     let shaken = Metered { future: Box::pin(acceptor.accept(stream)), nanos: 0 };
     let (tls, nanos) = match timeout(HANDSHAKE_DEADLINE, shaken).await {
@@ -198,7 +200,7 @@ async fn handshake(
     };
     acts.ledger().meter().handshake.add(nanos);
     let leaf = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let connection = match Connection::identify(leaf.map(AsRef::as_ref), source, acts.domain()) {
+    let connection = match Connection::identify(leaf.map(AsRef::as_ref), source, acts.domain(), &trusting) {
         Ok(connection) => connection,
         Err(refusal) => {
             tracing::info!(%source, ?refusal, "a certificate of ours that is no agent's");
@@ -207,7 +209,8 @@ async fn handshake(
         }
     };
     let left = connection.not_after().map_or(STRANGER_LIFETIME, |not_after| {
-        Duration::from_micros(not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros()))
+        let left = Duration::from_micros(not_after.micros().saturating_sub(acts.ledger().clock().reckoned().micros()));
+        left.min(Duration::from_secs(acts.certificate_seconds_longest()))
     });
     let taken = match connection.named() {
         Some(agent) => stranger.agents.take(agent.clone()).map(|share| Taken::Agent { _share: share }),

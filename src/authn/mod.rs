@@ -2,14 +2,14 @@
 //!
 //! Owns: [`Connection`] (what a TLS handshake proved), [`Operator`] (what the kernel says of a local peer), and the TLS settings
 //! that make the first believable. Promises: an agent is recognised by path, extension and epoch of a certificate under our own
-//! issuing authority, and is asked about anew at every call; keyward's own server certificate is no agent. Never: decides what a
+//! issuing authority, and is asked about anew at every call, as that authority is; keyward's own server certificate is no agent. Never: decides what a
 //! caller may get.
 
 mod operator;
 mod tls;
 
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
@@ -34,19 +34,22 @@ pub struct AgentConnection {
     agent: AgentId,
     epoch: u32,
     not_after: UnixTime,
+    /// The name of the authority that signed it, DER; and those that are trusted.
+    issuer: Vec<u8>,
+    anchors: Arc<tls::Anchors>,
     /// The newest key this connection has proved: the handshake's, then that of every renewal made over it.
     proved: Mutex<Digest>,
 }
 
 impl Connection {
-    /// From the chain that the TLS layer has verified up to an issuing authority; no chain: a stranger.
+    /// From the certificate that `tls` has verified to be an issuing authority's; none: a stranger.
     ///
     /// # Errors
     /// `UNAUTHENTICATED` when the certificate is not an agent's of this trust domain.
-    pub fn identify(leaf: Option<&[u8]>, source: IpAddr, domain: &TrustDomain) -> Result<Self, Refusal> {
+    pub fn identify(leaf: Option<&[u8]>, source: IpAddr, domain: &TrustDomain, tls: &Tls) -> Result<Self, Refusal> {
         let agent =
             match leaf {
-                Some(der) => Some(agent_of(der, domain).ok_or_else(|| {
+                Some(der) => Some(agent_of(der, domain, tls.anchors()).ok_or_else(|| {
                     Refusal::new(Reason::Unauthenticated, "present an agent's certificate of this trust domain")
                 })?),
                 None => None,
@@ -75,12 +78,15 @@ impl Connection {
     /// The agent that calls, if it may call now.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` for a stranger or an expired certificate; else as the ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
+    /// `UNAUTHENTICATED` for a stranger, an expired certificate, or one of an authority that is not trusted any more; else as the ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
     pub fn agent(&self, ledger: &Ledger) -> Result<&AgentConnection, Refusal> {
         let unauthenticated = |advice| Refusal::new(Reason::Unauthenticated, advice);
         let agent = self.agent.as_ref().ok_or_else(|| unauthenticated("present a client certificate"))?;
         if agent.not_after <= ledger.clock().reckoned() {
             return Err(unauthenticated("the client certificate has expired; attest with the bound key or a join token"));
+        }
+        if !agent.anchors.have(&agent.issuer) {
+            return Err(unauthenticated("the client certificate's authority is not trusted any more; attest with the bound key"));
         }
         ledger.admits(&agent.agent, agent.epoch)?;
         Ok(agent)
@@ -120,7 +126,7 @@ impl AgentConnection {
 }
 
 /// One URI SAN, an agent of ours, the extension (SPIFFE X509-SVID §5.2; the path up to the authority was verified before).
-fn agent_of(der: &[u8], domain: &TrustDomain) -> Option<AgentConnection> {
+fn agent_of(der: &[u8], domain: &TrustDomain, anchors: Arc<tls::Anchors>) -> Option<AgentConnection> {
     let (rest, certificate) = X509Certificate::from_der(der).ok()?;
     if !rest.is_empty() || certificate.is_ca() {
         return None;
@@ -138,6 +144,8 @@ fn agent_of(der: &[u8], domain: &TrustDomain) -> Option<AgentConnection> {
         agent,
         epoch: extension.epoch,
         not_after: UnixTime::from_seconds(u64::try_from(certificate.validity().not_after.timestamp()).ok()?),
+        issuer: certificate.issuer().as_raw().to_vec(),
+        anchors,
         proved: Mutex::new(Digest::of(certificate.public_key().raw)),
     })
 }

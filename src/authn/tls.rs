@@ -3,14 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 use rustls::version::TLS13;
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme};
 
 use crate::model::Clock;
 
@@ -31,6 +33,18 @@ pub struct Tls {
     provider: Arc<CryptoProvider>,
     certificate: Arc<Current>,
     settings: ArcSwapOption<ServerConfig>,
+    anchors: Arc<Anchors>,
+}
+
+/// The names of the authorities that clients are trusted by now, DER. Each generation has one of its own.
+#[derive(Debug, Default)]
+pub(super) struct Anchors(ArcSwap<Vec<Vec<u8>>>);
+
+impl Anchors {
+    /// Whether certificates of this issuer still count.
+    pub(super) fn have(&self, issuer: &[u8]) -> bool {
+        self.0.load().iter().any(|name| name == issuer)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -39,6 +53,56 @@ struct Current(ArcSwapOption<CertifiedKey>);
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         self.0.load_full()
+    }
+}
+
+/// Takes certificates that an anchor has signed itself: what else the client sends is not looked at, so that the issuer's name tells which
+/// anchor it was. A stolen issuing key makes no authority under itself that goes by the name of another.
+#[derive(Debug)]
+struct Directly(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for Directly {
+    fn offer_client_auth(&self) -> bool {
+        self.0.offer_client_auth()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.0.client_auth_mandatory()
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.0.verify_client_cert(end_entity, &[], now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
     }
 }
 
@@ -59,7 +123,12 @@ impl TimeProvider for Reckoning {
 
 impl Default for Tls {
     fn default() -> Self {
-        Self { provider: Arc::new(aws_lc_rs::default_provider()), certificate: Arc::default(), settings: ArcSwapOption::empty() }
+        Self {
+            provider: Arc::new(aws_lc_rs::default_provider()),
+            certificate: Arc::default(),
+            settings: ArcSwapOption::empty(),
+            anchors: Arc::default(),
+        }
     }
 }
 
@@ -74,14 +143,19 @@ impl Tls {
         Ok(())
     }
 
+    /// As they are now and will be.
+    pub(super) fn anchors(&self) -> Arc<Anchors> {
+        Arc::clone(&self.anchors)
+    }
+
     /// The settings of new connections; none before clients are trusted by anything.
     #[must_use]
     pub fn settings(&self) -> Option<Arc<ServerConfig>> {
         self.settings.load_full()
     }
 
-    /// Trusts clients of new connections by `anchors`, the issuing certificates: a chain through any other authority under the same root is
-    /// refused. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. Session tickets are off: a resumed
+    /// Trusts clients by `anchors`, the issuing certificates: a chain through any other authority under the same root is refused, and a
+    /// connection that was made under an authority which is not among them any more calls nothing. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. Session tickets are off: a resumed
     /// session would skip the check of the chain.
     ///
     /// # Errors
@@ -91,17 +165,19 @@ impl Tls {
         for anchor in anchors {
             roots.add(anchor.clone())?;
         }
+        let names = roots.subjects().iter().map(|name| name.as_ref().to_vec()).collect();
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&self.provider))
             .allow_unauthenticated()
             .build()?;
         let mut settings = ServerConfig::builder_with_details(Arc::clone(&self.provider), Arc::new(Reckoning(Arc::clone(clock))))
             .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(Directly(verifier)))
             .with_cert_resolver(Arc::clone(&self.certificate) as _);
         settings.send_tls13_tickets = 0;
         settings.session_storage = Arc::new(NoServerSessionStorage {});
         settings.alpn_protocols = vec![b"h2".to_vec()];
         settings.max_early_data_size = 0;
+        self.anchors.0.store(Arc::new(names));
         self.settings.store(Some(Arc::new(settings)));
         Ok(())
     }

@@ -89,12 +89,18 @@ pub(super) async fn run(verb: Verb, output: &mut Output) -> Result<ExitCode, Fai
     }
 }
 
-/// Renews, or rejoins where the certificate has expired. The directory is locked for as long as it takes.
+/// Renews, or rejoins where the certificate does not count any more. The directory is locked for as long as it takes.
 pub(super) async fn refresh(out: &Path, ttl_seconds: u32) -> Result<Card, crate::client::Error> {
     let dir = AgentDir::open(out, false)?;
-    let expired = dir.holding()?.card.is_expired(UnixTime::wall());
+    let holding = dir.holding()?;
     let client = Client::new(dir);
-    if expired { client.rejoin(ttl_seconds).await } else { client.renew(ttl_seconds).await }
+    if holding.card.is_expired(UnixTime::wall()) || !holding.ends_in_the_bundle() {
+        return client.rejoin(ttl_seconds).await;
+    }
+    match client.renew(ttl_seconds).await {
+        Err(error) if error.is_of_the_certificate() => client.rejoin(ttl_seconds).await,
+        renewed => renewed,
+    }
 }
 
 #[derive(Serialize)]

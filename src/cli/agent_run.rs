@@ -16,12 +16,14 @@ use super::agent::refresh;
 use super::agent_follow::{Heard, follow};
 use super::render::time;
 use super::{EXIT_REFUSED, Failure, Output};
-use crate::client::store::Card;
+use crate::client::store::{Card, holding_in};
 use crate::client::{self, AgentDir, Client, JoinFile};
 use crate::model::{Reason, UnixTime};
 
 /// A wall clock that jumps or a suspended machine is noticed within this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// A certificate whose authority went is replaced within this time.
+const SOON_MAX: Duration = Duration::from_secs(180);
 /// Between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
@@ -170,6 +172,10 @@ impl Supervisor {
                 Event::Done(Turn::Heard(Heard::Bundle(sequence))) if sequence > bundle => {
                     output.say(&format!("keyward: the bundle has changed, sequence {sequence}"));
                     bundle = sequence;
+                    if !holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle()) {
+                        output.say("keyward: its authority is not trusted any more; there will be another certificate soon");
+                        due = due.min(soon(UnixTime::wall()));
+                    }
                     self.react(&mut child, &[Some(self.on_bundle)]).await?;
                 }
                 Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
@@ -311,6 +317,11 @@ fn due(card: &Card, now: UnixTime) -> UnixTime {
     let left_micros = UnixTime::from_seconds(card.not_after_unix_seconds).0.saturating_sub(now.0);
     let middle = card.half_life().0.max(now.0.saturating_add(left_micros / 3));
     UnixTime(middle.saturating_sub(left_micros / 10) + left_micros / 5 / 256 * u64::from(random_byte()))
+}
+
+/// Within [`SOON_MAX`]: all that hear of the same bundle do not renew at once.
+fn soon(now: UnixTime) -> UnixTime {
+    UnixTime(now.0.saturating_add(u64::try_from(SOON_MAX.as_micros()).unwrap_or(u64::MAX) / 256 * u64::from(random_byte())))
 }
 
 fn random_byte() -> u8 {

@@ -75,6 +75,7 @@ impl From<client::Error> for Failure {
         let code = match &error {
             client::Error::Refused(refused) => code_of(refused),
             client::Error::Unreachable { .. } => EXIT_UNAVAILABLE,
+            client::Error::Rejected { .. } => EXIT_REFUSED,
             client::Error::Untrusted { .. } => EXIT_VERIFICATION_FAILED,
             client::Error::Store(client::StoreError::Empty { .. }) => EXIT_NOT_FOUND,
             _ => EXIT_ERROR,

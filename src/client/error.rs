@@ -14,6 +14,8 @@ use crate::model::{Reason, UnixTime};
 const DOMAIN: &str = "keyward";
 /// The ErrorInfo metadata key that names the ledger entry.
 const LEDGER_INDEX: &str = "ledger_index";
+/// How rustls begins to tell of a peer that broke off.
+const ALERT: &str = "received fatal alert";
 
 /// The daemon said no, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,6 +128,14 @@ pub enum Error {
         /// What TLS said.
         cause: String,
     },
+    /// The keyward of this trust domain does not take our certificate: the authority that signed it is not trusted any more.
+    #[error("keyward at {place} does not take this certificate: {cause}")]
+    Rejected {
+        /// Address.
+        place: String,
+        /// What TLS said.
+        cause: String,
+    },
     /// The daemon answered against the protocol.
     #[error("keyward answered against its protocol: {0}")]
     Answer(String),
@@ -153,7 +163,9 @@ impl Error {
         let broken = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled);
         if broken || status.source().is_some() {
             let cause = status.source().map_or_else(|| status.message().to_owned(), chain);
-            return Self::Unreachable { place: place.to_owned(), cause };
+            let place = place.to_owned();
+            // The server is heard of last in a TLS 1.3 handshake, after ours has ended. HTTP/2 keeps no more of it than the text.
+            return if cause.contains(ALERT) { Self::Rejected { place, cause } } else { Self::Unreachable { place, cause } };
         }
         Self::Answer(format!("{}: {}", status.code(), status.message()))
     }
@@ -175,6 +187,16 @@ impl Error {
         match self {
             Self::Refused(refused) => refused.is_passing(),
             Self::Unreachable { .. } | Self::Store(StoreError::Busy { .. }) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether it is our certificate that does not count: the bound key may still do.
+    #[must_use]
+    pub fn is_of_the_certificate(&self) -> bool {
+        match self {
+            Self::Rejected { .. } => true,
+            Self::Refused(refused) => refused.reason == Reason::Unauthenticated,
             _ => false,
         }
     }

@@ -143,6 +143,17 @@ pub struct Holding {
     pub authorities: Vec<Vec<u8>>,
 }
 
+impl Holding {
+    /// Whether the chain still ends in the bundle: else nobody who has it knows us, keyward included.
+    #[must_use]
+    pub fn ends_in_the_bundle(&self) -> bool {
+        let last = self.chain.last().and_then(|der| x509_parser::parse_x509_certificate(der).ok());
+        let Some((_, last)) = last else { return false };
+        let signed = |key: PublicKey| key.verifies(last.tbs_certificate.as_ref(), &last.signature_value.data);
+        self.authorities.iter().filter_map(|der| key_of(der)).any(signed)
+    }
+}
+
 /// An outstanding request: made durable before it is sent, the same bytes until it is answered.
 pub struct Pending {
     /// The key to be certified.

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keyward::proto::{AuthorityState, Purpose};
+use keyward::proto::{AuthorityState, EnrolRequest, Purpose};
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
+use crate::house::wire::{Draft, refused};
 use crate::house::{Body, DEADLINE, House, Output, run};
 use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
@@ -135,6 +136,35 @@ fn every_trusted_issuing_authority_has_a_crl_of_its_own() {
         }
         assert_eq!(issuers.len(), 2);
     }
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_lost_key_of_an_authority_before_holds_up_neither_crls_nor_checkpoints() {
+    let mut house = House::serving();
+    let serial = {
+        let agent = house.attested("builder/1");
+        rotate(&house, "issuing").ok();
+        rotate(&house, "ledger").ok();
+        for purpose in ["issuing", "ledger"] {
+            let (lost, state) = generations(&house, purpose).pop().unwrap();
+            assert_eq!(state, "retiring");
+            let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
+            instruments::destroy(&house, "authority", &id);
+        }
+        agent.quarantine().ok();
+        crate::certificate::crl_listing(&house, &agent.serial());
+        agent.serial()
+    };
+    let lost = generations(&house, "issuing").pop().unwrap().0;
+    let beside = house.state().join(format!("crl-{}.der", &lost[..8]));
+    let old = std::fs::read(&beside).unwrap();
+    house.restart();
+    crate::certificate::crl_listing(&house, &serial);
+    let pem = house.keyward(&["crl", "show", "--pem"]).ok().says("NOT ON IT YET").stdout;
+    let crls: Vec<_> = pem::parse_many(pem).unwrap().into_iter().map(pem::Pem::into_contents).collect();
+    assert_eq!((crls.len(), &crls[1]), (2, &old), "the old one stays, and is told");
+    assert_eq!(std::fs::read(&beside).unwrap(), old);
     house.stop_and_verify();
 }
 
@@ -291,6 +321,33 @@ fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
     become_states(&house, "root", &["active"]);
     become_states(&house, "issuing", &["active"]);
     house.restart();
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_connection_that_was_made_under_a_tainted_authority_ends_with_it() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    let wire = house.wire();
+    let join =
+        wire.try_enrol(EnrolRequest { agent: "builder/1".to_owned(), ttl_seconds_max: 7200, ..EnrolRequest::default() }).unwrap();
+    let draft = Draft::join(&join);
+    let answer = wire.attest(None, |challenge| draft.joined(challenge, &join.token_seed)).unwrap();
+    let mut holder = draft.identity(&answer);
+    let mut standing = wire.standing(&holder);
+    let tainted = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &tainted[..8], "--reason", "a test", "--yes"]).ok();
+    // Until it goes, agents renew.
+    let next = Draft::bound("builder/1", answer.next_sequence);
+    let answer = wire.renew_over(&mut standing, next.renewal(&holder)).unwrap();
+    holder = next.identity(&answer);
+    later(&house, 901);
+    become_states(&house, "issuing", &["active"]);
+    let next = Draft::bound("builder/1", answer.next_sequence);
+    refused(wire.renew_over(&mut standing, next.renewal(&holder)), "UNAUTHENTICATED");
+    // Over a connection with the certificate of the new authority it goes on.
+    wire.renew(Some(&holder), next.renewal(&holder)).unwrap();
+    drop(standing);
     house.stop_and_verify();
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Owns: [`Connection`] (what a TLS handshake proved), [`Operator`] (what the kernel says of a local peer), and the TLS settings
 //! that make the first believable. Promises: an agent is recognised by path, extension and epoch of a certificate under our own
-//! issuing authority, and is asked about anew at every call, as that authority is; keyward's own server certificate is no agent. Never: decides what a
-//! caller may get.
+//! issuing authority, and is asked about anew at every call, as that authority is; keyward's own server certificate is no agent.
+//! Never: decides what a caller may get.
 
 mod operator;
 mod tls;
@@ -78,7 +78,8 @@ impl Connection {
     /// The agent that calls, if it may call now.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` for a stranger, an expired certificate, or one of an authority that is not trusted any more; else as the ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
+    /// `UNAUTHENTICATED` for a stranger, an expired certificate, or one of an authority that is not trusted any more; else as the
+    /// ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
     pub fn agent(&self, ledger: &Ledger) -> Result<&AgentConnection, Refusal> {
         let unauthenticated = |advice| Refusal::new(Reason::Unauthenticated, advice);
         let agent = self.agent.as_ref().ok_or_else(|| unauthenticated("present a client certificate"))?;

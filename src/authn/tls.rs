@@ -155,8 +155,8 @@ impl Tls {
     }
 
     /// Trusts clients by `anchors`, the issuing certificates: a chain through any other authority under the same root is refused, and a
-    /// connection that was made under an authority which is not among them any more calls nothing. `clock` tells the time of a handshake: one reckoning judges certificates everywhere. Session tickets are off: a resumed
-    /// session would skip the check of the chain.
+    /// connection that was made under an authority which is not among them any more calls nothing. `clock` tells the time of a handshake:
+    /// one reckoning judges certificates everywhere. Session tickets are off: a resumed session would skip the check of the chain.
     ///
     /// # Errors
     /// When an anchor is no certificate.

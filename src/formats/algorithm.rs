@@ -5,7 +5,7 @@ use std::sync::Arc;
 use aws_lc_rs::digest;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_FIXED, ED25519, UnparsedPublicKey, VerificationAlgorithm};
 
-use crate::model::{Algorithm, PublicKey};
+use crate::model::{Algorithm, PublicKey, ecdsa_sig_value};
 
 /// `alg` of a JWS (RFC 7518 §3.1, RFC 8037 §3.1).
 pub(super) fn jws_name(algorithm: Algorithm) -> &'static str {
@@ -72,22 +72,10 @@ pub(super) fn verifies(key: &PublicKey, message: &[u8], signature: &[u8]) -> boo
     UnparsedPublicKey::new(algorithm, key.raw()).verify(message, signature).is_ok()
 }
 
-/// `r ‖ s` as ECDSA-Sig-Value in DER (RFC 3279 §2.2.3), which TLS and most libraries want; Ed25519 signatures stay as they are.
-/// The size was checked before.
-pub(super) fn in_der(algorithm: Algorithm, signature: &[u8]) -> Vec<u8> {
+/// `r ‖ s` as ECDSA-Sig-Value in DER, which TLS and most libraries want; Ed25519 signatures stay as they are. `None` for another size.
+pub(super) fn in_der(algorithm: Algorithm, signature: &[u8]) -> Option<Vec<u8>> {
     if hash(algorithm).is_none() {
-        return signature.to_vec();
+        return Some(signature.to_vec());
     }
-    let (r, s) = signature.split_at(signature.len() / 2);
-    let body = [integer(r), integer(s)].concat();
-    // At most 2 · (2 + 1 + 48) = 102 bytes: one byte of length.
-    [&[0x30, body.len() as u8], &body[..]].concat()
-}
-
-/// An unsigned big-endian number as INTEGER: shortest form, with a zero before a set high bit.
-fn integer(number: &[u8]) -> Vec<u8> {
-    let first = number.iter().position(|byte| *byte != 0).unwrap_or(number.len().saturating_sub(1));
-    let digits = &number[first..];
-    let sign: &[u8] = if digits.first().is_some_and(|byte| byte & 0x80 != 0) { &[0] } else { &[] };
-    [&[0x02, (sign.len() + digits.len()) as u8], sign, digits].concat()
+    ecdsa_sig_value(signature, signature.len() / 2)
 }

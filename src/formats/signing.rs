@@ -117,9 +117,11 @@ impl SigningInput {
     /// # Errors
     /// `INTERNAL` for a signature of another length than the algorithm's: the HSM room never gives one.
     pub fn finish(self, signature: &[u8]) -> Result<Signed, Refusal> {
+        let misfit = || Refusal::internal(format!("a signature of {} bytes for {:?}", signature.len(), self.algorithm));
         if signature.len() != algorithm::signature_size(self.algorithm) {
-            return Err(Refusal::internal(format!("a signature of {} bytes for {:?}", signature.len(), self.algorithm)));
+            return Err(misfit());
         }
+        let in_der = || algorithm::in_der(self.algorithm, signature).ok_or_else(misfit);
         let compact = |before: String| format!("{before}.{}", URL_SAFE_NO_PAD.encode(signature));
         Ok(match (self.assembly, self.profile) {
             (Assembly::Compact(before), Profile::Dpop) => Signed::Dpop(compact(before)),
@@ -129,8 +131,8 @@ impl SigningInput {
                 signature_input: format!("{label}={member}"),
                 signature: format!("{label}=:{}:", STANDARD.encode(signature)),
             },
-            (Assembly::Bare, Profile::Tls) => Signed::Tls(algorithm::in_der(self.algorithm, signature)),
-            (Assembly::Bare, _) => Signed::RawDigest(algorithm::in_der(self.algorithm, signature)),
+            (Assembly::Bare, Profile::Tls) => Signed::Tls(in_der()?),
+            (Assembly::Bare, _) => Signed::RawDigest(in_der()?),
         })
     }
 }

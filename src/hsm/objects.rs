@@ -13,7 +13,7 @@ use super::error::Error;
 use super::faults::{Outcome, Place};
 use super::keyring::{Bound, Form};
 use super::{Found, Held};
-use crate::model::{Algorithm, KeyId, PublicKey};
+use crate::model::{Algorithm, KeyId, PublicKey, ecdsa_sig_value};
 
 /// What a test signature signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so: a
 /// test signature is good for nothing.
@@ -315,7 +315,7 @@ pub(super) fn sign(session: &Session, private: ObjectHandle, key: &Bound, input:
     match key.form {
         Form::Der(_) => {
             let raw = session.sign(&Mechanism::Ecdsa, private, &algorithm.input(input)).map_err(Error::signing)?;
-            der::ecdsa_signature(&raw, half).ok_or(Error::Corrupt(key.id))
+            ecdsa_sig_value(&raw, half).ok_or(Error::Corrupt(key.id))
         }
         Form::Raw(_) if input.len() != half => Err(Error::Input { id: key.id, bytes: half }),
         Form::Raw(_) => session.sign(&Mechanism::Ecdsa, private, input).map_err(Error::signing),

@@ -306,6 +306,11 @@ impl Ledger {
     /// Any refusal of the book (quarantined, stale epoch, spent token, sequence, rate …), `OVERLOADED` at once when the queue is
     /// full, `LEDGER_UNAVAILABLE` when it cannot be written in time.
     pub async fn intend(&self, intention: Intention) -> Result<Decided, Refusal> {
+        self.queue_intent(|answer| Command::Intend { intention: Box::new(intention), answer }).await
+    }
+
+    /// Queues an intent, with a place for its outcome, and waits until it is durable or refused.
+    async fn queue_intent<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, Refusal> {
         if !self.is_writable() {
             return Err(unavailable());
         }
@@ -319,7 +324,7 @@ impl Ledger {
                 return Err(overloaded());
             }
             gate.intents += 1;
-            gate.push(Command::Intend { intention: Box::new(intention), answer });
+            gate.push(command(answer));
         }
         self.wake();
         answered(receiver, COMMIT_DEADLINE).await

@@ -7,6 +7,7 @@
 mod binder;
 mod clock;
 mod csr;
+mod ecdsa;
 mod extension;
 mod identity;
 mod join;
@@ -22,6 +23,7 @@ mod spiffe_bundle;
 pub use binder::{attest_binder, renew_binder};
 pub use clock::{Clock, ClockUntrusted, UnixTime};
 pub use csr::Csr;
+pub(crate) use ecdsa::ecdsa_sig_value;
 pub use extension::{AGENT_EXTENSION_OID, AGENT_EXTENSION_OID_DER, AgentExtension};
 pub use identity::{AgentId, InvalidName, SpiffeId, TrustDomain};
 pub use join::{join_public_key, join_sign};

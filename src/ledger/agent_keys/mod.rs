@@ -290,24 +290,8 @@ impl Ledger {
         version: &KeyVersion,
         digests: Vec<Vec<u8>>,
     ) -> Result<Intent, Refusal> {
-        if !self.is_writable() {
-            return Err(unavailable());
-        }
-        let (answer, receiver) = oneshot::channel();
-        {
-            let mut gate = self.gate();
-            if gate.closing {
-                return Err(draining());
-            }
-            if gate.intents >= self.0.queue_max {
-                return Err(super::overloaded());
-            }
-            gate.intents += 1;
-            let command = KeyCommand::Sign { key: Arc::clone(key), key_id: version.key_id, digests, answer };
-            gate.push(Command::Key(Box::new(command)));
-        }
-        self.wake();
-        answered(receiver, COMMIT_DEADLINE).await
+        let (key, key_id) = (Arc::clone(key), version.key_id);
+        self.queue_intent(|answer| Command::Key(Box::new(KeyCommand::Sign { key, key_id, digests, answer }))).await
     }
 
     /// A new key, if its agent is admitted: `then` runs with the key when it is durable.

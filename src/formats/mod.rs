@@ -6,7 +6,8 @@
 //!
 //! Promises: a key signs one profile, and no bytes of one profile are bytes of another. A JWS and a DPoP proof begin with
 //! `eyJ` and are told apart by `typ`, which a JWS key may not choose among the reserved ([`jws::RESERVED_TYPES`]); the base of an
-//! HTTP signature begins with a quotation mark; what TLS signs begins with 64 spaces. A raw digest could be the digest of anything:
+//! HTTP signature begins with a quotation mark; what TLS signs begins with 64 spaces; what a key is tried with by the token's room begins
+//! with `keyward/`, which none of these does. A raw digest could be the digest of anything:
 //! its keys, like those of TLS and DPoP, are in no JWKS ([`Jwk::published`]), and a verifier here asks which profile a key is for.
 //! Every size is bounded; a JSON member that occurs twice is refused; a received message is verified before its claims are read.
 //!

@@ -67,8 +67,7 @@ pub struct Acts {
     changes: watch::Sender<u64>,
     /// Trusts clients by the authorities, and serves under the server's own certificate.
     tls: Arc<Tls>,
-    /// Whose the server's certificate is.
-    server_issuer: ArcSwapOption<KeyId>,
+    served: ArcSwapOption<server_certificate::Served>,
     rotation: Rotation,
     /// One arrow at a time.
     rotating: Mutex<()>,
@@ -95,7 +94,7 @@ impl Acts {
             bundles: bundle::Bundles::default(),
             changes: watch::Sender::new(0),
             tls,
-            server_issuer: ArcSwapOption::empty(),
+            served: ArcSwapOption::empty(),
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),

@@ -28,6 +28,7 @@ mod renew;
 mod rotate;
 mod serve;
 mod shim;
+mod stolen;
 mod strangers;
 mod tokens;
 mod unlock;

@@ -272,6 +272,7 @@ fn nothing_is_rotated_while_an_operator_holds_it_up() {
     house.restart();
     let listed = house.keyward(&["ca", "list"]).ok().says("paused");
     assert!(!listed.stdout.contains("retiring"), "{}", listed.stdout);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["paused"], true);
     house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
     become_states(&house, "issuing", &["active", "retiring"]);
     house.stop_and_verify();
@@ -609,6 +610,7 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     house.keyward(&["ca", "show", "--csr"]).exits(4);
     rotate(&house, "issuing").ok().says("BEGIN CERTIFICATE REQUEST");
     assert_eq!(states(&house, "issuing"), ["planned", "active"]);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["awaits_certificate"], true);
     house.agent("builder/1").renew().ok();
     let key = |path: &str| run(Command::new("openssl").args(["req", "-in", path, "-noout", "-pubkey"])).ok().stdout;
     let before = key(&request(&house));

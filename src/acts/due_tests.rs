@@ -28,7 +28,7 @@ fn rotation() -> Rotation {
 }
 
 fn next_of(all: &[Generation], at: usize, rotation: &Rotation) -> Arrow {
-    let terms = Terms { rotation, ttl_seconds_longest: 600, paused: false };
+    let terms = Terms { rotation, ttl_seconds_longest: 600, paused: false, freed: Vec::new() };
     next(&all[at], all, &terms).expect("an arrow")
 }
 
@@ -46,7 +46,7 @@ fn an_authority_is_replaced_by_age_in_the_window_and_one_at_a_time() {
     all.push(generation(3, Purpose::Issuing, State::Planned));
     assert_eq!(next_of(&all, 1, &rotation).at, None);
     all[2].state = State::Prepublished;
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false };
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false, freed: Vec::new() };
     assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW.plus_seconds(86_400), &terms));
 }
 
@@ -78,7 +78,7 @@ fn an_issuing_authority_retires_when_its_last_certificate_has_ended_for_everybod
 fn a_taint_waits_for_nothing_but_its_window() {
     let mut rotation = rotation();
     rotation.paused = true;
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: true };
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: true, freed: Vec::new() };
     let mut all = house();
     all.iter_mut().for_each(|found| found.tainted = true);
     assert!(next(&all[0], &all, &terms).expect("an arrow").is_due(NOW, &terms));
@@ -97,7 +97,7 @@ fn a_taint_waits_for_nothing_but_its_window() {
 #[test]
 fn nothing_moves_while_it_is_paused() {
     let rotation = rotation();
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: true };
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: true, freed: Vec::new() };
     let mut all = house();
     all[1].state = State::Retired;
     assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW.plus_seconds(30 * 86_400), &terms));

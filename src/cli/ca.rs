@@ -114,6 +114,8 @@ pub(super) enum Rotating {
     TokenSigning,
     /// What signs checkpoints of the ledger.
     Ledger,
+    /// What agents' keys are wrapped under.
+    Wrapping,
 }
 
 impl From<Rotating> for proto::Purpose {
@@ -123,6 +125,7 @@ impl From<Rotating> for proto::Purpose {
             Rotating::Issuing => Self::Issuing,
             Rotating::TokenSigning => Self::TokenSigning,
             Rotating::Ledger => Self::Ledger,
+            Rotating::Wrapping => Self::Wrapping,
         }
     }
 }

@@ -25,6 +25,7 @@ pub(super) struct Authority {
     next_due: Option<String>,
     not_after: Option<String>,
     in_hsm: bool,
+    keys_left: u64,
 }
 
 impl List {
@@ -37,6 +38,7 @@ impl List {
         let cells = |one: &Authority| {
             let due = match (&one.next_due, one.next) {
                 (Some(due), _) => minutes(due),
+                (None, Some(_)) if one.keys_left > 0 => format!("{} keys left", one.keys_left),
                 (None, Some(_)) => "waits".into(),
                 (None, None) => "-".into(),
             };
@@ -68,12 +70,14 @@ impl Authority {
             next_due: time_or_null(one.next_due_unix_seconds),
             not_after: end.map(time),
             in_hsm: one.in_hsm,
+            keys_left: one.keys_left,
         }
     }
 
     pub(super) fn text(&self) -> String {
         let waits = match (&self.next_due, self.next) {
             (Some(due), Some(next)) => format!("{next} at {due}"),
+            (None, Some(next)) if self.keys_left > 0 => format!("{next}, when {} agents' keys are taken from under it", self.keys_left),
             (None, Some(next)) => format!("{next}, when something else has happened"),
             _ => "-".into(),
         };

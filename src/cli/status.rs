@@ -23,6 +23,7 @@ struct Status {
     agents: u64,
     quarantined: u64,
     not_on_crl: u64,
+    keys_to_rewrap: u64,
     ledger: Ledger,
     clock: Clock,
     tokens: Vec<Token>,
@@ -94,6 +95,7 @@ impl From<StatusResponse> for Status {
             agents: status.agents,
             quarantined: status.quarantined,
             not_on_crl: status.not_on_crl,
+            keys_to_rewrap: status.keys_to_rewrap,
             ledger: Ledger {
                 entries: ledger.entries,
                 commits: ledger.commits,
@@ -140,6 +142,7 @@ impl Status {
             ("listens on", if self.listen.is_empty() { "-".into() } else { self.listen.join(", ") }),
             ("agents", format!("{}, {} quarantined", self.agents, self.quarantined)),
             ("CRL", crl(self.not_on_crl)),
+            ("keys to rewrap", self.keys_to_rewrap.to_string()),
             ("ledger", format!("{} entries, {} commits, {}", ledger.entries, ledger.commits, bytes(ledger.file_bytes))),
             ("ledger writable", if ledger.writable { "yes" } else { "NO" }.into()),
             ("ledger growth", self.growth()),

@@ -31,3 +31,4 @@ mod shim;
 mod strangers;
 mod tokens;
 mod unlock;
+mod wrapping;

@@ -82,9 +82,7 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Active => Some(succession(of, all, terms)),
         State::Retiring => Some(retirement(of, all, terms)),
         // What was under it is to be replaced first.
-        State::Retired if of.purpose == Purpose::Wrapping && of.tainted => {
-            Some(arrow(State::Destroyed, freed(of, terms), true))
-        }
+        State::Retired if of.purpose == Purpose::Wrapping && of.tainted => Some(arrow(State::Destroyed, freed(of, terms), true)),
         State::Retired => {
             let kept = if of.tainted { 0 } else { terms.rotation.destroy_days * 86_400 };
             Some(arrow(State::Destroyed, Some(of.since.plus_seconds(kept)), of.tainted))

@@ -136,3 +136,29 @@ fn an_outside_root_is_left_to_whoever_has_it() {
     all.push(generation(3, Purpose::Issuing, State::Planned));
     assert_eq!(next_of(&all, 2, &rotation).at, None, "its certificate is signed outside");
 }
+
+#[test]
+fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that() {
+    let rotation = rotation();
+    let mut all = vec![generation(1, Purpose::Wrapping, State::Active)];
+    assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retiring, Some(NOW.plus_seconds(365 * 86_400)), false));
+    all.push(generation(2, Purpose::Wrapping, State::Prepublished));
+    assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW));
+    (all[0].state, all[1].state) = (State::Retiring, State::Active);
+    all.push(generation(3, Purpose::Wrapping, State::Prepublished));
+    assert_eq!((next_of(&all, 0, &rotation).at, next_of(&all, 2, &rotation).at), (None, None));
+    let freed =
+        |tainted| Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false, freed: vec![(KeyId([1; 16]), tainted)] };
+    assert_eq!(next(&all[0], &all, &freed(false)), Some(arrow(State::Retired, Some(NOW), false)));
+    // With a taint everything that was ever under it is to go first, also once it has retired.
+    for state in [State::Retiring, State::Retired] {
+        all[0] = Generation { tainted: true, ..generation(1, Purpose::Wrapping, state) };
+        assert_eq!(next(&all[0], &all, &freed(false)).expect("an arrow").at, None, "{state:?}");
+        let arrow = next(&all[0], &all, &freed(true)).expect("an arrow");
+        assert_eq!((arrow.at, arrow.urgent), (Some(NOW), true), "{state:?}");
+    }
+    // The next one does not wait for one that retires if the active one is tainted.
+    all[0] = generation(1, Purpose::Wrapping, State::Retiring);
+    all[1].tainted = true;
+    assert_eq!(next_of(&all, 2, &rotation), arrow(State::Active, Some(NOW), true));
+}

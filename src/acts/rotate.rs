@@ -141,7 +141,8 @@ impl Acts {
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
         if purpose == Wrapping && !self.authorities()?.tokens().agents.capabilities().wrapped_keys {
-            let advice = "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
+            let advice =
+                "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };

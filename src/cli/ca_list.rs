@@ -77,7 +77,9 @@ impl Authority {
     pub(super) fn text(&self) -> String {
         let waits = match (&self.next_due, self.next) {
             (Some(due), Some(next)) => format!("{next} at {due}"),
-            (None, Some(next)) if self.keys_left > 0 => format!("{next}, when {} agents' keys are taken from under it", self.keys_left),
+            (None, Some(next)) if self.keys_left > 0 => {
+                format!("{next}, when {} agents' keys are taken from under it", self.keys_left)
+            }
             (None, Some(next)) => format!("{next}, when something else has happened"),
             _ => "-".into(),
         };

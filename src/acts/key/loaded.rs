@@ -12,11 +12,13 @@ use crate::model::{KeyId, Refusal};
 /// Keys that are looked at when one more is loaded, at most: those in use stay, and memory is above its bound by them for a while.
 const LOOKS_MAX: usize = 64;
 
+/// A version, by its number, and the wrapping key that it is under.
+type BoundOf = (u32, Option<KeyId>);
+
 /// A key in use.
 pub(super) struct Loaded {
     pub(super) key: Arc<AgentKey>,
-    /// Of which version, under which wrapping key.
-    signer: Mutex<Option<((u32, Option<KeyId>), hsm::AgentKey)>>,
+    signer: Mutex<Option<(BoundOf, hsm::AgentKey)>>,
     /// Taken by whoever changes the key: one change at a time.
     pub(super) changing: Arc<tokio::sync::Mutex<()>>,
     /// Read by whoever signs, written while a new version comes into force.
@@ -39,7 +41,7 @@ impl Loaded {
     /// The version that signs, bound; made by `bind` the first time.
     pub(super) fn signer(
         &self,
-        version: (u32, Option<KeyId>),
+        version: BoundOf,
         bind: impl FnOnce() -> Result<hsm::AgentKey, Refusal>,
     ) -> Result<hsm::AgentKey, Refusal> {
         let mut signer = self.signer.lock().unwrap_or_else(PoisonError::into_inner);

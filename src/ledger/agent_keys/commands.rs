@@ -112,8 +112,8 @@ impl KeyCommand {
 
 /// Nothing comes under a wrapping key that is not the active one: a key that retires has its last row before the next one wraps.
 fn wraps(body: &Body, gate: &Gate) -> Result<(), Refusal> {
-    let (Body::AgentKeyCreated(proto::AgentKeyCreated { version, .. }) | Body::AgentKeyRotated(proto::AgentKeyRotated { version, .. })) =
-        body
+    let (Body::AgentKeyCreated(proto::AgentKeyCreated { version, .. })
+    | Body::AgentKeyRotated(proto::AgentKeyRotated { version, .. })) = body
     else {
         let Body::AgentKeysRewrapped(rewrapped) = body else { return Ok(()) };
         return wraps_now(&rewrapped.wrapping_key_id, gate);

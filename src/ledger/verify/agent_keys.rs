@@ -9,8 +9,8 @@ use super::keys::Keys;
 use crate::formats::Jwk;
 use crate::model::{KeyId, KeyName, PublicKey};
 use crate::proto::{
-    AgentKeyCreated, AgentKeyRotated, AgentKeyVersion, AgentKeysRewrapped, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, SignIntended,
-    SignaturesReserved, SignaturesSealed,
+    AgentKeyCreated, AgentKeyRotated, AgentKeyVersion, AgentKeysRewrapped, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage,
+    SignIntended, SignaturesReserved, SignaturesSealed,
 };
 
 /// Digests of one intent, at most.
@@ -122,7 +122,13 @@ impl AgentKeys {
     }
 
     /// Versions come from under one wrapping key under another, or are wrapped no more.
-    pub(super) fn rewrapped(&mut self, rewrapped: &AgentKeysRewrapped, authorities: &Authorities, agents: &Agents, at: &mut At<'_>) {
+    pub(super) fn rewrapped(
+        &mut self,
+        rewrapped: &AgentKeysRewrapped,
+        authorities: &Authorities,
+        agents: &Agents,
+        at: &mut At<'_>,
+    ) {
         if !authorities.wraps(&rewrapped.wrapping_key_id) {
             at.violates("wrapping", format_args!("keys come under a wrapping key that is not active"));
         }
@@ -282,14 +288,11 @@ fn spend(key: &mut Key, count: u64, rule: &'static str, at: &mut At<'_>) {
     }
 }
 
-fn version(
-    version: &AgentKeyVersion,
-    algorithm: KeyAlgorithm,
-    keys: &mut Keys,
-    authorities: &Authorities,
-    at: &mut At<'_>,
-) {
-    if version.storage() == KeyStorage::Wrapped && authorities.wrapping_has_begun() && !authorities.wraps(&version.wrapping_key_id) {
+fn version(version: &AgentKeyVersion, algorithm: KeyAlgorithm, keys: &mut Keys, authorities: &Authorities, at: &mut At<'_>) {
+    if version.storage() == KeyStorage::Wrapped
+        && authorities.wrapping_has_begun()
+        && !authorities.wraps(&version.wrapping_key_id)
+    {
         at.violates("wrapping", format_args!("a key comes under a wrapping key that is not active"));
     }
     if KeyId::from_slice(&version.key_id).is_none() {

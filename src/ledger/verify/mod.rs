@@ -47,6 +47,8 @@ mod keys;
 mod tbs;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wrapping_tests;
 
 use std::fmt;
 
@@ -266,7 +268,7 @@ impl Verifier {
             Body::Released(released) => self.released(released, index, time),
             Body::AgentKeyCreated(created) => {
                 self.agent_keys.created(created, &mut self.keys, &self.authorities, &self.agents, at)
-            },
+            }
             Body::AgentKeyRotated(rotated) => {
                 self.agent_keys.rotated(rotated, &mut self.keys, &self.authorities, &self.agents, at)
             }

@@ -31,6 +31,8 @@ pub(super) struct Terms<'a> {
     pub paused: bool,
     /// By the daemon's clock.
     pub now: UnixTime,
+    /// Wrapping keys that nothing is under any more; with a taint, that nothing has ever been under.
+    pub freed: Vec<(KeyId, bool)>,
 }
 
 /// What a generation waits for.
@@ -81,6 +83,8 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Prepublished => Some(activation(of, all, terms)),
         State::Active => Some(succession(of, all, terms)),
         State::Retiring => Some(retirement(of, all, terms)),
+        // What was under it is to be replaced first.
+        State::Retired if of.purpose == Purpose::Wrapping && of.tainted => Some(arrow(State::Destroyed, freed(of, terms), true)),
         State::Retired => {
             let kept = if of.tainted { 0 } else { terms.rotation.destroy_days * 86_400 };
             Some(arrow(State::Destroyed, Some(of.since.plus_seconds(kept)), of.tainted))
@@ -107,6 +111,8 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
             let before = all.iter().find(|found| found.purpose == Purpose::Ledger && found.state == State::Retiring);
             before.map_or(Some(of.since), |before| retirement(before, all, terms).at)
         }
+        // What is under the one before comes under the active one, and not under one after the other.
+        Purpose::Wrapping if all.iter().any(|found| found.purpose == of.purpose && found.state == State::Retiring) => None,
         _ => Some(of.since.plus_seconds(overlap)),
     };
     let at = match terms.rotation.window {
@@ -134,7 +140,7 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         Purpose::Root => terms.rotation.root_days,
         Purpose::Issuing => terms.rotation.issuing_days,
         Purpose::TokenSigning => terms.rotation.token_signing_days,
-        // Wrapping keys rotate here as well once their generations are entries.
+        Purpose::Wrapping => terms.rotation.wrapping_days,
         _ => terms.rotation.ledger_days,
     };
     let by_age = of.since.plus_seconds(days * 86_400 + jitter(of.key_id, terms.rotation.jitter_seconds));
@@ -158,9 +164,14 @@ fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
             after(0).filter(|_| !used)
         }
         Purpose::Ledger if of.tainted => after(0),
+        Purpose::Wrapping => freed(of, terms),
         _ => after(OVERLAP_SECONDS),
     };
     arrow(State::Retired, at, of.tainted)
+}
+
+fn freed(of: &Generation, terms: &Terms<'_>) -> Option<UnixTime> {
+    Some(of.since).filter(|_| terms.freed.contains(&(of.key_id, of.tainted)))
 }
 
 fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation> {

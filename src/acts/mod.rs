@@ -47,8 +47,8 @@ pub use crl::Crl;
 pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
-pub use keys::{Tokens, ensure_wrapping};
+pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer};
+pub use keys::Tokens;
 pub use reconcile::Stray;
 pub use unlock::unlock;
 

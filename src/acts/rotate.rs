@@ -82,6 +82,7 @@ impl Acts {
             ttl_seconds_longest: self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default),
             paused: self.is_rotation_paused(),
             now,
+            freed: self.keys.freed(),
         }
     }
 
@@ -110,6 +111,15 @@ impl Acts {
         }
     }
 
+    /// The key that agents' keys are wrapped under; made, or taken up, where there is none yet. `None` where the token cannot wrap.
+    ///
+    /// # Errors
+    /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    pub async fn ensure_wrapping(&self, tokens: &Tokens) -> Result<Option<KeyId>, Refusal> {
+        let _one = self.rotating.lock().await;
+        keys::ensure_wrapping(&self.ledger, tokens).await
+    }
+
     /// Puts in order what was open when the daemon started, while no authority is being made.
     ///
     /// # Errors
@@ -125,8 +135,9 @@ impl Acts {
     /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY`,
     /// and those of the arrows: what was planned stays planned.
     pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<KeyId, Refusal> {
-        if !matches!(purpose, Purpose::Root | Purpose::Issuing | Purpose::Ledger | Purpose::TokenSigning) {
-            let advice = "name one that rotates: root, issuing, ledger or token-signing";
+        use Purpose::{Issuing, Ledger, Root, TokenSigning, Wrapping};
+        if !matches!(purpose, Root | Issuing | Ledger | TokenSigning | Wrapping) {
+            let advice = "name one that rotates: root, issuing, ledger, token-signing or wrapping";
             return Err(Refusal::new(Reason::MalformedRequest, advice));
         }
         if self.is_rotation_paused() {
@@ -136,6 +147,11 @@ impl Acts {
         let (all, _) = self.ledger.generations();
         if purpose == Purpose::Root && all.iter().any(|root| root.state == State::Active && root.is_outside()) {
             let advice = "the root is outside: `keyward ca rotate issuing`, and give a new root with `keyward ca adopt`";
+            return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
+        }
+        if purpose == Wrapping && !self.authorities()?.tokens().agents.capabilities().wrapped_keys {
+            let advice =
+                "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
@@ -218,8 +234,30 @@ impl Acts {
         tokens.of(TokenRole::Authority).key(of.key_id, public).await.map(Some).map_err(hsm_refusal)
     }
 
+    /// The same of a wrapping key, which signs nothing: whether it is there.
+    async fn has_wrapping_key(&self, of: &Generation) -> Result<bool, Refusal> {
+        let authorities = self.authorities()?;
+        let known = keys::rows(&self.ledger).await?.into_iter().find(|row| row.id == of.key_id);
+        match known {
+            None => keys::make_wrapping(&self.ledger, authorities.tokens(), of.key_id).await?,
+            Some(row) if row.active => {}
+            Some(interrupted) => {
+                keys::give_up(&self.ledger, authorities.tokens(), &interrupted).await?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Key and certificate are there: peers may trust it from now on.
     async fn prepublish(&self, of: &Generation) -> Result<(), Refusal> {
+        if of.purpose == Purpose::Wrapping {
+            if !self.has_wrapping_key(of).await? {
+                return Ok(());
+            }
+            let made = step(of, &Wish { by: None, now: of.now, cause: "" });
+            return self.record_step(AuthorityStepped { to: State::Prepublished.into(), ..made }).await;
+        }
         let Some(key) = self.key_of(of).await? else { return Ok(()) };
         let now = self.trusted_now()?;
         let (certificate, intent, issuer) = match of.purpose {
@@ -249,7 +287,9 @@ impl Acts {
     async fn activate(&self, of: &Generation) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
         // Lost since it was made: what is active has to be there at every start.
-        if !of.is_outside() && authorities.key(&of.key_id).is_none() {
+        if of.purpose == Purpose::Wrapping {
+            authorities.tokens().agents.find_wrapping(of.key_id).await.map_err(hsm_refusal)?;
+        } else if !of.is_outside() && authorities.key(&of.key_id).is_none() {
             return Err(Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"));
         }
         let checkpoint = match of.purpose {
@@ -308,7 +348,10 @@ impl Acts {
     async fn destroy(&self, of: &Generation) -> Result<(), Refusal> {
         let objects_destroyed = match of.is_outside() {
             true => 0,
-            false => self.authorities()?.tokens().of(TokenRole::Authority).destroy(of.key_id).await.map_err(hsm_refusal)?,
+            false => {
+                let authorities = self.authorities()?;
+                authorities.tokens().of(keys::role_of(of.purpose)).destroy(of.key_id).await.map_err(hsm_refusal)?
+            }
         };
         let wish = Wish { by: None, now: false, cause: "" };
         self.record_step(AuthorityStepped { to: State::Destroyed.into(), objects_destroyed, ..step(of, &wish) }).await
@@ -326,6 +369,7 @@ impl Acts {
     async fn follow_the_ledger(&self) -> Result<(), Refusal> {
         let current = self.authorities()?;
         let (generations, _) = self.ledger.generations();
+        self.keys.wrap_under_the_active(&generations);
         if current.generations() == generations && current.is_whole() {
             return Ok(());
         }

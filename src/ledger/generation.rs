@@ -130,6 +130,11 @@ impl Generations {
         }
     }
 
+    /// Whether keys may be wrapped under this key now.
+    pub(super) fn wraps(&self, key: &[u8]) -> bool {
+        self.active(Purpose::Wrapping).is_some_and(|active| active.key_id.0 == key)
+    }
+
     /// Takes an entry that is about to be written into account, or refuses it. Gives the rows that follow from it.
     pub(super) fn fold(&mut self, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
         let told = self.in_bundle();

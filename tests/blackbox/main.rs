@@ -32,3 +32,4 @@ mod stolen;
 mod strangers;
 mod tokens;
 mod unlock;
+mod wrapping;

@@ -59,6 +59,16 @@ impl Authorities {
         self.still_until.is_none_or(|until| until < at.time)
     }
 
+    /// Whether keys are to be wrapped under this one.
+    pub(super) fn wraps(&self, id: &[u8]) -> bool {
+        self.active(Purpose::Wrapping).is_some_and(|active| active.0 == id)
+    }
+
+    /// Whether there is any wrapping key that is a generation: what came under one before was not told of as such.
+    pub(super) fn wrapping_has_begun(&self) -> bool {
+        self.by_id.values().any(|found| found.purpose == Purpose::Wrapping)
+    }
+
     /// Whether this is an arrow from wherever that generation is.
     fn check_arrow(&self, id: KeyId, step: &AuthorityStepped, at: &mut At<'_>) {
         let (purpose, to) = (step.purpose(), step.to());

@@ -45,7 +45,9 @@ impl Authorities {
             keys::set_canaries(&tokens, &rows).await?;
         }
         let (mut keys, mut missing) = (BTreeMap::new(), BTreeSet::new());
-        for generation in generations.iter().filter(|found| found.is_trusted() && !found.is_outside()) {
+        // A wrapping key signs nothing: agents' keys find it by its id.
+        let signs = |found: &&Generation| found.is_trusted() && !found.is_outside() && found.purpose != Purpose::Wrapping;
+        for generation in generations.iter().filter(signs) {
             let bound = before.and_then(|before| before.keys.get(&generation.key_id).cloned());
             let bound = match bound {
                 Some(bound) => Ok(bound),

@@ -19,8 +19,8 @@ pub(super) enum Verb {
     /// List the generations of every authority until their keys are destroyed: state, since when, when the next step is due.
     ///
     /// planned > prepublished > active > retiring > retired > destroyed. A prepublished authority is trusted and signs nothing yet; a
-    /// retiring one is trusted until the last certificate under it has ended. `!` marks a tainted one. What `waits` does so for another
-    /// authority; `ca adopt` waits for you.
+    /// retiring one is trusted until the last certificate under it has ended; a wrapping key until no agent's key is under it. `!` marks a
+    /// tainted one. What `waits` does so for another authority; `ca adopt` waits for you.
     #[command(after_help = "Example:\n  keyward ca list --format json")]
     List,
     /// Show the certificates of the roots and issuing authorities.
@@ -37,8 +37,9 @@ pub(super) enum Verb {
     },
     /// Replace an authority: a new key is made in the token, trusted, and then signs. The old one retires.
     ///
-    /// A new root or token-signing key is in the bundle for 15 minutes before it signs. Under an outside root the new issuing authority
-    /// waits for its certificate: have the request signed and give it back with `keyward ca adopt`. `keyward ca list` says how far it is.
+    /// A new root or token-signing key is in the bundle for 15 minutes before it signs. What is under a wrapping key is wrapped anew in the
+    /// background. Under an outside root the new issuing authority waits for its certificate: have the request signed and give it back with
+    /// `keyward ca adopt`. `keyward ca list` says how far it is.
     #[command(
         after_help = "Examples:\n  keyward ca rotate issuing --now --yes\n  keyward ca rotate root --reason 'yearly' --yes"
     )]
@@ -78,6 +79,8 @@ pub(super) enum Verb {
     ///
     /// A verifier knows roots alone: with an issuing authority its root is replaced. What is under the old ones is trusted for 15 minutes
     /// more, in which agents that follow the bundle renew; then the old root leaves the bundle. Whoever was away longer attests anew.
+    ///
+    /// With a wrapping key each agent's key that was ever under it gets a new version, and its old ones neither sign nor verify any more.
     #[command(after_help = "Example:\n  keyward ca taint 0f3a9c11 --reason 'backup tape lost' --yes")]
     Taint {
         /// Key id, or its first eight digits or more, as `keyward ca list` shows it.
@@ -116,6 +119,8 @@ pub(super) enum Rotating {
     TokenSigning,
     /// What signs checkpoints of the ledger.
     Ledger,
+    /// What agents' keys are wrapped under.
+    Wrapping,
 }
 
 impl From<Rotating> for proto::Purpose {
@@ -125,6 +130,7 @@ impl From<Rotating> for proto::Purpose {
             Rotating::Issuing => Self::Issuing,
             Rotating::TokenSigning => Self::TokenSigning,
             Rotating::Ledger => Self::Ledger,
+            Rotating::Wrapping => Self::Wrapping,
         }
     }
 }
@@ -215,7 +221,11 @@ fn named(answer: &proto::GetAuthoritiesResponse, key_id: &str, yes: bool, output
     match (found.next(), found.next()) {
         (Some(one), None) => {
             output.say(&List::table(&[Authority::of(one)]));
-            if !yes && !output.confirms("Taint it? It and its root are replaced at once.") {
+            let affects = match one.purpose() {
+                proto::Purpose::Wrapping => "Taint it? It and every agent's key that was ever under it are replaced at once.",
+                _ => "Taint it? It and its root are replaced at once.",
+            };
+            if !yes && !output.confirms(affects) {
                 return Err(undone());
             }
             Ok(one.key_id.clone())

@@ -26,6 +26,7 @@ pub(super) struct Authority {
     not_after: Option<String>,
     in_hsm: bool,
     awaits_certificate: bool,
+    keys_left: u64,
 }
 
 /// What of the authorities somebody has to know who asks how the daemon is.
@@ -78,6 +79,7 @@ impl List {
             let due = match (&one.next_due, one.next) {
                 _ if one.awaits_certificate => "ca adopt".into(),
                 (Some(due), _) => minutes(due),
+                (None, Some(_)) if one.keys_left > 0 => format!("{} keys left", one.keys_left),
                 (None, Some(_)) => "waits".into(),
                 (None, None) => "-".into(),
             };
@@ -110,12 +112,16 @@ impl Authority {
             not_after: end.map(time),
             in_hsm: one.in_hsm,
             awaits_certificate: !one.csr.is_empty(),
+            keys_left: one.keys_left,
         }
     }
 
     pub(super) fn text(&self) -> String {
         let waits = match (&self.next_due, self.next) {
             (Some(due), Some(next)) => format!("{next} at {due}"),
+            (None, Some(next)) if self.keys_left > 0 => {
+                format!("{next}, when {} agents' keys are taken from under it", self.keys_left)
+            }
             (None, Some(next)) => format!("{next}, once {}", self.awaited()),
             _ => "-".into(),
         };

@@ -133,7 +133,8 @@ fn body(body: &Body) -> (&'static str, Value) {
         | Body::AgentKeyDestroyed(_)
         | Body::SignIntended(_)
         | Body::SignaturesReserved(_)
-        | Body::SignaturesSealed(_) => describe_keys::body(body),
+        | Body::SignaturesSealed(_)
+        | Body::AgentKeysRewrapped(_) => describe_keys::body(body),
         Body::Released(e) => ("released", json!({"intent": e.intent, "signature": hex(&e.signature)})),
         Body::Withheld(e) => ("withheld", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
         Body::Failed(e) => ("failed", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),

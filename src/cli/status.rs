@@ -25,6 +25,7 @@ struct Status {
     quarantined: u64,
     not_on_crl: u64,
     rotation: Option<Rotation>,
+    keys_to_rewrap: u64,
     ledger: Ledger,
     clock: Clock,
     tokens: Vec<Token>,
@@ -104,6 +105,7 @@ impl From<StatusResponse> for Status {
             quarantined: status.quarantined,
             not_on_crl: status.not_on_crl,
             rotation: None,
+            keys_to_rewrap: status.keys_to_rewrap,
             ledger: Ledger {
                 entries: ledger.entries,
                 commits: ledger.commits,
@@ -153,6 +155,7 @@ impl Status {
         ]);
         lines.extend(self.rotation.iter().flat_map(Rotation::lines));
         lines.extend([
+            ("keys to rewrap", self.keys_to_rewrap.to_string()),
             ("ledger", format!("{} entries, {} commits, {}", ledger.entries, ledger.commits, bytes(ledger.file_bytes))),
             ("ledger writable", if ledger.writable { "yes" } else { "NO" }.into()),
             ("ledger growth", self.growth()),

@@ -16,31 +16,31 @@ use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
-fn rotate(house: &House, purpose: &str) -> Output {
+pub fn rotate(house: &House, purpose: &str) -> Output {
     house.keyward(&["ca", "rotate", purpose, "--now", "--yes"])
 }
 
 /// So many seconds have passed since the house was built, as an operator who corrects the clock says.
-fn later(house: &House, seconds: i64) {
+pub fn later(house: &House, seconds: i64) {
     house.control().move_clock(seconds * 1000);
     house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
 }
 
 /// The generations of a purpose, by key id and state.
-fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
+pub fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
     let all = house.keyward(&["ca", "list", "--format", "json"]).ok().json();
     let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
     let of = |one: &&serde_json::Value| one["purpose"] == purpose;
     all.as_array().unwrap().iter().filter(of).map(|one| (text(one, "key_id"), text(one, "state"))).collect()
 }
 
-fn states(house: &House, purpose: &str) -> Vec<String> {
+pub fn states(house: &House, purpose: &str) -> Vec<String> {
     generations(house, purpose).into_iter().map(|(_, state)| state).collect()
 }
 
 /// Waits until the generations of a purpose are in these states. The daemon looks once a second.
 #[track_caller]
-fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
+pub fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
     let until = Instant::now() + DEADLINE;
     loop {
         let found = states(house, purpose);
@@ -53,7 +53,7 @@ fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
 }
 
 /// The token holds exactly the keys that the book knows, and says so itself.
-fn nothing_is_left_over(house: &House) {
+pub fn nothing_is_left_over(house: &House) {
     let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
     assert_eq!(strays.json(), serde_json::json!([]));
 }
@@ -224,6 +224,41 @@ fn what_is_due_by_age_is_rotated_by_itself_once_after_a_long_absence() {
     house.serve();
     become_states(&house, "issuing", &["active", "retiring"]);
     Holder::attest(&house, "builder/1");
+    house.stop_and_verify();
+}
+
+/// A clock that ran ahead is set back: what was made by it is in force in a year only, and what the book says of its time is in the future.
+#[test]
+fn authorities_follow_a_clock_that_was_a_year_ahead_and_is_set_back() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    later(&house, 366 * 86_400);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/1");
+    later(&house, 0);
+    let in_force = |house: &House| {
+        let [issuing] = crate::house::certificates(&house.state().join("issuing.pem")).try_into().unwrap();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issuing).unwrap();
+        parsed.validity().is_valid()
+    };
+    let until = Instant::now() + DEADLINE;
+    while !in_force(&house) {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "issuing"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    Holder::attest(&house, "builder/2");
+    let before = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    assert_ne!(generations(&house, "issuing")[0].0, before, "asked for now, done now");
+    let before = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &before, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "root"), ["active", "retiring"]);
+    let agent = house.attested("builder/3");
+    let (chain, anchors) = (agent.svid(), agent.bundle());
+    let (chain, anchors) = (chain.to_str().unwrap(), anchors.to_str().unwrap());
+    run(Command::new("openssl").args(["verify", "-x509_strict", "-CAfile", anchors, "-untrusted", chain, chain])).ok();
+    later(&house, 901);
+    become_states(&house, "root", &["active"]);
     house.stop_and_verify();
 }
 

@@ -325,6 +325,43 @@ fn a_key_rewrapped_under_another_wrapping_key_is_the_same_key() {
 }
 
 #[test]
+fn rewrapping_leaves_no_object_behind_and_does_not_touch_the_one_that_signs() {
+    in_house("agent_keys::rewrapping_leaves_no_object_behind_and_does_not_touch_the_one_that_signs", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        let Some(old) = room.wrapping else { return };
+        let new = KeyId::random();
+        room.hsm.generate_wrapping(new, "keyward/wrapping/next").await.unwrap();
+        let row = room.make(Algorithm::P256, Wrapped).await;
+        let held = room.bind(&row);
+        signs(&held, b"before").await;
+        let blob = row.wrapped.clone().unwrap();
+        let again = || room.hsm.rewrap_agent_key((row.id, Algorithm::P256), Arc::clone(&blob), old, new);
+        let objects = || {
+            let [unwrapped, destroyed] = ["C_UnwrapKey", "C_DestroyObject"].map(|name| shim.calls(name));
+            i64::try_from(unwrapped).unwrap() - i64::try_from(destroyed).unwrap()
+        };
+        let before = objects();
+        for _ in 0..20 {
+            again().await.unwrap();
+        }
+        // The token fails between the two.
+        shim.tell("fail C_WrapKey rv=0x05");
+        again().await.unwrap_err();
+        again().await.unwrap();
+        assert_eq!(objects(), before);
+        signs(&held, b"after").await;
+        assert_eq!(objects(), before, "it was not unwrapped again");
+        // Not under the one that it is said to be under.
+        assert!(matches!(
+            room.hsm.rewrap_agent_key((row.id, Algorithm::P256), blob.clone(), new, old).await,
+            Err(Error::NotUnwrapped { .. })
+        ));
+        assert_eq!(objects() - before, 1, "C_UnwrapKey was called, and made nothing");
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
 fn unwrapped_keys_are_bounded_and_none_is_destroyed_while_it_signs() {
     in_house("agent_keys::unwrapped_keys_are_bounded_and_none_is_destroyed_while_it_signs", async |house| {
         let (room, shim) = Room::behind_the_shim(&house).await;

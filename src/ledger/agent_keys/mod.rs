@@ -5,6 +5,7 @@
 
 pub(super) mod commands;
 mod counted;
+mod rewrap;
 pub(super) mod rows;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use super::store::Row;
 use super::{COMMIT_DEADLINE, Ledger, answered, draining, unavailable};
 use commands::KeyCommand;
 pub use counted::Reserved;
+pub use rewrap::Rewrapped;
 use rows::AgentKeyRow;
 pub use rows::StoredKey;
 
@@ -72,6 +74,8 @@ pub struct KeyVersion {
     pub storage: KeyStorage,
     /// The wrapped key, and under which key it is.
     pub wrapped: Option<(Arc<[u8]>, KeyId)>,
+    /// Which wrapping keys it was under before, the newest last: who has one of those and an old copy of its row has the key.
+    pub wrapped_before: Vec<KeyId>,
     /// It signs, and verifies, until then.
     pub expires: UnixTime,
 }
@@ -127,6 +131,10 @@ impl AgentKey {
             versions: ArcSwap::from_pointee(versions),
             blocks: counted::Blocks::default(),
         }
+    }
+
+    fn of_row(row: StoredKey, slot: u32) -> Self {
+        Self::new(row.of, slot, row.terms, row.state, row.used, row.versions)
     }
 
     /// Which.
@@ -250,7 +258,7 @@ impl Ledger {
     pub fn load_key(&self, of: &KeyOf) -> Result<Option<AgentKey>, Refusal> {
         let slot = self.gate().book.named(&of.agent)?.0;
         let found = self.0.reader.agent_key(of).map_err(Refusal::internal)?;
-        Ok(found.map(|found| AgentKey::new(of.clone(), slot, found.terms, found.state, found.used, found.versions)))
+        Ok(found.map(|found| AgentKey::of_row(found, slot)))
     }
 
     /// Whether a key may sign now: its agent's standing and epoch, its own state, its expiry. Memory alone, one short lock.

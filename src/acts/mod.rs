@@ -57,6 +57,8 @@ pub struct Acts {
     pub(crate) ledger: Ledger,
     domain: TrustDomain,
     limits: Limits,
+    /// Hosts that agents dial: DNS names and IP addresses.
+    names: Vec<String>,
     /// Addresses for join files, `host:port`; known once TCP is bound.
     addresses: ArcSwap<Vec<String>>,
     /// Absent while the token is.
@@ -89,6 +91,7 @@ impl Acts {
             ledger,
             domain: config.trust_domain.clone(),
             limits: config.limits.clone(),
+            names: config.listen.names.clone(),
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
             bundles: bundle::Bundles::default(),

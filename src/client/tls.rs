@@ -123,8 +123,8 @@ async fn connect_one(address: &str, config: Arc<ClientConfig>) -> Result<Channel
     endpoint.connect_with_connector(connector).await.map_err(|error| Error::of_connection(&error, address))
 }
 
-/// Accepts the keyward server of one trust domain: a chain to the pinned authorities, and as its only name the URI
-/// `spiffe://<td>/keyward/server` (X509-SVID §5.2).
+/// Accepts the keyward server of one trust domain: a chain to the pinned authorities, and as its only URI
+/// `spiffe://<td>/keyward/server` (X509-SVID §5.2). Hosts that it names are for clients that know nothing else.
 #[derive(Debug)]
 struct ServerIdentity {
     roots: RootCertStore,
@@ -173,16 +173,15 @@ impl ServerCertVerifier for ServerIdentity {
     }
 }
 
-/// The subject alternative names of a certificate, if all of them are URIs; a name of any other kind is kept as an empty
-/// one, so that it counts.
+/// The URIs among the subject alternative names of a certificate: of an SVID there is one (X509-SVID §2), whatever else it names.
 pub(super) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let extension = certificate.subject_alternative_name().ok()??;
     let uri = |name: &GeneralName<'_>| match name {
-        GeneralName::URI(uri) => (*uri).to_owned(),
-        _ => String::new(),
+        GeneralName::URI(uri) => Some((*uri).to_owned()),
+        _ => None,
     };
-    Some(extension.value.general_names.iter().map(uri).collect())
+    Some(extension.value.general_names.iter().filter_map(uri).collect())
 }
 
 #[cfg(test)]

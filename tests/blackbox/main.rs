@@ -19,6 +19,7 @@ mod instruments;
 mod keys;
 mod ledger;
 mod memory;
+mod other_languages;
 mod quarantine;
 mod race;
 mod recovery;

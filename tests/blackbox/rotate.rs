@@ -16,31 +16,31 @@ use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
-fn rotate(house: &House, purpose: &str) -> Output {
+pub fn rotate(house: &House, purpose: &str) -> Output {
     house.keyward(&["ca", "rotate", purpose, "--now", "--yes"])
 }
 
 /// So many seconds have passed since the house was built, as an operator who corrects the clock says.
-fn later(house: &House, seconds: i64) {
+pub fn later(house: &House, seconds: i64) {
     house.control().move_clock(seconds * 1000);
     house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
 }
 
 /// The generations of a purpose, by key id and state.
-fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
+pub fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
     let all = house.keyward(&["ca", "list", "--format", "json"]).ok().json();
     let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
     let of = |one: &&serde_json::Value| one["purpose"] == purpose;
     all.as_array().unwrap().iter().filter(of).map(|one| (text(one, "key_id"), text(one, "state"))).collect()
 }
 
-fn states(house: &House, purpose: &str) -> Vec<String> {
+pub fn states(house: &House, purpose: &str) -> Vec<String> {
     generations(house, purpose).into_iter().map(|(_, state)| state).collect()
 }
 
 /// Waits until the generations of a purpose are in these states. The daemon looks once a second.
 #[track_caller]
-fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
+pub fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
     let until = Instant::now() + DEADLINE;
     loop {
         let found = states(house, purpose);
@@ -53,7 +53,7 @@ fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
 }
 
 /// The token holds exactly the keys that the book knows, and says so itself.
-fn nothing_is_left_over(house: &House) {
+pub fn nothing_is_left_over(house: &House) {
     let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
     assert_eq!(strays.json(), serde_json::json!([]));
 }

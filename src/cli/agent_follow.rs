@@ -22,6 +22,8 @@ const REJECTED_WAIT: Duration = Duration::from_secs(300);
 pub(super) enum Heard {
     /// A newer bundle is in the directory, durable; its sequence.
     Bundle(u64),
+    /// The same, and its authorities are those of before.
+    Sequence(u64),
     /// Everything was taken back from this agent.
     Contained(Error),
     /// The certificate of this ledger entry is not taken any more.
@@ -80,8 +82,12 @@ async fn follow_once(
     loop {
         let bundle = watch.newer().await?;
         // Where a renewal has the directory this fails, and the next stream begins with the same bundle.
-        let kept = AgentDir::open(out, false)?.keep_bundle(&bundle)?;
-        if kept && heard.send(Heard::Bundle(bundle.sequence)).await.is_err() {
+        let directory = AgentDir::open(out, false)?;
+        let same = directory.holding()?.authorities == bundle.authorities;
+        let kept = directory.keep_bundle(&bundle)?;
+        drop(directory);
+        let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
+        if kept && heard.send(told).await.is_err() {
             return Ok(());
         }
     }

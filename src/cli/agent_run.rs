@@ -215,6 +215,8 @@ impl Supervisor {
                     due = due.min(soon(&card, UnixTime::wall(), random()));
                 }
                 Event::Done(Turn::Heard(Heard::Rejected(..))) => {}
+                // Nothing that the command reads has changed.
+                Event::Done(Turn::Heard(Heard::Sequence(sequence))) => bundle = bundle.max(sequence),
                 Event::Done(Turn::Heard(Heard::Silence(error))) => {
                     output.say(&format!("keyward: the bundle cannot be followed, renewals will bring it: {error}"));
                 }

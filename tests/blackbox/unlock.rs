@@ -299,7 +299,11 @@ fn of_operators_who_unlock_at_once_those_are_in_the_book_who_were_told_so() {
     assert!(house.daemon().is_ready());
     let recorded = unlocks(&house.stopped_entries()).len();
     // Both tokens are logged in to, and at most one is tried for each unlock beside.
-    assert!(house.signatures().logins <= logins + recorded + 1, "{} tries for {recorded} unlocks", house.signatures().logins - logins);
+    assert!(
+        house.signatures().logins <= logins + recorded + 1,
+        "{} tries for {recorded} unlocks",
+        house.signatures().logins - logins
+    );
     house.verify().ok();
 }
 

@@ -6,6 +6,7 @@
 
 mod house;
 
+mod agent_run;
 mod attest;
 mod bad_input;
 mod bundle;

@@ -743,6 +743,22 @@ fn an_rsa_key_signs_tokens_and_proofs_that_are_verified_and_is_published() {
 }
 
 #[test]
+fn a_token_that_was_not_seen_to_make_rsa_keys_is_not_asked_for_them() {
+    let house = House::new().with_shim();
+    house.shim_script("no_session_keys");
+    let mut house = house.initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let rsa = |name: &str| CreateKeyRequest { algorithm: KeyAlgorithm::Ps256.into(), ..wish(name) };
+        let before = house.shim().calls("C_GenerateKeyPair");
+        refused(keys.create(rsa("a")), "ALGORITHM_UNSUPPORTED");
+        assert_eq!(house.shim().calls("C_GenerateKeyPair"), before);
+        keys.create(wish("a")).unwrap();
+    }
+    house.stop_and_verify();
+}
+
+#[test]
 fn an_agent_has_one_rsa_key_made_at_a_time_and_nobody_elses_key_waits_for_it() {
     let mut house = House::new().with_shim().initialised().served();
     {

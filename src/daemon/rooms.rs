@@ -339,6 +339,7 @@ pub(super) fn token_settings(config: &Config, role: TokenRole) -> hsm::Settings 
     hsm::Settings {
         token: token.clone(),
         role,
+        for_agents: role == TokenRole::Agents || config.agents == config.authority,
         state: config.paths.state.clone(),
         queue: config.limits.hsm_queue,
         sign_deadline: Duration::from_millis(config.limits.sign_deadline_ms),

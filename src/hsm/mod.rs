@@ -61,6 +61,8 @@ pub struct Settings {
     pub token: config::Token,
     /// Names the `pin-pending` marker.
     pub role: TokenRole,
+    /// Whether agents' keys live there: what they alone need is tried then.
+    pub for_agents: bool,
     /// Directory of the `pin-pending` marker.
     pub state: PathBuf,
     /// Signatures that may wait at once.
@@ -127,6 +129,9 @@ impl Hsm {
     /// After any error, also [`Error::Deadline`], objects with this id may exist: find or destroy them by `id`. Never repeat it with the
     /// same id.
     pub async fn generate(&self, id: KeyId, algorithm: Algorithm, label: &str) -> Result<PublicKey, Error> {
+        if algorithm == Algorithm::Ps256 {
+            return Err(self.incapable("RSA for authorities"));
+        }
         self.generate_as(id, algorithm, label, Bound::new).await
     }
 
@@ -143,20 +148,22 @@ impl Hsm {
             let wanted = Wanted { algorithm, params, id: &id.0, label: &label, durable: true, extractable: false };
             let (public, private) = wanted.generate(session)?;
             let key = bind(id, objects::read_public(session, public)?)?;
-            objects::check_private(session, private, id)?;
+            objects::check_private(session, private, (id, algorithm))?;
             objects::test_sign(session, private, &key)?;
             Ok(key.public)
         })
         .await
     }
 
-    /// CKA_EC_PARAMS, if the token has such keys.
+    /// CKA_EC_PARAMS, if the token has such keys; nothing for RSA.
     fn params(&self, algorithm: Algorithm) -> Result<&'static [u8], Error> {
         let able = self.capabilities();
         match algorithm {
             Algorithm::P256 => Ok(&der::P256_PARAMS),
             Algorithm::P384 if able.p384 => Ok(&der::P384_PARAMS),
             Algorithm::P384 => Err(self.incapable("P-384")),
+            Algorithm::Ps256 if able.ps256 => Ok(&[]),
+            Algorithm::Ps256 => Err(self.incapable("RSA-PSS")),
             Algorithm::Ed25519 => able.ed25519_params.ok_or_else(|| self.incapable("Ed25519")),
         }
     }
@@ -230,8 +237,10 @@ impl Hsm {
         static NONE: Capabilities = Capabilities {
             ed25519: false,
             p384: false,
+            ps256: false,
             wrapped_keys: false,
             wrapped_ed25519: false,
+            wrapped_ps256: false,
             session_keys: false,
             read_only_sessions: false,
             sessions_max: None,

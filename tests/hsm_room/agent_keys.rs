@@ -105,7 +105,7 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
     in_house("agent_keys::a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed", async |house| {
         let room = Room::open(&house).await;
         let all = [Session, Wrapped, Resident];
-        for algorithm in [Algorithm::P256, Algorithm::P384, Algorithm::Ed25519] {
+        for algorithm in [Algorithm::P256, Algorithm::P384, Algorithm::Ed25519, Algorithm::Ps256] {
             // SoftHSM wraps no Ed25519 key.
             let classes = if wraps() && algorithm != Algorithm::Ed25519 { &all[..] } else { &[Session, Resident] };
             assert_eq!(room.hsm.storages(algorithm), classes);
@@ -119,8 +119,9 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
                     // Tokens sign any length without a word.
                     let error = key.sign_digest(vec![7; size + 1].into()).await.unwrap_err();
                     assert!(matches!(error, SignError::NotSigned(Error::Input { .. })), "{error}");
-                    let half = key.sign_digest(vec![7; size].into()).await.unwrap().len() / 2;
-                    assert_eq!(half, size, "r and s, each as long as the digest");
+                    let made = key.sign_digest(vec![7; size].into()).await.unwrap().len();
+                    // r and s are each as long as the digest; RSA's is as long as the modulus.
+                    assert_eq!(made, if algorithm == Algorithm::Ps256 { 256 } else { 2 * size });
                 }
                 drop(key);
                 let objects = room.hsm.destroy_agent_key(row.id, storage).await.unwrap();
@@ -130,6 +131,48 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
         }
         assert!(room.hsm.status().usable && room.hsm.status().reconnects == 0);
         room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_key_that_is_slow_to_make_holds_up_its_own_kind_alone_and_only_so_many_wait() {
+    in_house("agent_keys::a_key_that_is_slow_to_make_holds_up_its_own_kind_alone_and_only_so_many_wait", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        let before = room.make(Algorithm::Ps256, Session).await;
+        shim.tell("hang C_GenerateKeyPair");
+        let mut making = tokio::task::JoinSet::new();
+        for _ in 0..20 {
+            let hsm = room.hsm.clone();
+            making.spawn(async move { hsm.make_agent_key(KeyId::random(), Algorithm::Ps256, Session, None).await });
+        }
+        // One is being made, fifteen wait for their turn, the others hear so at once.
+        for _ in 0..4 {
+            let refused = tokio::time::timeout(Duration::from_secs(5), making.join_next()).await.expect("at once");
+            assert!(matches!(refused.unwrap().unwrap(), Err(Error::QueueFull)));
+        }
+        shim.tell("await hanging=1");
+        for shard in [0, 1] {
+            let quick = room.make_at(id_of(shard), Session).await;
+            signs(&room.bind(&quick), b"nobody waits").await;
+        }
+        signs(&room.bind(&before), b"nor who signs with one that is there").await;
+        assert!(making.try_join_next().is_none(), "they wait");
+        shim.tell("release");
+        for made in making.join_all().await {
+            made.unwrap();
+        }
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn no_authority_has_an_rsa_key() {
+    in_house("agent_keys::no_authority_has_an_rsa_key", async |house| {
+        let hsm = house.open(&Modules::new(), "agents");
+        let id = KeyId::random();
+        assert!(matches!(hsm.generate(id, Algorithm::Ps256, "keyward/test").await, Err(Error::Incapable { .. })));
+        assert!(hsm.find(id).await.unwrap().is_empty());
+        hsm.shut_down(Duration::from_secs(5));
     });
 }
 

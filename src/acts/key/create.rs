@@ -54,7 +54,13 @@ impl KeyWish {
         if self.purpose == KeyPurpose::RawDigest && algorithm == KeyAlgorithm::Ed25519 {
             return Err(Refusal::new(
                 Reason::AlgorithmRefused,
-                "use a P-256 or P-384 key for raw digests: Ed25519 signs messages",
+                "use a P-256, P-384 or RSA key for raw digests: Ed25519 signs messages",
+            ));
+        }
+        if self.purpose == KeyPurpose::HttpMessageSignature && algorithm == KeyAlgorithm::Ps256 {
+            return Err(Refusal::new(
+                Reason::AlgorithmRefused,
+                "use a P-256, P-384 or Ed25519 key for HTTP message signatures: RFC 9421 knows RSA-PSS with SHA-512 alone",
             ));
         }
         Ok(KeyTerms {
@@ -165,8 +171,9 @@ impl Acts {
         number: u32,
         now: UnixTime,
     ) -> Result<KeyVersion, Refusal> {
-        let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384 or Ed25519");
+        let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384, Ed25519 or PS256");
         let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
+        let _slow = self.keys.make_rsa(&of.agent, algorithm)?;
         let storage = token.storage(terms.storage_asked, algorithm);
         let key_id = KeyId::random();
         if storage == KeyStorage::Resident {

@@ -19,6 +19,7 @@ mod init;
 mod issue;
 mod key;
 mod keys;
+mod outside;
 mod quarantine;
 mod reconcile;
 mod release;
@@ -37,7 +38,7 @@ use crate::authn::Tls;
 use crate::config::{Config, Limits, Rotation};
 use crate::hsm;
 use crate::ledger::Ledger;
-use crate::model::{Clock, KeyId, Reason, Refusal, TrustDomain};
+use crate::model::{Clock, KeyId, Outage, Reason, Refusal, TrustDomain};
 
 pub use authorities::Authorities;
 pub use bundle::BundleWatch;
@@ -74,6 +75,12 @@ pub struct Acts {
     rotating: Mutex<()>,
     /// What the outside root is asked to sign for a planned issuing authority: its key, PKCS#10 in DER.
     request: ArcSwapOption<(KeyId, Vec<u8>)>,
+    /// Which request `issuing.csr` is, or that there is none; `None` where that is not known.
+    request_told: Mutex<Option<Option<KeyId>>>,
+    /// Files that could not be written.
+    behind: files::Behind,
+    /// Checkpoints go without a signature that they should have.
+    unsigned: std::sync::Mutex<Outage>,
     crl: Arc<Crl>,
     /// One set of CRLs at a time.
     publishing: Mutex<()>,
@@ -99,6 +106,9 @@ impl Acts {
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),
+            request_told: Mutex::new(None),
+            behind: files::Behind::default(),
+            unsigned: std::sync::Mutex::default(),
             crl: Arc::new(crl),
             publishing: Mutex::new(()),
             state: config.paths.state.clone(),

@@ -23,6 +23,7 @@ struct Status {
     agents: u64,
     quarantined: u64,
     not_on_crl: u64,
+    files_behind: Vec<String>,
     ledger: Ledger,
     clock: Clock,
     tokens: Vec<Token>,
@@ -94,6 +95,7 @@ impl From<StatusResponse> for Status {
             agents: status.agents,
             quarantined: status.quarantined,
             not_on_crl: status.not_on_crl,
+            files_behind: status.files_behind,
             ledger: Ledger {
                 entries: ledger.entries,
                 commits: ledger.commits,
@@ -151,6 +153,7 @@ impl Status {
             ("clock", self.clock.text()),
             ("configuration", format!("SHA-256 {}", self.config_hash)),
         ]);
+        lines.extend(self.files_behind.iter().map(|file| ("NOT WRITTEN", file.clone())));
         let mut text = pairs(&lines);
         for token in &self.tokens {
             text.push('\n');

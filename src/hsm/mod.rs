@@ -173,6 +173,27 @@ impl Hsm {
         self.errand(ADMIN_DEADLINE, move |session| objects::find(session, id)).await
     }
 
+    /// Whether the token has nothing under this CKA_ID any more, for certain: it serves, its canary has just signed, and a session that is
+    /// opened for this shows the canary's key and finds nothing of the id. `false` where that is not known.
+    ///
+    /// # Errors
+    /// When the token cannot be asked: what is away is not gone.
+    pub async fn is_gone(&self, id: KeyId) -> Result<bool, Error> {
+        self.check_usable()?;
+        let Some(canary) = self.0.canary() else { return Ok(false) };
+        health::sing(&self.0, &canary, self.0.settings.sign_deadline).await.map_err(|error| match error {
+            SignError::NotSigned(error) | SignError::Unknown(error) => error,
+        })?;
+        let (token, canary) = (Arc::clone(&self.0), canary.id);
+        self.errand(ADMIN_DEADLINE, move |_| {
+            let session = token.open_session(false)?;
+            let gone = objects::shows_but(&session, canary, id);
+            Token::discard(session);
+            gone
+        })
+        .await
+    }
+
     /// All token objects, for reconciliation: one with each CKA_ID. A device may need seconds.
     ///
     /// # Errors

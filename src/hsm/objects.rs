@@ -207,6 +207,12 @@ pub(super) fn search(session: &Session, id: KeyId, class: Option<ObjectClass>) -
     session.find_objects(&template).map_err(|error| Error::at(Place::Search, error))
 }
 
+/// Whether the private key `other` is there, and nothing with the CKA_ID `id`.
+pub(super) fn shows_but(session: &Session, other: KeyId, id: KeyId) -> Result<bool, Error> {
+    let shown = !search(session, other, Some(ObjectClass::PRIVATE_KEY))?.is_empty();
+    Ok(shown && search(session, id, None)?.is_empty())
+}
+
 /// All token objects with this CKA_ID.
 pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
     search(session, id, None)?

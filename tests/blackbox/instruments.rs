@@ -325,6 +325,13 @@ pub fn destroy(house: &House, token: &str, id: &[u8]) {
     assert_eq!(said(&output), ["2 objects"]);
 }
 
+/// Another process destroys the private half of a key alone.
+pub fn destroy_private(house: &House, token: &str, id: &[u8]) {
+    let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex).env("SUBJECT_HALF", "private")).ok();
+    assert_eq!(said(&output), ["1 objects"]);
+}
+
 /// Another process initialises the token anew: same label, and for each key another one with its CKA_ID.
 pub fn make_another(house: &House, token: &str, pin: &str) {
     run(beside(house, "another token", token).env("SUBJECT_PIN", pin)).ok();
@@ -351,7 +358,9 @@ fn destroy_key() {
     let session = logged_in(&module, slot, "house-pin-1234");
     let hex = std::env::var("SUBJECT_KEY").unwrap();
     let id = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
-    let objects = session.find_objects(&[Attribute::Id(id), Attribute::Token(true)]).unwrap();
+    let mut wanted = vec![Attribute::Id(id), Attribute::Token(true)];
+    wanted.extend(std::env::var_os("SUBJECT_HALF").map(|_| Attribute::Class(ObjectClass::PRIVATE_KEY)));
+    let objects = session.find_objects(&wanted).unwrap();
     objects.iter().for_each(|object| session.destroy_object(*object).unwrap());
     say(&format!("{} objects", objects.len()));
 }

@@ -19,6 +19,7 @@ mod init;
 mod issue;
 mod key;
 mod keys;
+mod label;
 mod outside;
 mod quarantine;
 mod reconcile;
@@ -50,7 +51,7 @@ pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
 pub use keys::{Tokens, ensure_wrapping};
-pub use reconcile::Stray;
+pub use reconcile::{Stray, Unwanted};
 pub use unlock::unlock;
 
 /// Everything an act needs. Built once by the daemon.

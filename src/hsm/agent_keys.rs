@@ -17,7 +17,7 @@ use super::owners::{Blob, SESSIONS_MIN};
 use super::token::Token;
 use super::wrapping::{self, BLOB_BYTES_MAX, Wrapping};
 use super::{ADMIN_DEADLINE, Admitted, Hsm, der, lanes};
-use crate::model::{Algorithm, KeyId, PublicKey, hex};
+use crate::model::{Algorithm, KeyId, PublicKey};
 use crate::proto::KeyStorage;
 
 /// How CKA_LABEL of every resident agent key begins, and of no other key.
@@ -80,7 +80,7 @@ impl Hsm {
     }
 
     /// Makes an agent's key pair. `session`: dies with its session. `wrapped`: the same, and handed out wrapped under the key `wrapping`.
-    /// `resident`: a token object, as [`Hsm::generate`] makes it.
+    /// `resident`: a token object, as [`Hsm::generate`] makes it, with this CKA_LABEL, which begins with `keyward/agent/`.
     ///
     /// # Errors
     /// `Incapable` for a class or an algorithm that the token lacks. After any error, also [`Error::Deadline`], the key may exist:
@@ -91,13 +91,16 @@ impl Hsm {
         algorithm: Algorithm,
         storage: KeyStorage,
         wrapping: Option<KeyId>,
+        label: &str,
     ) -> Result<MadeKey, Error> {
         self.check_usable()?;
         self.check_free(id, None)?;
         let params = self.params(algorithm)?;
         if storage == KeyStorage::Resident {
-            let label = format!("{LABEL}{}", hex(&id.0[..8]));
-            let public = self.generate_as(id, algorithm, &label, |id, public| Bound::agents(id, public, None)).await?;
+            if !label.starts_with(LABEL) {
+                return Err(Error::NotAgents(id));
+            }
+            let public = self.generate_as(id, algorithm, label, |id, public| Bound::agents(id, public, None)).await?;
             return Ok(MadeKey { public, wrapped: None });
         }
         self.check_has(storage, algorithm)?;

@@ -78,12 +78,12 @@ pub struct Found {
     pub public: Option<PublicKey>,
 }
 
-/// What a token holds under one CKA_ID.
+/// What a token holds under one CKA_ID and one CKA_LABEL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// CKA_ID, of whatever length; empty where an object has none.
     pub id: Vec<u8>,
-    /// CKA_LABEL of one of them.
+    /// CKA_LABEL; empty where an object has none.
     pub label: String,
     /// How many.
     pub objects: u32,
@@ -194,7 +194,7 @@ impl Hsm {
         .await
     }
 
-    /// All token objects, for reconciliation: one with each CKA_ID. A device may need seconds.
+    /// All token objects, for reconciliation: one for each CKA_ID and CKA_LABEL. A device may need seconds.
     ///
     /// # Errors
     /// When the token cannot be asked.
@@ -208,6 +208,15 @@ impl Hsm {
     /// When the token cannot be asked or refuses; some objects may be gone then.
     pub async fn destroy(&self, id: KeyId) -> Result<u32, Error> {
         self.errand(ADMIN_DEADLINE, move |session| objects::destroy(session, id)).await
+    }
+
+    /// The same of those with this CKA_LABEL alone.
+    ///
+    /// # Errors
+    /// As [`Hsm::destroy`].
+    pub async fn destroy_labelled(&self, id: KeyId, label: &str) -> Result<u32, Error> {
+        let label = label.to_owned();
+        self.errand(ADMIN_DEADLINE, move |session| objects::destroy_labelled(session, id, &label)).await
     }
 
     /// Looks a key up once and makes sure that it is the pinned one: the token's public key, the private key's attributes, a verified

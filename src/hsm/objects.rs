@@ -230,9 +230,9 @@ pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
         .collect()
 }
 
-/// All token objects that have a CKA_ID, or could have one: by it.
+/// All token objects that have a CKA_ID, or could have one: by it, and by CKA_LABEL.
 pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
-    let mut held = BTreeMap::<Vec<u8>, Held>::new();
+    let mut held = BTreeMap::<(Vec<u8>, String), Held>::new();
     for object in session.find_objects(&[Attribute::Token(true)]).map_err(|error| Error::at(Place::Search, error))? {
         let told = |kind| match attribute(session, object, kind) {
             // Of a class or a form that the wrapper does not know: counted all the same.
@@ -247,7 +247,7 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
             Some(Attribute::Label(label)) => String::from_utf8_lossy(&label).into_owned(),
             _ => String::new(),
         };
-        let found = held.entry(id.clone()).or_insert_with(|| Held { id, label, objects: 0 });
+        let found = held.entry((id.clone(), label.clone())).or_insert_with(|| Held { id, label, objects: 0 });
         found.objects += 1;
     }
     Ok(held.into_values().collect())
@@ -255,10 +255,20 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
 
 /// Destroys all token objects with this CKA_ID, until a search finds none.
 pub(super) fn destroy(session: &Session, id: KeyId) -> Result<u32, Error> {
+    destroy_until_none(session, id, || search(session, id, None))
+}
+
+/// The same of those that have this CKA_LABEL as well.
+pub(super) fn destroy_labelled(session: &Session, id: KeyId, label: &str) -> Result<u32, Error> {
+    let template = [Attribute::Token(true), Attribute::Id(id.0.to_vec()), Attribute::Label(label.as_bytes().to_vec())];
+    destroy_until_none(session, id, || session.find_objects(&template).map_err(|error| Error::at(Place::Search, error)))
+}
+
+fn destroy_until_none(session: &Session, id: KeyId, search: impl Fn() -> Result<Vec<ObjectHandle>, Error>) -> Result<u32, Error> {
     let mut destroyed = 0;
     // The second round is for what a token lists only after the first is gone; a token that never ends is not followed.
     for _ in 0..3 {
-        let objects = search(session, id, None)?;
+        let objects = search()?;
         if objects.is_empty() {
             return Ok(destroyed);
         }

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keyward::proto::{AuthorityState, EnrolRequest, Purpose};
+use keyward::proto::{AuthorityState, CreateKeyRequest, EnrolRequest, KeyStorage, Purpose};
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
-use crate::house::wire::{Draft, refused};
+use crate::house::keys::wish;
+use crate::house::wire::{Draft, Identity, refused};
 use crate::house::{Body, DEADLINE, House, Output, run};
 use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
@@ -468,36 +469,111 @@ fn a_token_signing_key_is_made_when_it_is_asked_for_and_is_known_before_it_signs
     house.stop_and_verify();
 }
 
+/// What `hsm reconcile` finds: what it is, and its key id.
+fn found(house: &House) -> Vec<(String, String)> {
+    let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).json();
+    let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
+    strays.as_array().unwrap().iter().map(|one| (text(one, "found"), text(one, "key_id"))).collect()
+}
+
+fn count(found: &[(String, String)], what: &str) -> usize {
+    found.iter().filter(|one| one.0 == what).count()
+}
+
 #[test]
-fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked() {
+fn strays_are_told_and_destroyed_only_when_asked_and_what_is_another_deployments_never() {
     let mut house = House::new().initialised();
-    // The same tokens under a new book: the keys of the one before are nobody's.
+    // The same tokens under a new book: another deployment's.
     std::fs::remove_dir_all(house.state()).unwrap();
     house.keyward(&["init"]).ok();
     house.serve();
-    let found = |house: &House, more: &[&str]| {
-        let arguments = [&["hsm", "reconcile", "--format", "json"], more].concat();
-        house.keyward(&arguments).json().as_array().unwrap().clone()
-    };
-    let orphans = found(&house, &[]);
-    assert_eq!(orphans.len(), 5, "root, issuing, ledger, two canaries: {orphans:?}");
-    assert!(orphans.iter().all(|one| one["found"] == "object without a row" && one["objects"] == 2), "{orphans:?}");
-    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
-    assert_eq!(found(&house, &[]), orphans);
+    let foreign = found(&house);
+    let made_by_init = foreign.len();
+    assert!(made_by_init >= 5, "root, issuing, ledger, two canaries: {foreign:?}");
+    assert_eq!(count(&foreign, "foreign"), made_by_init, "{foreign:?}");
+    house.keyward(&["hsm", "reconcile"]).ok();
+    house.keyward(&["hsm", "reconcile", "--destroy", &foreign[0].1, "--yes"]).exits(4);
     house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
-    nothing_is_left_over(&house);
-    house.attested("builder/1").renew().ok();
+    assert_eq!(found(&house), foreign, "they share the tokens");
+    // Keys of the same deployment that its book does not know: it is an older copy.
+    let agent = Identity::of(&house.attested("builder/1"));
+    let copy = house.path("copy.db");
+    let ledger = house.state().join("keyward.db");
+    rusqlite::Connection::open(&ledger).unwrap().execute("VACUUM INTO ?1", [copy.to_str().unwrap()]).unwrap();
+    rotate(&house, "issuing").ok();
+    house.keys(&agent).create(resident("a")).unwrap();
+    assert_eq!(found(&house), foreign);
+    assert_eq!(house.stop(), 0);
+    for name in ["keyward.db", "keyward.db-wal", "keyward.db-shm", "ledger.vkey", "issuing.pem"] {
+        let _ = std::fs::remove_file(house.state().join(name));
+    }
+    std::fs::copy(&copy, &ledger).unwrap();
+    house.keyward(&["init"]).ok();
+    house.serve();
+    let strays: Vec<_> = found(&house).into_iter().filter(|one| one.0 == "stray").collect();
+    assert_eq!(strays.len(), 2, "an issuing key and an agent's: {strays:?}");
+    house.keyward(&["hsm", "reconcile"]).exits(5).says("2 not as the ledger says");
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
+    let in_use = generations(&house, "issuing").remove(0).0;
+    house.keyward(&["hsm", "reconcile", "--destroy", &in_use, "--yes"]).exits(4);
+    house.keyward(&["hsm", "reconcile", "--destroy", &strays[0].1[..8]]).exits(2).says("nothing was done");
+    assert_eq!(count(&found(&house), "stray"), 2);
+    house.keyward(&["hsm", "reconcile", "--destroy", &strays[0].1[..8], "--yes"]).exits(5);
+    assert_eq!(found(&house).into_iter().filter(|one| one.0 == "stray").collect::<Vec<_>>(), strays[1..]);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
+    assert_eq!(found(&house), foreign);
+    house.attested("builder/2").renew().ok();
     // A key of the book that the token has lost is told as well, and is nobody's to destroy.
     rotate(&house, "issuing").ok();
     let (lost, _) = generations(&house, "issuing").pop().unwrap();
     instruments::destroy(&house, "authority", &bytes(&lost));
     house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).exits(5);
-    let missing = found(&house, &[]);
-    assert_eq!((missing.len(), &missing[0]["found"], &missing[0]["key_id"]), (1, &"row without an object".into(), &lost.into()));
+    house.keyward(&["hsm", "reconcile", "--destroy", &lost, "--yes"]).exits(4);
+    let now = found(&house);
+    assert_eq!((count(&now, "foreign"), now.len()), (made_by_init, made_by_init + 1), "{now:?}");
+    assert!(now.contains(&("missing".to_owned(), lost)), "{now:?}");
     assert_eq!(house.stop(), 0);
-    let destroyed = house.ended_entries().iter().filter(|body| matches!(body, Body::OrphansDestroyed(_))).count();
-    assert_eq!(destroyed, 5);
+    let entries = house.ended_entries();
+    let destroyed = entries.iter().filter_map(|body| match body {
+        Body::OrphansDestroyed(gone) => Some((gone.objects_destroyed, gone.key_id.clone())),
+        _ => None,
+    });
+    assert_eq!(destroyed.collect::<Vec<_>>(), strays.iter().map(|one| (2, bytes(&one.1))).collect::<Vec<_>>());
     house.verify().ok();
+}
+
+#[test]
+fn an_agents_key_that_is_half_made_or_half_gone_is_no_stray() {
+    let mut house = House::new().with_shim().initialised().served();
+    let agent = Identity::of(&house.attested("builder/1"));
+    house.keys(&agent).create(resident("ends")).unwrap();
+    let label = house.keyward(&["hsm", "reconcile"]).ok();
+    assert!(!label.stdout.contains("keyward/agent"), "in use: {}", label.stdout);
+    house.shim().tell("fail C_DestroyObject rv=0x30 count=all");
+    house.keys(&agent).destroy("", "ends").unwrap();
+    house.shim().tell("fail C_GenerateKeyPair rv=0x30 after");
+    house.keys(&agent).create(resident("begins")).unwrap_err();
+    let mut kinds: Vec<_> = Vec::new();
+    // The token is back in a moment.
+    comes_about("both are told", || {
+        if house.keyward(&["hsm", "reconcile"]).code == 5 {
+            return false;
+        }
+        kinds = found(&house).into_iter().map(|one| one.0).collect();
+        kinds.sort();
+        kinds == ["being destroyed", "in the making"]
+    });
+    house.shim().tell("clear");
+    // Nor are they an operator's to destroy.
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
+    assert_eq!(found(&house).len(), 2);
+    house.restart();
+    nothing_is_left_over(&house);
+    house.stop_and_verify();
+}
+
+fn resident(name: &str) -> CreateKeyRequest {
+    CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish(name) }
 }
 
 /// The whole of it at once, as `keyward bench rotation` judges it: days pass, agents renew, authorities of all kinds follow each other, and
@@ -674,7 +750,9 @@ fn an_authority_whose_key_is_gone_before_it_signs_is_given_up_and_followed_by_an
     later(&house, 2 * 901 + 3_700);
     comes_about("another ledger key signs", || {
         let now = generations(&house, "ledger");
-        now.iter().all(|(key, _)| *key != lost) && now[0].1 == "active" && now.iter().filter(|one| one.1 == "retiring").count() == 1
+        now.iter().all(|(key, _)| *key != lost)
+            && now[0].1 == "active"
+            && now.iter().filter(|one| one.1 == "retiring").count() == 1
     });
     nothing_is_left_over(&house);
     house.restart();

@@ -141,6 +141,7 @@ impl Readiness {
             listen,
             not_on_crl: acts.not_on_crl(),
             files_behind: acts.files_behind(),
+            keys_to_rewrap: acts.keys_to_rewrap(),
         }
     }
 

@@ -17,31 +17,26 @@ use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
-fn rotate(house: &House, purpose: &str) -> Output {
+pub fn rotate(house: &House, purpose: &str) -> Output {
     house.keyward(&["ca", "rotate", purpose, "--now", "--yes"])
 }
 
 /// So many seconds have passed since the house was built, as an operator who corrects the clock says.
-fn later(house: &House, seconds: i64) {
+pub fn later(house: &House, seconds: i64) {
     house.control().move_clock(seconds * 1000);
     house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
 }
 
 /// The generations of a purpose, by key id and state.
-fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
+pub fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
     let all = house.keyward(&["ca", "list", "--format", "json"]).ok().json();
     let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
     let of = |one: &&serde_json::Value| one["purpose"] == purpose;
     all.as_array().unwrap().iter().filter(of).map(|one| (text(one, "key_id"), text(one, "state"))).collect()
 }
 
-fn states(house: &House, purpose: &str) -> Vec<String> {
+pub fn states(house: &House, purpose: &str) -> Vec<String> {
     generations(house, purpose).into_iter().map(|(_, state)| state).collect()
-}
-
-/// A CKA_ID as the token has it.
-fn bytes(key_id: &str) -> Vec<u8> {
-    (0..key_id.len()).step_by(2).map(|at| u8::from_str_radix(&key_id[at..at + 2], 16).unwrap()).collect()
 }
 
 /// Waits for what the daemon does at one of its next looks.
@@ -76,7 +71,7 @@ fn next_checkpoint(house: &House, why: &str) -> String {
 
 /// Waits until the generations of a purpose are in these states. The daemon looks once a second.
 #[track_caller]
-fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
+pub fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
     let until = Instant::now() + DEADLINE;
     loop {
         let found = states(house, purpose);
@@ -89,7 +84,7 @@ fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
 }
 
 /// The token holds exactly the keys that the book knows, and says so itself.
-fn nothing_is_left_over(house: &House) {
+pub fn nothing_is_left_over(house: &House) {
     let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
     assert_eq!(strays.json(), serde_json::json!([]));
 }
@@ -185,7 +180,7 @@ fn a_lost_key_of_an_authority_before_holds_up_neither_crls_nor_checkpoints() {
         for purpose in ["issuing", "ledger"] {
             let (lost, state) = generations(&house, purpose).pop().unwrap();
             assert_eq!(state, "retiring");
-            instruments::destroy(&house, "authority", &bytes(&lost));
+            instruments::destroy(&house, "authority", &instruments::unhex(&lost));
         }
         agent.quarantine().ok();
         crate::certificate::crl_listing(&house, &agent.serial());
@@ -266,6 +261,41 @@ fn what_is_due_by_age_is_rotated_by_itself_once_after_a_long_absence() {
     house.stop_and_verify();
 }
 
+/// A clock that ran ahead is set back: what was made by it is in force in a year only, and what the book says of its time is in the future.
+#[test]
+fn authorities_follow_a_clock_that_was_a_year_ahead_and_is_set_back() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    later(&house, 366 * 86_400);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/1");
+    later(&house, 0);
+    let in_force = |house: &House| {
+        let [issuing] = crate::house::certificates(&house.state().join("issuing.pem")).try_into().unwrap();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issuing).unwrap();
+        parsed.validity().is_valid()
+    };
+    let until = Instant::now() + DEADLINE;
+    while !in_force(&house) {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "issuing"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    Holder::attest(&house, "builder/2");
+    let before = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    assert_ne!(generations(&house, "issuing")[0].0, before, "asked for now, done now");
+    let before = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &before, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "root"), ["active", "retiring"]);
+    let agent = house.attested("builder/3");
+    let (chain, anchors) = (agent.svid(), agent.bundle());
+    let (chain, anchors) = (chain.to_str().unwrap(), anchors.to_str().unwrap());
+    run(Command::new("openssl").args(["verify", "-x509_strict", "-CAfile", anchors, "-untrusted", chain, chain])).ok();
+    later(&house, 901);
+    become_states(&house, "root", &["active"]);
+    house.stop_and_verify();
+}
+
 #[test]
 fn nothing_is_rotated_while_an_operator_holds_it_up() {
     let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
@@ -276,6 +306,7 @@ fn nothing_is_rotated_while_an_operator_holds_it_up() {
     house.restart();
     let listed = house.keyward(&["ca", "list"]).ok().says("paused");
     assert!(!listed.stdout.contains("retiring"), "{}", listed.stdout);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["paused"], true);
     house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
     become_states(&house, "issuing", &["active", "retiring"]);
     house.stop_and_verify();
@@ -453,19 +484,41 @@ fn a_ledger_key_is_vouched_for_by_the_one_before_it() {
     with(&other.state().join("ledger.vkey")).exits(6);
 }
 
+/// The keys of tokens in the SPIFFE bundle, and its sequence.
+fn told_of_tokens(house: &House) -> (Vec<String>, u64) {
+    let set = house.keyward(&["bundle", "show", "--jwks"]).ok().json();
+    let of_tokens = |key: &&serde_json::Value| key["use"] == "jwt-svid";
+    let kids = set["keys"].as_array().unwrap().iter().filter(of_tokens).map(|key| key["kid"].as_str().unwrap().to_owned());
+    (kids.collect(), set["spiffe_sequence"].as_u64().unwrap())
+}
+
 #[test]
-fn a_token_signing_key_is_made_when_it_is_asked_for_and_is_known_before_it_signs() {
-    let mut house = House::new().with_preload().initialised();
+fn the_first_token_signing_key_is_there_from_the_beginning_and_each_that_follows_is_known_before_it_signs() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
-    assert_eq!(states(&house, "token-signing").len(), 0);
-    rotate(&house, "token-signing").ok();
-    assert_eq!(states(&house, "token-signing"), ["prepublished"]);
-    later(&house, 901);
-    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(states(&house, "token-signing"), ["active"]);
+    let (first, sequence) = told_of_tokens(&house);
+    assert_eq!((first.len(), sequence), (1, 1));
+    let agent = house.attested("builder/1");
+    let wire = house.wire();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    let told = following.next().unwrap();
     rotate(&house, "token-signing").ok();
     rotate(&house, "token-signing").refused("ROTATION_UNDER_WAY");
-    later(&house, 901 + 901);
+    assert_eq!(states(&house, "token-signing"), ["prepublished", "active"]);
+    let (both, sequence) = told_of_tokens(&house);
+    assert_eq!((both.len(), &both[0], sequence), (2, &first[0], 2), "the active one first");
+    let newer = following.next().unwrap();
+    assert_eq!((newer.sequence, newer.token_signing_keys.len()), (2, 2));
+    assert_eq!(newer.authorities, told.authorities);
+    later(&house, 901);
     become_states(&house, "token-signing", &["active", "retiring"]);
+    // The same keys in another order: nothing that a verifier would have to learn of.
+    assert_eq!(told_of_tokens(&house), (vec![both[1].clone(), both[0].clone()], 2));
+    later(&house, 901 + 3_601);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(told_of_tokens(&house), (vec![both[1].clone()], 3));
+    nothing_is_left_over(&house);
     house.stop_and_verify();
 }
 
@@ -478,6 +531,39 @@ fn found(house: &House) -> Vec<(String, String)> {
 
 fn count(found: &[(String, String)], what: &str) -> usize {
     found.iter().filter(|one| one.0 == what).count()
+}
+
+#[test]
+fn a_token_signing_key_is_replaced_by_age_and_a_tainted_one_leaves_the_bundle_soon() {
+    let mut house =
+        House::new().configured("rotation", "jitter_seconds = 0\ntoken_signing_days = 1").with_preload().initialised();
+    house.serve();
+    let first = generations(&house, "token-signing").remove(0).0;
+    later(&house, 86_401);
+    become_states(&house, "token-signing", &["prepublished", "active"]);
+    // Whoever may have it signs tokens until verifiers hear of it.
+    house.keyward(&["ca", "taint", &first, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "token-signing"), ["active", "retiring"]);
+    later(&house, 86_401 + 901);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(told_of_tokens(&house).0.len(), 1);
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_house_from_before_there_were_token_signing_keys_gets_one_by_itself() {
+    let mut house = House::new().with_preload().initialised();
+    let db = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
+    let gone = db.execute("DELETE FROM generation WHERE purpose = ?1", [Purpose::TokenSigning as i32]).unwrap();
+    drop(db);
+    assert_eq!(gone, 1);
+    house.serve();
+    become_states(&house, "token-signing", &["prepublished"]);
+    assert_eq!((told_of_tokens(&house).0.len(), told_of_tokens(&house).1), (1, 2));
+    house.restart();
+    later(&house, 901);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(house.stop(), 0);
 }
 
 #[test]
@@ -526,7 +612,7 @@ fn strays_are_told_and_destroyed_only_when_asked_and_what_is_another_deployments
     // A key of the book that the token has lost is told as well, and is nobody's to destroy.
     rotate(&house, "issuing").ok();
     let (lost, _) = generations(&house, "issuing").pop().unwrap();
-    instruments::destroy(&house, "authority", &bytes(&lost));
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
     house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).exits(5);
     house.keyward(&["hsm", "reconcile", "--destroy", &lost, "--yes"]).exits(4);
     let now = found(&house);
@@ -538,7 +624,7 @@ fn strays_are_told_and_destroyed_only_when_asked_and_what_is_another_deployments
         Body::OrphansDestroyed(gone) => Some((gone.objects_destroyed, gone.key_id.clone())),
         _ => None,
     });
-    assert_eq!(destroyed.collect::<Vec<_>>(), strays.iter().map(|one| (2, bytes(&one.1))).collect::<Vec<_>>());
+    assert_eq!(destroyed.collect::<Vec<_>>(), strays.iter().map(|one| (2, instruments::unhex(&one.1))).collect::<Vec<_>>());
     house.verify().ok();
 }
 
@@ -632,6 +718,7 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     house.keyward(&["ca", "show", "--csr"]).exits(4);
     rotate(&house, "issuing").ok().says("BEGIN CERTIFICATE REQUEST");
     assert_eq!(states(&house, "issuing"), ["planned", "active"]);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["awaits_certificate"], true);
     house.agent("builder/1").renew().ok();
     let key = |path: &str| run(Command::new("openssl").args(["req", "-in", path, "-noout", "-pubkey"])).ok().stdout;
     let before = key(&request(&house));
@@ -729,7 +816,7 @@ fn an_authority_whose_key_is_gone_before_it_signs_is_given_up_and_followed_by_an
     rotate(&house, "root").ok();
     let lost = generations(&house, "root")[0].clone();
     assert_eq!(lost.1, "prepublished");
-    instruments::destroy(&house, "authority", &bytes(&lost.0));
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost.0));
     later(&house, 901);
     comes_about("another root is prepublished", || {
         let now = generations(&house, "root");
@@ -746,7 +833,7 @@ fn an_authority_whose_key_is_gone_before_it_signs_is_given_up_and_followed_by_an
     rotate(&house, "ledger").ok();
     become_states(&house, "ledger", &["prepublished", "active", "retiring"]);
     let lost = generations(&house, "ledger")[0].0.clone();
-    instruments::destroy(&house, "authority", &bytes(&lost));
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
     later(&house, 2 * 901 + 3_700);
     comes_about("another ledger key signs", || {
         let now = generations(&house, "ledger");
@@ -791,7 +878,7 @@ fn a_request_whose_key_is_gone_is_made_anew() {
     let csr = request(&house);
     let lost = generations(&house, "issuing")[0].0.clone();
     let issuing = root.sign(&csr, FITS);
-    instruments::destroy(&house, "authority", &bytes(&lost));
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
     house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).refused("KEY_LOST");
     comes_about("another one is planned", || {
         let now = generations(&house, "issuing");
@@ -811,7 +898,7 @@ fn a_request_that_cannot_be_signed_holds_up_nothing_else() {
     let planned = generations(&house, "issuing")[0].0.clone();
     assert_eq!(house.stop(), 0);
     // Half of it is there: that is no key that was lost for certain, and none that signs.
-    instruments::destroy_private(&house, "authority", &bytes(&planned));
+    instruments::destroy_private(&house, "authority", &instruments::unhex(&planned));
     house.serve();
     house.keyward(&["ca", "show", "--csr"]).exits(4);
     rotate(&house, "ledger").ok();

@@ -16,7 +16,7 @@ use crate::proto;
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// List every generation of every authority: its state, since when, when its next step is due.
+    /// List the generations of every authority until their keys are destroyed: state, since when, when the next step is due.
     ///
     /// planned > prepublished > active > retiring > retired > destroyed. A prepublished authority is trusted and signs nothing yet; a
     /// retiring one is trusted until the last certificate under it has ended; a wrapping key until no agent's key is under it. `!` marks a

@@ -51,13 +51,13 @@ mod tests {
             assert!(is_ours(&label, &OURS, &ID.0), "{label}");
             assert!(!is_ours(&label, &[0x12; 16], &ID.0), "{label} is another deployment's");
         }
-        assert_eq!(label(Purpose::Root, &OURS, ID), "keyward/root/11111111.abababab");
+        assert_eq!(label(Purpose::Ledger, &OURS, ID), "keyward/ledger/11111111.abababab");
         assert_eq!(label(Purpose::TokenSigning, &OURS, ID), "keyward/token-signing/11111111.a");
     }
 
     #[test]
     fn a_label_of_an_earlier_keyward_is_ours_if_it_is_of_its_own_id() {
-        for label in ["keyward/root/abababab", "keyward/wrapping/abababab", "keyward/agent/abababababababab"] {
+        for label in ["keyward/issuing/abababab", "keyward/wrapping/abababab", "keyward/agent/abababababababab"] {
             assert!(is_ours(label, &OURS, &ID.0), "{label}");
             assert!(!is_ours(label, &OURS, &[1; 16]), "{label}");
         }
@@ -69,20 +69,20 @@ mod tests {
             "",
             "root",
             "keyward/",
-            "keyward/root",
-            "keyward/root/",
-            "keyward/root/abab",
-            "keyward/root/.abababab",
-            "keyward/root/11111111",
-            "keyward/root/111111.abababab",
+            "keyward/issuing",
+            "keyward/issuing/",
+            "keyward/issuing/abab",
+            "keyward/issuing/.abababab",
+            "keyward/issuing/11111111",
+            "keyward/issuing/111111.abababab",
             "keyward/probe/abababab",
             "keyward/wrapping/test",
-            "Keyward/root/11111111.abababab",
-            "other/root/11111111.abababab",
+            "Keyward/issuing/11111111.abababab",
+            "other/issuing/11111111.abababab",
         ];
         for label in foreign {
             assert!(!is_ours(label, &OURS, &ID.0), "{label}");
         }
-        assert!(!is_ours("keyward/root/", &OURS, &[]), "without a CKA_ID");
+        assert!(!is_ours("keyward/issuing/", &OURS, &[]), "without a CKA_ID");
     }
 }

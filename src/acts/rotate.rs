@@ -162,7 +162,7 @@ impl Acts {
     ///
     /// # Errors
     /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY`,
-    /// and those of the arrows: what was planned stays planned.
+    /// and those of its own arrows: what was planned stays planned, but one whose key the token has lost (`KEY_LOST`).
     pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<KeyId, Refusal> {
         use Purpose::{Issuing, Ledger, Root, TokenSigning, Wrapping};
         if !matches!(purpose, Root | Issuing | Ledger | TokenSigning | Wrapping) {

@@ -183,6 +183,9 @@ pub(super) fn leaf(
     Ok(params)
 }
 
+/// O of every authority.
+pub(super) const ORGANIZATION: &str = "keyward";
+
 /// An authority's certificate: SPIFFE ID without a path, keyCertSign and cRLSign, a path length (X509-SVID §4.1).
 pub(super) fn authority(
     domain: &TrustDomain,
@@ -193,7 +196,7 @@ pub(super) fn authority(
     not_after: UnixTime,
 ) -> Result<CertificateParams, Refusal> {
     let mut params = params(serial, not_before, not_after)?;
-    params.distinguished_name.push(DnType::OrganizationName, "keyward");
+    params.distinguished_name.push(DnType::OrganizationName, ORGANIZATION);
     params.distinguished_name.push(DnType::CommonName, name);
     params.subject_alt_names = vec![SanType::URI(domain.id().as_str().try_into().map_err(Refusal::internal)?)];
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

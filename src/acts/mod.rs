@@ -19,6 +19,8 @@ mod init;
 mod issue;
 mod key;
 mod keys;
+mod label;
+mod outside;
 mod quarantine;
 mod reconcile;
 mod release;
@@ -37,7 +39,7 @@ use crate::authn::Tls;
 use crate::config::{Config, Limits, Rotation};
 use crate::hsm;
 use crate::ledger::Ledger;
-use crate::model::{Clock, KeyId, Reason, Refusal, TrustDomain};
+use crate::model::{Clock, KeyId, Outage, Reason, Refusal, TrustDomain};
 
 pub use authorities::Authorities;
 pub use bundle::BundleWatch;
@@ -49,7 +51,7 @@ pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer};
 pub use keys::Tokens;
-pub use reconcile::Stray;
+pub use reconcile::{Stray, Unwanted};
 pub use unlock::unlock;
 
 /// Everything an act needs. Built once by the daemon.
@@ -75,6 +77,12 @@ pub struct Acts {
     rotating: Mutex<()>,
     /// What the outside root is asked to sign for a planned issuing authority: its key, PKCS#10 in DER.
     request: ArcSwapOption<(KeyId, Vec<u8>)>,
+    /// Which request `issuing.csr` is, or that there is none; `None` where that is not known.
+    request_told: Mutex<Option<Option<KeyId>>>,
+    /// Files that could not be written.
+    behind: files::Behind,
+    /// Checkpoints go without a signature that they should have.
+    unsigned: std::sync::Mutex<Outage>,
     crl: Arc<Crl>,
     /// One set of CRLs at a time.
     publishing: Mutex<()>,
@@ -101,6 +109,9 @@ impl Acts {
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),
+            request_told: Mutex::new(None),
+            behind: files::Behind::default(),
+            unsigned: std::sync::Mutex::default(),
             crl: Arc::new(crl),
             publishing: Mutex::new(()),
             state: config.paths.state.clone(),

@@ -18,7 +18,7 @@ use super::owners::{self, Blob, SESSIONS_MIN};
 use super::token::Token;
 use super::wrapping::{self, BLOB_BYTES_MAX, Wrapping};
 use super::{ADMIN_DEADLINE, Admitted, Hsm, der, lanes};
-use crate::model::{Algorithm, KeyId, PublicKey, hex};
+use crate::model::{Algorithm, KeyId, PublicKey};
 use crate::proto::KeyStorage;
 
 /// How CKA_LABEL of every resident agent key begins, and of no other key.
@@ -100,7 +100,7 @@ impl Hsm {
     }
 
     /// Makes an agent's key pair. `session`: dies with its session. `wrapped`: the same, and handed out wrapped under the key `wrapping`.
-    /// `resident`: a token object, as [`Hsm::generate`] makes it.
+    /// `resident`: a token object, as [`Hsm::generate`] makes it, with this CKA_LABEL, which begins with `keyward/agent/`.
     ///
     /// # Errors
     /// `Incapable` for a class or an algorithm that the token lacks. After any error, also [`Error::Deadline`], the key may exist:
@@ -111,6 +111,7 @@ impl Hsm {
         algorithm: Algorithm,
         storage: KeyStorage,
         wrapping: Option<KeyId>,
+        label: &str,
     ) -> Result<MadeKey, Error> {
         self.check_usable()?;
         self.check_free(id, None)?;
@@ -118,8 +119,10 @@ impl Hsm {
         let deadline = Instant::now() + ADMIN_DEADLINE;
         let _turn = if owners::is_slow(algorithm) { Some(self.0.owners.turn(deadline).await?) } else { None };
         if storage == KeyStorage::Resident {
-            let label = format!("{LABEL}{}", hex(&id.0[..8]));
-            let public = self.generate_as(id, algorithm, &label, |id, public| Bound::agents(id, public, None)).await?;
+            if !label.starts_with(LABEL) {
+                return Err(Error::NotAgents(id));
+            }
+            let public = self.generate_as(id, algorithm, label, |id, public| Bound::agents(id, public, None)).await?;
             return Ok(MadeKey { public, wrapped: None });
         }
         self.check_has(storage, algorithm)?;

@@ -80,12 +80,12 @@ pub struct Found {
     pub public: Option<PublicKey>,
 }
 
-/// What a token holds under one CKA_ID.
+/// What a token holds under one CKA_ID and one CKA_LABEL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// CKA_ID, of whatever length; empty where an object has none.
     pub id: Vec<u8>,
-    /// CKA_LABEL of one of them.
+    /// CKA_LABEL; empty where an object has none.
     pub label: String,
     /// How many.
     pub objects: u32,
@@ -180,7 +180,28 @@ impl Hsm {
         self.errand(ADMIN_DEADLINE, move |session| objects::find(session, id)).await
     }
 
-    /// All token objects, for reconciliation: one with each CKA_ID. A device may need seconds.
+    /// Whether the token has nothing under this CKA_ID any more, for certain: it serves, its canary has just signed, and a session that is
+    /// opened for this shows the canary's key and finds nothing of the id. `false` where that is not known.
+    ///
+    /// # Errors
+    /// When the token cannot be asked: what is away is not gone.
+    pub async fn is_gone(&self, id: KeyId) -> Result<bool, Error> {
+        self.check_usable()?;
+        let Some(canary) = self.0.canary() else { return Ok(false) };
+        health::sing(&self.0, &canary, self.0.settings.sign_deadline).await.map_err(|error| match error {
+            SignError::NotSigned(error) | SignError::Unknown(error) => error,
+        })?;
+        let (token, canary) = (Arc::clone(&self.0), canary.id);
+        self.errand(ADMIN_DEADLINE, move |_| {
+            let session = token.open_session(false)?;
+            let gone = objects::shows_but(&session, canary, id);
+            Token::discard(session);
+            gone
+        })
+        .await
+    }
+
+    /// All token objects, for reconciliation: one for each CKA_ID and CKA_LABEL. A device may need seconds.
     ///
     /// # Errors
     /// When the token cannot be asked.
@@ -195,6 +216,15 @@ impl Hsm {
     pub async fn destroy(&self, id: KeyId) -> Result<u32, Error> {
         self.0.owners.forget_wrapping(&[id]).await;
         self.errand(ADMIN_DEADLINE, move |session| objects::destroy(session, id)).await
+    }
+
+    /// The same of those with this CKA_LABEL alone.
+    ///
+    /// # Errors
+    /// As [`Hsm::destroy`].
+    pub async fn destroy_labelled(&self, id: KeyId, label: &str) -> Result<u32, Error> {
+        let label = label.to_owned();
+        self.errand(ADMIN_DEADLINE, move |session| objects::destroy_labelled(session, id, &label)).await
     }
 
     /// Looks a key up once and makes sure that it is the pinned one: the token's public key, the private key's attributes, a verified

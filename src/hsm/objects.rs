@@ -234,6 +234,12 @@ pub(super) fn search(session: &Session, id: KeyId, class: Option<ObjectClass>) -
     session.find_objects(&template).map_err(|error| Error::at(Place::Search, error))
 }
 
+/// Whether the private key `other` is there, and nothing with the CKA_ID `id`.
+pub(super) fn shows_but(session: &Session, other: KeyId, id: KeyId) -> Result<bool, Error> {
+    let shown = !search(session, other, Some(ObjectClass::PRIVATE_KEY))?.is_empty();
+    Ok(shown && search(session, id, None)?.is_empty())
+}
+
 /// All token objects with this CKA_ID.
 pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
     search(session, id, None)?
@@ -251,9 +257,9 @@ pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
         .collect()
 }
 
-/// All token objects that have a CKA_ID, or could have one: by it.
+/// All token objects that have a CKA_ID, or could have one: by it, and by CKA_LABEL.
 pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
-    let mut held = BTreeMap::<Vec<u8>, Held>::new();
+    let mut held = BTreeMap::<(Vec<u8>, String), Held>::new();
     for object in session.find_objects(&[Attribute::Token(true)]).map_err(|error| Error::at(Place::Search, error))? {
         let told = |kind| match attribute(session, object, kind) {
             // Of a class or a form that the wrapper does not know: counted all the same.
@@ -268,7 +274,7 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
             Some(Attribute::Label(label)) => String::from_utf8_lossy(&label).into_owned(),
             _ => String::new(),
         };
-        let found = held.entry(id.clone()).or_insert_with(|| Held { id, label, objects: 0 });
+        let found = held.entry((id.clone(), label.clone())).or_insert_with(|| Held { id, label, objects: 0 });
         found.objects += 1;
     }
     Ok(held.into_values().collect())
@@ -276,10 +282,20 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
 
 /// Destroys all token objects with this CKA_ID, until a search finds none.
 pub(super) fn destroy(session: &Session, id: KeyId) -> Result<u32, Error> {
+    destroy_until_none(session, id, || search(session, id, None))
+}
+
+/// The same of those that have this CKA_LABEL as well.
+pub(super) fn destroy_labelled(session: &Session, id: KeyId, label: &str) -> Result<u32, Error> {
+    let template = [Attribute::Token(true), Attribute::Id(id.0.to_vec()), Attribute::Label(label.as_bytes().to_vec())];
+    destroy_until_none(session, id, || session.find_objects(&template).map_err(|error| Error::at(Place::Search, error)))
+}
+
+fn destroy_until_none(session: &Session, id: KeyId, search: impl Fn() -> Result<Vec<ObjectHandle>, Error>) -> Result<u32, Error> {
     let mut destroyed = 0;
     // The second round is for what a token lists only after the first is gone; a token that never ends is not followed.
     for _ in 0..3 {
-        let objects = search(session, id, None)?;
+        let objects = search()?;
         if objects.is_empty() {
             return Ok(destroyed);
         }

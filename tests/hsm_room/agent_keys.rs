@@ -16,6 +16,9 @@ use super::faults::{AT_SIGN_INIT, Answer};
 use super::shim::Shim;
 use super::{House, in_house, lacks, new_key, until};
 
+/// Of a resident key.
+const LABEL: &str = "keyward/agent/11111111.test";
+
 /// The codes by which an owner's session is known to be dead.
 const DEAD_SESSION: [u32; 5] = [0xb3, 0xb0, 0x90, 0x91, 0xb5];
 
@@ -79,7 +82,7 @@ impl Room {
     }
 
     async fn make_as(&self, id: KeyId, algorithm: Algorithm, storage: KeyStorage) -> Row {
-        let made = self.hsm.make_agent_key(id, algorithm, storage, self.wrapping_for(storage)).await;
+        let made = self.hsm.make_agent_key(id, algorithm, storage, self.wrapping_for(storage), LABEL).await;
         let MadeKey { public, wrapped } = made.unwrap();
         assert_eq!(wrapped.is_some(), storage == Wrapped);
         Row { id, public, storage, wrapped: wrapped.map(Into::into) }
@@ -209,7 +212,7 @@ fn an_authority_key_is_not_reached_as_an_agents_nor_an_agents_as_an_authoritys()
         }
         let other = room.make(Algorithm::P256, Resident).await;
         assert!(matches!(room.try_bind(&Row { id, ..other.clone() }), Err(Error::NotAgents(_))));
-        assert!(matches!(hsm.make_agent_key(id, Algorithm::P256, Session, None).await, Err(Error::NotAgents(_))));
+        assert!(matches!(hsm.make_agent_key(id, Algorithm::P256, Session, None, LABEL).await, Err(Error::NotAgents(_))));
         assert!(matches!(hsm.destroy_agent_key(id, Resident).await, Err(Error::NotAgents(_))));
         // Where nobody holds it any more its label tells.
         drop(authority);
@@ -496,7 +499,7 @@ fn a_key_that_cannot_be_made_leaves_nothing_behind_and_the_token_well() {
                 let back = room.hsm.status().reconnects;
                 let id = KeyId::random();
                 shim.tell(&format!("fail {call} rv={code:#x}"));
-                let made = room.hsm.make_agent_key(id, Algorithm::P256, storage, room.wrapping_for(storage)).await;
+                let made = room.hsm.make_agent_key(id, Algorithm::P256, storage, room.wrapping_for(storage), LABEL).await;
                 // Only a session that was dead is tried again, in another one.
                 let dead = DEAD_SESSION.contains(code);
                 assert_eq!(made.is_ok(), dead, "{call} {name}: {made:?}");
@@ -744,7 +747,7 @@ fn a_wrapping_key_that_could_decrypt_wraps_nothing() {
                 Attribute::Id(id.0.to_vec()),
             ];
             session.generate_key(&Mechanism::AesKeyGen, &template).unwrap();
-            let made = room.hsm.make_agent_key(KeyId::random(), Algorithm::P256, Wrapped, Some(id)).await;
+            let made = room.hsm.make_agent_key(KeyId::random(), Algorithm::P256, Wrapped, Some(id), LABEL).await;
             if decrypts || extractable {
                 assert!(matches!(made, Err(Error::Attribute { .. })), "{made:?}");
             } else {

@@ -8,6 +8,7 @@ use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
 use crate::model::{Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
+use super::super::label::label;
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
 use crate::formats::Jwk;
 use crate::hsm::MadeKey;
@@ -186,7 +187,8 @@ impl Acts {
             self.ledger.record(Body::KeyIntended(intent)).await?;
         }
         let wrapping = token.wrapping.filter(|_| storage == KeyStorage::Wrapped);
-        let MadeKey { public, wrapped } = match token.hsm.make_agent_key(key_id, algorithm, storage, wrapping).await {
+        let label = label(Purpose::Agent, self.ledger.deployment(), key_id);
+        let MadeKey { public, wrapped } = match token.hsm.make_agent_key(key_id, algorithm, storage, wrapping, &label).await {
             Ok(made) => made,
             Err(error) => {
                 self.give_up(token, key_id, storage, "the token could not make it").await;

@@ -136,15 +136,22 @@ impl Authorities {
         }
     }
 
-    /// A ledger key after another: by the other's signature over a tree that has it.
+    /// A ledger key after another: by the signatures of both over a tree that has it.
     fn follow(&mut self, id: KeyId, step: &AuthorityStepped, domain: Option<&TrustDomain>, keys: &Keys, at: &mut At<'_>) {
         let since = self.by_id.get(&id).and_then(|found| found.prepublished).unwrap_or(at.index);
         let key = |id: &KeyId| keys.public(id, Purpose::Ledger).cloned();
         let (before, after) = (KeyId::from_slice(&step.replaces).and_then(|before| key(&before)), key(&id));
-        let pinned = domain.zip(before).and_then(|(domain, before)| VerifierKey::new(&ledger_name(domain), before).ok());
-        let vouched = pinned.map(|pinned| note::verify(&step.checkpoint, &pinned));
-        if !vouched.is_some_and(|note| note.is_ok_and(|note| (since + 1..=at.index).contains(&note.size))) {
+        let sizes = since + 1..=at.index;
+        let signed_by = |key: Option<&PublicKey>| {
+            let pinned = domain.zip(key).and_then(|(domain, key)| VerifierKey::new(&ledger_name(domain), key.clone()).ok());
+            let note = pinned.and_then(|pinned| note::verify(&step.checkpoint, &pinned).ok());
+            note.is_some_and(|note| sizes.contains(&note.size))
+        };
+        if !signed_by(before.as_ref()) {
             at.violates("ledger-key", format_args!("the ledger key before it does not vouch for {id}"));
+        }
+        if !signed_by(after.as_ref()) {
+            at.violates("ledger-key", format_args!("{id} has not signed the checkpoint that it comes into service with"));
         }
         self.followers.extend(after.map(|after| (after, since)));
     }

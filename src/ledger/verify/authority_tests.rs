@@ -6,6 +6,7 @@ use crate::model::Serial;
 use crate::proto::{self, AuthorityState as State, AuthorityStepped, IntentKind, Purpose};
 
 const NEXT: [u8; 16] = [3; 16];
+const LEDGER: [u8; 16] = [4; 16];
 
 impl Book {
     fn step(&mut self, purpose: Purpose, key: [u8; 16], to: State) {
@@ -123,4 +124,70 @@ fn what_is_prepublished_is_what_an_intent_released() {
         (step.certificate, step.intent, step.issuer) = (certificate, intent, ROOT.to_vec());
     });
     assert_eq!(book.broken(), ["authority"]);
+}
+
+#[test]
+fn a_ledger_key_comes_into_service_by_the_signatures_of_both_over_a_tree_that_has_it() {
+    let followed = |note: &dyn Fn(&Book, &str) -> String| {
+        let mut book = Book::new();
+        book.ledger_key(LEDGER);
+        book.in_force(LEDGER, Purpose::Ledger);
+        book.step(Purpose::Ledger, NEXT, State::Planned);
+        book.ledger_key(NEXT);
+        let early = book.note(&[LEDGER, NEXT]);
+        book.step(Purpose::Ledger, NEXT, State::Prepublished);
+        let checkpoint = note(&book, &early);
+        book.step_with(Purpose::Ledger, NEXT, State::Active, |step| {
+            (step.replaces, step.checkpoint) = (LEDGER.to_vec(), checkpoint);
+        });
+        book.broken()
+    };
+    assert_eq!(followed(&|book, _| book.note(&[LEDGER, NEXT])), [""; 0]);
+    assert_eq!(followed(&|book, _| book.note(&[LEDGER])), ["ledger-key"], "the next one has not signed");
+    assert_eq!(followed(&|book, _| book.note(&[NEXT])), ["ledger-key"], "nobody vouches for it");
+    assert_eq!(followed(&|_, early| early.to_owned()), ["ledger-key", "ledger-key"], "a tree without it");
+    let forged = |book: &Book, _: &str| book.note(&[LEDGER, NEXT]).replacen("\n1", "\n2", 1);
+    assert_eq!(followed(&forged), ["ledger-key", "ledger-key"], "another size than was signed");
+    assert_eq!(followed(&|_, _| String::new()), ["ledger-key", "ledger-key"]);
+}
+
+#[test]
+fn an_authority_that_was_given_up_is_followed_by_another_and_signs_nothing() {
+    // Planned, its key made, and lost.
+    let mut book = Book::new();
+    book.step(Purpose::Issuing, NEXT, State::Planned);
+    book.key(NEXT, Purpose::Issuing);
+    book.step(Purpose::Issuing, NEXT, State::Destroyed);
+    book.issue(&Ask { key: NEXT, ..Ask::new(1, 0) });
+    assert_eq!(book.broken(), ["intent-key"]);
+    // Prepublished, and lost.
+    let mut book = Book::new();
+    book.next_issuing();
+    book.step(Purpose::Issuing, NEXT, State::Retired);
+    book.step(Purpose::Issuing, [5; 16], State::Planned);
+    assert_eq!(book.broken(), [""; 0]);
+    book.replace_issuing();
+    assert_eq!(book.broken().first(), Some(&"authority-step"), "what was given up does not come back");
+}
+
+#[test]
+fn a_forged_arrow_that_takes_the_place_of_another_is_noticed() {
+    let activated = |more: &dyn Fn(&mut AuthorityStepped)| {
+        let mut book = Book::new();
+        book.next_issuing();
+        book.step_with(Purpose::Issuing, NEXT, State::Active, |step| {
+            step.replaces = ISSUING.to_vec();
+            more(step);
+        });
+        book.broken()
+    };
+    assert_eq!(activated(&|_| {}), [""; 0]);
+    assert_eq!(activated(&|step| step.replaces = vec![9; 16]), ["authority-step"], "it replaces nobody");
+    assert_eq!(
+        activated(&|step| step.purpose = Purpose::Root.into()).first(),
+        Some(&"authority-step"),
+        "it is of another purpose"
+    );
+    assert_eq!(activated(&|step| step.key_id = vec![9; 16]).first(), Some(&"authority-step"), "nobody planned it");
+    assert_eq!(activated(&|step| step.key_id.truncate(15)), ["authority-step"]);
 }

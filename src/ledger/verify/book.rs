@@ -26,6 +26,7 @@ pub(super) struct Book {
     pub(super) time: UnixTime,
     root: Issuer<'static, KeyPair>,
     issuing: Issuer<'static, KeyPair>,
+    ledger_keys: HashMap<[u8; 16], KeyPair>,
     pub(super) signatures: HashMap<u64, Vec<u8>>,
     pub(super) serials: HashMap<u64, Serial>,
 }
@@ -88,7 +89,7 @@ impl Book {
     }
 
     /// What `init` says of an authority from outside.
-    fn in_force(&mut self, id: [u8; 16], purpose: Purpose) {
+    pub(super) fn in_force(&mut self, id: [u8; 16], purpose: Purpose) {
         let authority = proto::AuthorityActivated { purpose: purpose.into(), key_id: id.to_vec(), ..Default::default() };
         self.add(Body::AuthorityActivated(authority));
     }
@@ -99,6 +100,7 @@ impl Book {
             time: UnixTime::from_seconds(START_SECONDS),
             root: authority(KeyPair::generate().unwrap()),
             issuing: authority(KeyPair::generate().unwrap()),
+            ledger_keys: HashMap::new(),
             signatures: HashMap::new(),
             serials: HashMap::new(),
         }
@@ -138,8 +140,29 @@ impl Book {
     }
 
     pub(super) fn key_activated(&mut self, id: [u8; 16]) {
-        let spki = if id == ROOT { self.root.key() } else { self.issuing.key() }.subject_public_key_info();
+        let of_the_ledger = self.ledger_keys.get(&id);
+        let key = of_the_ledger.unwrap_or(if id == ROOT { self.root.key() } else { self.issuing.key() });
+        let spki = key.subject_public_key_info();
         self.add(Body::KeyActivated(proto::KeyActivated { key_id: id.to_vec(), spki }));
+    }
+
+    /// A key that signs checkpoints.
+    pub(super) fn ledger_key(&mut self, id: [u8; 16]) {
+        self.ledger_keys.insert(id, KeyPair::generate().unwrap());
+        self.key(id, Purpose::Ledger);
+    }
+
+    /// The tree as it is now, as these ledger keys say.
+    pub(super) fn note(&self, signers: &[[u8; 16]]) -> String {
+        let checkpoint = self.checkpoint();
+        let sign = |id: &[u8; 16]| {
+            let key = &self.ledger_keys[id];
+            let public = PublicKey::from_spki(&key.subject_public_key_info()).unwrap();
+            (public, rcgen::SigningKey::sign(key, checkpoint.body().as_bytes()).unwrap())
+        };
+        let signed: Vec<_> = signers.iter().map(sign).collect();
+        let lines: Vec<_> = signed.iter().map(|(public, signature)| (public, signature.clone())).collect();
+        checkpoint.signed(&checkpoint.origin, &lines)
     }
 
     pub(super) fn enrol(&mut self, agent: &str) -> u64 {

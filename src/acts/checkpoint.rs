@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::hsm::SignError;
+use crate::hsm::{SignError, SigningKey};
 use crate::ledger::note::{Checkpoint, VerifierKey, ledger_name};
-use crate::model::{KeyId, PublicKey, Refusal, TrustDomain};
+use crate::model::{KeyId, PublicKey, Reason, Refusal, TrustDomain};
 
 use super::{Acts, hsm_refusal};
 
@@ -35,11 +35,17 @@ impl Acts {
     pub(super) async fn sign_checkpoint(&self, successor: Option<&KeyId>) -> Result<(u64, String), Refusal> {
         let authorities = self.authorities()?;
         let (size, root) = self.ledger.edge().await?;
+        // Looked at after the edge: what the book has retired by then seals nothing of it.
+        let (generations, _) = self.ledger.generations();
+        let in_service = |key: &SigningKey| generations.iter().any(|found| found.key_id == key.id() && found.is_trusted());
+        if !in_service(authorities.ledger_key()) {
+            return Err(Refusal::new(Reason::AuthoritySuperseded, "another ledger key signs by now; ask again"));
+        }
         let name = ledger_name(&self.domain);
         let checkpoint = Checkpoint { origin: name.clone(), size, root };
         let body: Arc<[u8]> = checkpoint.body().into_bytes().into();
         let mut signatures = Vec::new();
-        for key in authorities.ledger_keys() {
+        for key in authorities.ledger_keys().iter().filter(|key| in_service(key)) {
             match key.sign(Arc::clone(&body)).await {
                 Ok(signature) => signatures.push((key.public(), signature)),
                 Err(SignError::NotSigned(error) | SignError::Unknown(error)) => {

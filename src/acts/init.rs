@@ -2,13 +2,15 @@
 
 use std::path::Path;
 
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::ParsedExtension;
 use x509_parser::oid_registry;
 
 use crate::ledger::Ledger;
 use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal, TrustDomain, UnixTime};
 use crate::proto::{self, AuthorityState, Purpose, TokenRole, entry::Body};
 
-use super::certificate::Authority;
+use super::certificate::{Authority, is_named_alike};
 use super::certify::{certify_issuing, certify_root, request_issuing};
 use super::keys::{Tokens, ensure, reconcile};
 use super::{files, verifier_key};
@@ -152,6 +154,7 @@ pub(super) fn check_outside(
 ) -> Result<(), Refusal> {
     let bad = |why: &str| Refusal::new(Reason::CertificateUnfit, format!("the outside certificates do not fit: {why}"));
     let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
+    let issuing_der = issuing;
     let (root, issuing) = (parse(root)?, parse(issuing)?);
     let root_key = PublicKey::from_spki(root.public_key().raw).ok().filter(|key| key.algorithm() == Algorithm::P256);
     let root_key = root_key.ok_or_else(|| bad("the root's key is not P-256"))?;
@@ -199,6 +202,33 @@ pub(super) fn check_outside(
         });
         if !fits {
             return Err(bad("one of them names another trust domain"));
+        }
+    }
+    for certificate in [&root, &issuing] {
+        check_extensions(certificate).map_err(bad)?;
+    }
+    if !is_named_alike(domain, issuing_der, key) {
+        return Err(bad(
+            "the issuing certificate's subject is of a form that certificates under it cannot repeat; have the CSR's signed",
+        ));
+    }
+    Ok(())
+}
+
+/// What would have verifiers refuse the certificates under it: some or all, now or when they are updated.
+fn check_extensions(authority: &X509Certificate<'_>) -> Result<(), &'static str> {
+    for extension in authority.extensions() {
+        match extension.parsed_extension() {
+            ParsedExtension::NameConstraints(_) => {
+                return Err("one has NameConstraints, which verifiers do not agree on for the URI of a SPIFFE ID");
+            }
+            ParsedExtension::ExtendedKeyUsage(usage) if !(usage.any || usage.client_auth && usage.server_auth) => {
+                return Err("one is not for both client and server (ExtendedKeyUsage)");
+            }
+            ParsedExtension::UnsupportedExtension { .. } | ParsedExtension::ParseError { .. } if extension.critical => {
+                return Err("one has a critical extension that is not known");
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -33,7 +33,10 @@ impl Acts {
         let issuing = self.authorities()?.issuing_for_server();
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(Refusal::internal)?;
         let key = PublicKey::from_spki(&rcgen::PublicKeyData::subject_public_key_info(&pair)).map_err(Refusal::internal)?;
-        let (not_before, not_after) = (now.minus_seconds(30), now.plus_seconds(LIFETIME_SECONDS));
+        let until = now.plus_seconds(LIFETIME_SECONDS);
+        // Under one that has ended nobody takes it anyway, and the daemon serves: what is to follow is made then.
+        let not_after = if issuing.not_after() > now { until.min(issuing.not_after()) } else { until };
+        let not_before = now.minus_seconds(30);
         let params = leaf(&self.domain.server(), &Serial::random(), not_before, not_after)?;
         let tbs = leaf_to_be_signed(&issuing, &params, &key)?;
         let (index, signature) = sign_own(&self.ledger, IntentKind::Server, issuing.key(), tbs.clone()).await?;

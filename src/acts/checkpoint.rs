@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use crate::hsm::SignError;
+use crate::hsm::{SignError, SigningKey};
 use crate::ledger::note::{Checkpoint, VerifierKey, ledger_name};
 use crate::model::{KeyId, PublicKey, Reason, Refusal, TrustDomain};
 
@@ -39,12 +39,18 @@ impl Acts {
         let unbound = || Refusal::new(Reason::HsmUnavailable, "the token cannot find the key of the next ledger authority now");
         let successor = successor.map(|id| authorities.key(id).ok_or_else(unbound)).transpose()?;
         let (size, root) = self.ledger.edge().await?;
+        // Looked at after the edge: what the book has retired by then seals nothing of it.
+        let (generations, _) = self.ledger.generations();
+        let in_service = |key: &SigningKey| generations.iter().any(|found| found.key_id == key.id() && found.is_trusted());
+        if !in_service(authorities.ledger_key()) {
+            return Err(Refusal::new(Reason::AuthoritySuperseded, "another ledger key signs by now; ask again"));
+        }
         let name = ledger_name(&self.domain);
         let checkpoint = Checkpoint { origin: name.clone(), size, root };
         let body: Arc<[u8]> = checkpoint.body().into_bytes().into();
         let (mut signatures, mut left_out) = (Vec::new(), None);
         let active = authorities.ledger_key().id();
-        for key in authorities.ledger_keys().iter().chain(successor) {
+        for key in authorities.ledger_keys().iter().filter(|key| in_service(key)).chain(successor) {
             match key.sign(Arc::clone(&body)).await {
                 Ok(signature) => signatures.push((key.public(), signature)),
                 Err(SignError::NotSigned(error) | SignError::Unknown(error)) => {

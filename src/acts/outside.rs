@@ -1,11 +1,12 @@
 //! What an outside root signed, held against what it was asked to sign.
 
 use x509_parser::certificate::X509Certificate;
-use x509_parser::extensions::GeneralName;
+use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::oid_registry::{self, Oid};
 
 use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal, TrustDomain, UnixTime};
 
+use super::certificate::is_named_alike;
 use super::certify::issuing_subject;
 
 /// keyCertSign and cRLSign, as bits of KeyUsage (RFC 5280 §4.2.1.3) from the first on.
@@ -29,6 +30,7 @@ pub(super) fn check_outside(
     now: UnixTime,
 ) -> Result<(), Refusal> {
     let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
+    let issuing_der = issuing;
     let (root, issuing) = (parse(root)?, parse(issuing)?);
     check_root(&root, &issuing)?;
     if issuing.public_key().raw != key.spki() {
@@ -40,7 +42,15 @@ pub(super) fn check_outside(
         return Err(bad("the issuing certificate is good for longer than the root"));
     }
     check_constraints(&issuing)?;
-    check_names(domain, &root, &issuing, key_id)
+    check_extensions(&root)?;
+    check_extensions(&issuing)?;
+    check_names(domain, &root, &issuing, key_id)?;
+    if !is_named_alike(domain, issuing_der, key) {
+        return Err(bad(
+            "the issuing certificate's subject is encoded so that certificates under it cannot repeat it; have the CSR's signed",
+        ));
+    }
+    Ok(())
 }
 
 fn check_root(root: &X509Certificate<'_>, issuing: &X509Certificate<'_>) -> Result<(), Refusal> {
@@ -88,10 +98,25 @@ fn check_constraints(issuing: &X509Certificate<'_>) -> Result<(), Refusal> {
     if constraints.value.path_len_constraint != Some(0) {
         return Err(bad("the issuing certificate's path length is not 0"));
     }
-    // Verifiers hold what is under an authority against the authority's own ExtendedKeyUsage.
-    let purposes = issuing.extended_key_usage().map_err(|_| bad("its ExtendedKeyUsage"))?;
-    if purposes.is_some_and(|found| !(found.value.any || found.value.server_auth && found.value.client_auth)) {
-        return Err(bad("the issuing certificate's ExtendedKeyUsage rules out clients or servers"));
+    Ok(())
+}
+
+/// What would have verifiers refuse the certificates under it: some or all, now or when they are updated.
+fn check_extensions(authority: &X509Certificate<'_>) -> Result<(), Refusal> {
+    for extension in authority.extensions() {
+        match extension.parsed_extension() {
+            ParsedExtension::NameConstraints(_) => {
+                return Err(bad("one has NameConstraints, which verifiers do not agree on for the URI of a SPIFFE ID"));
+            }
+            // Verifiers hold what is under an authority against the authority's own.
+            ParsedExtension::ExtendedKeyUsage(usage) if !(usage.any || usage.client_auth && usage.server_auth) => {
+                return Err(bad("one is not for both clients and servers (ExtendedKeyUsage)"));
+            }
+            ParsedExtension::UnsupportedExtension { .. } | ParsedExtension::ParseError { .. } if extension.critical => {
+                return Err(bad("one has a critical extension that is not known"));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }

@@ -18,6 +18,10 @@ use super::due::{self, Arrow, Terms};
 use super::keys::Tokens;
 use super::{hsm_refusal, keys};
 
+/// An operator has no further one made while so many of a purpose are trusted: each signs a CRL at every denial, and is tried at every
+/// handshake.
+const TRUSTED_MAX: usize = 16;
+
 /// Who wants an authority replaced, and how soon.
 pub(super) struct Wish<'a> {
     pub by: Option<proto::Operator>,
@@ -182,6 +186,10 @@ impl Acts {
             let advice =
                 "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
+        }
+        if all.iter().filter(|found| found.purpose == purpose && found.is_trusted()).count() >= TRUSTED_MAX {
+            let advice = format!("{TRUSTED_MAX} of this purpose are in service already; wait until the oldest has retired");
+            return Err(Refusal::new(Reason::RotationUnderWay, advice));
         }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
         let key_id = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
@@ -403,12 +411,12 @@ impl Acts {
     /// The server's certificate is of an authority that is trusted, and in force, or another one is put into service: before its root can go.
     async fn keep_server_trusted(&self) -> Result<(), Refusal> {
         let Some(served) = self.served.load_full() else { return Ok(()) };
-        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server().key().id());
+        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server());
         let (all, _) = self.ledger.generations();
         let issuer = all.iter().find(|found| found.key_id == served.issuer && found.is_trusted());
         // The clock was set, or its authority did not last: another one may do better.
         let in_force = served.not_before <= now && now < served.not_after;
-        let well = in_force && issuer.is_some_and(|found| next == served.issuer || due::is_in_force(found, now));
+        let well = in_force && issuer.is_some_and(|found| next.key().id() == served.issuer || due::is_in_force(found, now));
         if well { Ok(()) } else { self.serve_certificate().await.map(drop) }
     }
 

@@ -65,6 +65,7 @@ impl Refused {
                 | Reason::RequestInProgress
                 | Reason::ChallengeExpired
                 | Reason::AuthoritySuperseded
+                | Reason::AuthorityExpired
                 | Reason::Internal
         )
     }

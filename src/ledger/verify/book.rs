@@ -140,9 +140,7 @@ impl Book {
     }
 
     pub(super) fn key_activated(&mut self, id: [u8; 16]) {
-        let of_the_ledger = self.ledger_keys.get(&id);
-        let key = of_the_ledger.unwrap_or(if id == ROOT { self.root.key() } else { self.issuing.key() });
-        let spki = key.subject_public_key_info();
+        let spki = self.key_pair(id).subject_public_key_info();
         self.add(Body::KeyActivated(proto::KeyActivated { key_id: id.to_vec(), spki }));
     }
 
@@ -205,6 +203,30 @@ impl Book {
         self.signatures.insert(index, parsed.signature_value.data.to_vec());
         self.serials.insert(index, ask.serial);
         index
+    }
+
+    /// An authority's certificate for the key `of`, by the key `by`, released: DER, and its intent.
+    pub(super) fn certify(&mut self, of: [u8; 16], by: [u8; 16]) -> (Vec<u8>, u64) {
+        let mut params = CertificateParams::default();
+        params.serial_number = Some(SerialNumber::from_slice(&Serial::random().0));
+        params.not_before = at_seconds(self.time.seconds() - 30);
+        params.not_after = at_seconds(self.time.seconds() + 86_400);
+        params.subject_alt_names = vec![SanType::URI("spiffe://example.org".try_into().unwrap())];
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+        let (key, issuer) = (self.key_pair(of), if by == ROOT { &self.root } else { &self.issuing });
+        let der = params.signed_by(key, issuer).unwrap().der().to_vec();
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(&der).unwrap();
+        let (tbs, signature) = (parsed.tbs_certificate.as_ref().to_vec(), parsed.signature_value.data.to_vec());
+        let kind = if of == by { IntentKind::Root } else { IntentKind::Issuing };
+        let index =
+            self.add(Body::Intended(proto::Intended { kind: kind.into(), key_id: by.to_vec(), tbs, ..Default::default() }));
+        self.add(Body::Released(proto::Released { intent: index, signature }));
+        (der, index)
+    }
+
+    /// That of the first root; all others have one.
+    pub(super) fn key_pair(&self, id: [u8; 16]) -> &KeyPair {
+        self.ledger_keys.get(&id).unwrap_or(if id == ROOT { self.root.key() } else { self.issuing.key() })
     }
 
     pub(super) fn intend(&mut self, ask: &Ask) -> u64 {

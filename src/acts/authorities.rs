@@ -86,10 +86,14 @@ impl Authorities {
         if sorted(Purpose::Ledger).first().is_none_or(|first| first.state != State::Active) {
             return Err(unfinished());
         }
+        // By their rows: what a key signed before it was lost is trusted still.
+        let public = |found: &Generation| rows.iter().find(|row| row.id == found.key_id)?.public.clone();
+        let token_signing = sorted(Purpose::TokenSigning).into_iter().filter_map(public);
         let bundle = proto::Bundle {
             authorities: roots.iter().map(|root| root.certificate.clone()).collect(),
             sequence,
             refresh_hint_seconds: REFRESH_HINT_SECONDS,
+            token_signing_keys: token_signing.map(|key| key.spki().to_vec()).collect(),
         };
         Ok(Self { tokens, generations, keys, missing, issuing, root, ledger_keys, bundle })
     }

@@ -91,6 +91,11 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
     }
 }
 
+/// Whether a first one is to be planned: `init` has not always made token-signing keys.
+pub(super) fn lacks_token_signing(all: &[Generation]) -> bool {
+    !all.iter().any(|found| found.purpose == Purpose::TokenSigning && (found.state == State::Active || found.is_coming()))
+}
+
 fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let urgent = all.iter().any(|found| found.purpose == of.purpose && found.state == State::Active && found.tainted);
     let overlap = match of.purpose {
@@ -150,7 +155,7 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
 fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let after = |seconds: u64| Some(of.since.plus_seconds(seconds));
     let at = match of.purpose {
-        Purpose::Issuing if of.tainted => after(TAINT_SECONDS),
+        Purpose::Issuing | Purpose::TokenSigning if of.tainted => after(TAINT_SECONDS),
         Purpose::Issuing => after(u64::from(terms.ttl_seconds_longest) + SLACK_SECONDS),
         Purpose::Root => {
             let used = all.iter().any(|found| found.issuer == Some(of.key_id) && found.is_trusted());

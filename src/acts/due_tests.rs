@@ -162,3 +162,29 @@ fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that()
     all[1].tainted = true;
     assert_eq!(next_of(&all, 2, &rotation), arrow(State::Active, Some(NOW), true));
 }
+
+#[test]
+fn a_first_token_signing_key_is_planned_where_none_signs_or_will() {
+    let mut all = house();
+    assert!(lacks_token_signing(&all));
+    for (state, lacks) in [
+        (State::Planned, false),
+        (State::Prepublished, false),
+        (State::Active, false),
+        (State::Retiring, true),
+        (State::Retired, true),
+    ] {
+        all.push(generation(3, Purpose::TokenSigning, state));
+        assert_eq!(lacks_token_signing(&all), lacks, "{state:?}");
+        all.pop();
+    }
+}
+
+#[test]
+fn a_tainted_token_signing_key_is_trusted_for_less_long() {
+    let rotation = rotation();
+    let mut all = vec![generation(1, Purpose::TokenSigning, State::Retiring)];
+    assert_eq!(next_of(&all, 0, &rotation).at, Some(NOW.plus_seconds(OVERLAP_SECONDS)));
+    all[0].tainted = true;
+    assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retired, Some(NOW.plus_seconds(TAINT_SECONDS)), true));
+}

@@ -55,7 +55,14 @@ impl Acts {
                 }
                 arrow.is_due(now, &self.terms()).then_some((of, arrow.to))
             });
-            let Some((of, to)) = due else { break };
+            let Some((of, to)) = due else {
+                let kept_from = self.is_rotation_paused() || failed_purposes.contains(&Purpose::TokenSigning);
+                if kept_from || !due::lacks_token_signing(&all) {
+                    break;
+                }
+                self.plan(Purpose::TokenSigning, Wish { by: None, now: false, cause: "there is none" }).await?;
+                continue;
+            };
             match self.take(of, to, &all).await {
                 Ok(()) => taken = true,
                 Err(refusal) => {

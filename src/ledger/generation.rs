@@ -79,7 +79,7 @@ fn is_arrow(from: Option<State>, to: State) -> bool {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Generations {
     by_key: BTreeMap<KeyId, Generation>,
-    /// Grows with every change of the trusted roots.
+    /// Grows with every change of what is in the bundle, once there is a root in it.
     bundle_sequence: u64,
     paused: bool,
 }
@@ -137,7 +137,7 @@ impl Generations {
 
     /// Takes an entry that is about to be written into account, or refuses it. Gives the rows that follow from it.
     pub(super) fn fold(&mut self, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
-        let roots = self.trusted_roots();
+        let told = self.in_bundle();
         let mut rows = match body {
             Body::AuthorityActivated(activated) => vec![self.activated(now, activated)?],
             Body::AuthorityStepped(stepped) => self.stepped(now, stepped)?,
@@ -153,16 +153,17 @@ impl Generations {
             }
             _ => return Ok(Vec::new()),
         };
-        if !roots.is_empty() && roots != self.trusted_roots() {
+        if told.iter().any(|(purpose, _)| *purpose == Purpose::Root) && told != self.in_bundle() {
             self.bundle_sequence += 1;
             rows.push(Row::Fact("bundle_sequence", self.bundle_sequence.to_be_bytes().to_vec()));
         }
         Ok(rows)
     }
 
-    fn trusted_roots(&self) -> Vec<KeyId> {
-        let roots = self.by_key.values().filter(|found| found.purpose == Purpose::Root && found.is_trusted());
-        roots.map(|root| root.key_id).collect()
+    /// What peers are told: roots, and the keys of tokens.
+    fn in_bundle(&self) -> Vec<(Purpose, KeyId)> {
+        let told = |found: &&Generation| matches!(found.purpose, Purpose::Root | Purpose::TokenSigning) && found.is_trusted();
+        self.by_key.values().filter(told).map(|found| (found.purpose, found.key_id)).collect()
     }
 
     fn active(&self, purpose: Purpose) -> Option<&Generation> {

@@ -652,6 +652,28 @@ fn an_owner_that_hangs_keeps_nobody_else_from_signing() {
 }
 
 #[test]
+fn of_keys_whose_ids_collide_none_signs_for_another() {
+    in_house("agent_keys::of_keys_whose_ids_collide_none_signs_for_another", async |house| {
+        let room = Room::open(&house).await;
+        let (first, bystander) = (room.make(Algorithm::P256, Resident).await, room.make(Algorithm::P256, Resident).await);
+        signs(&room.bind(&first), b"alone").await;
+        // A session object under the id of a token object: each signs as itself.
+        let session = room.make_at(first.id, Session).await;
+        assert_ne!(session.public, first.public);
+        signs(&room.bind(&session), b"in a session").await;
+        signs(&room.bind(&first), b"in the token").await;
+        // Two token objects: what was found goes on as itself, and what has to be looked for is not guessed.
+        let second = room.make_at(first.id, Resident).await;
+        let error = room.bind(&second).sign_digest(digest(b"whose?")).await.unwrap_err();
+        assert!(matches!(error, SignError::NotSigned(Error::KeyAmbiguous { count: 2, .. })), "{error}");
+        signs(&room.bind(&first), b"as before").await;
+        signs(&room.bind(&session), b"still in a session").await;
+        signs(&room.bind(&bystander), b"still").await;
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
 fn a_wrapping_key_that_could_decrypt_wraps_nothing() {
     in_house("agent_keys::a_wrapping_key_that_could_decrypt_wraps_nothing", async |house| {
         let room = Room::open(&house).await;

@@ -29,6 +29,8 @@ pub(super) struct Terms<'a> {
     pub ttl_seconds_longest: u32,
     /// Nothing moves but what a taint moves.
     pub paused: bool,
+    /// By the daemon's clock.
+    pub now: UnixTime,
     /// Wrapping keys that nothing is under any more; with a taint, that nothing has ever been under.
     pub freed: Vec<(KeyId, bool)>,
 }
@@ -48,8 +50,8 @@ pub struct Arrow {
 
 impl Arrow {
     /// Whether it is to be taken now.
-    pub(super) fn is_due(&self, now: UnixTime, terms: &Terms<'_>) -> bool {
-        !self.passive && self.at.is_some_and(|at| at <= now) && (self.urgent || !terms.paused)
+    pub(super) fn is_due(&self, terms: &Terms<'_>) -> bool {
+        !self.passive && self.at.is_some_and(|at| at <= terms.now) && (self.urgent || !terms.paused)
     }
 }
 
@@ -65,7 +67,7 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Planned => {
             let at = match (of.purpose, root) {
                 // The outside root's turn, or that of a new root.
-                (Purpose::Issuing, Some(root)) if root.is_outside() || root.tainted => None,
+                (Purpose::Issuing, Some(root)) if root.is_outside() || root.tainted || !is_in_force(root, terms.now) => None,
                 _ => Some(of.since),
             };
             let replaced = active(of.purpose).is_some_and(|before| before.tainted);
@@ -131,7 +133,7 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     if of.is_outside() {
         return arrow(to, None, of.tainted);
     }
-    if of.tainted || its_root_goes(of, all) {
+    if of.tainted || its_root_goes(of, all) || !is_in_force(of, terms.now) {
         return arrow(to, Some(of.since), of.tainted);
     }
     let days = match of.purpose {
@@ -174,6 +176,11 @@ fn freed(of: &Generation, terms: &Terms<'_>) -> Option<UnixTime> {
 
 fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation> {
     all.iter().find(|root| of.issuer == Some(root.key_id))
+}
+
+/// Whether verifiers take its certificate now, if it has one: it may have expired while the daemon was away, or be of a clock that ran ahead.
+pub(super) fn is_in_force(of: &Generation, now: UnixTime) -> bool {
+    certify::validity(&of.certificate).is_none_or(|(from, end)| from <= now && now < end)
 }
 
 /// Whether another root is active than the one over it.

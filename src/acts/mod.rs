@@ -57,6 +57,8 @@ pub struct Acts {
     pub(crate) ledger: Ledger,
     domain: TrustDomain,
     limits: Limits,
+    /// Hosts that agents dial: DNS names and IP addresses.
+    names: Vec<String>,
     /// Addresses for join files, `host:port`; known once TCP is bound.
     addresses: ArcSwap<Vec<String>>,
     /// Absent while the token is.
@@ -67,8 +69,7 @@ pub struct Acts {
     changes: watch::Sender<u64>,
     /// Trusts clients by the authorities, and serves under the server's own certificate.
     tls: Arc<Tls>,
-    /// Whose the server's certificate is.
-    server_issuer: ArcSwapOption<KeyId>,
+    served: ArcSwapOption<server_certificate::Served>,
     rotation: Rotation,
     /// One arrow at a time.
     rotating: Mutex<()>,
@@ -90,12 +91,13 @@ impl Acts {
             ledger,
             domain: config.trust_domain.clone(),
             limits: config.limits.clone(),
+            names: config.listen.names.clone(),
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
             bundles: bundle::Bundles::default(),
             changes: watch::Sender::new(0),
             tls,
-            server_issuer: ArcSwapOption::empty(),
+            served: ArcSwapOption::empty(),
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::authn::Operator;
 use crate::hsm::SigningKey;
 use crate::ledger::{Generation, KeyRow};
-use crate::model::{KeyId, Reason, Refusal, hex};
+use crate::model::{KeyId, Reason, Refusal, UnixTime, hex};
 use crate::proto::{self, AuthorityState as State, AuthorityStepped, Purpose, TokenRole, entry::Body};
 
 use super::Acts;
@@ -47,13 +47,14 @@ impl Acts {
             self.keep_request().await?;
             // Looked at anew after each: one arrow decides on the next.
             let (all, _) = self.ledger.generations();
+            let terms = self.terms(now);
             let due = all.iter().filter(|of| !failed.contains_key(&of.key_id)).find_map(|of| {
-                let arrow = due::next(of, &all, &self.terms())?;
+                let arrow = due::next(of, &all, &terms)?;
                 let plans_again = arrow.to == State::Retiring && failed_purposes.contains(&of.purpose);
                 if plans_again {
                     return None;
                 }
-                arrow.is_due(now, &self.terms()).then_some((of, arrow.to))
+                arrow.is_due(&terms).then_some((of, arrow.to))
             });
             let Some((of, to)) = due else {
                 let kept_from = self.is_rotation_paused() || failed_purposes.contains(&Purpose::TokenSigning);
@@ -75,11 +76,12 @@ impl Acts {
         failed.into_values().next().map_or(Ok(taken), Err)
     }
 
-    fn terms(&self) -> Terms<'_> {
+    fn terms(&self, now: UnixTime) -> Terms<'_> {
         Terms {
             rotation: &self.rotation,
             ttl_seconds_longest: self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default),
             paused: self.is_rotation_paused(),
+            now,
             freed: self.keys.freed(),
         }
     }
@@ -93,13 +95,13 @@ impl Acts {
     async fn take(&self, of: &Generation, to: State, all: &[Generation]) -> Result<(), Refusal> {
         match to {
             State::Retiring => {
-                let root_goes = due::its_root_goes(of, all);
                 let cause = match () {
                     () if of.tainted => "tainted",
-                    () if root_goes => "its root was replaced",
+                    () if due::its_root_goes(of, all) => "its root was replaced",
+                    () if !due::is_in_force(of, self.clock().reckoned()) => "its certificate is not in force",
                     () => "age",
                 };
-                self.plan(of.purpose, Wish { by: None, now: of.tainted || root_goes, cause }).await.map(drop)
+                self.plan(of.purpose, Wish { by: None, now: cause != "age", cause }).await.map(drop)
             }
             State::Prepublished => self.prepublish(of).await,
             State::Active => self.activate(of).await,
@@ -330,14 +332,16 @@ impl Acts {
         served
     }
 
-    /// The server's certificate is of an authority that is trusted, or another one is put into service: before its root can go.
+    /// The server's certificate is of an authority that is trusted, and in force, or another one is put into service: before its root can go.
     async fn keep_server_trusted(&self) -> Result<(), Refusal> {
-        let Some(issuer) = self.server_issuer.load_full() else { return Ok(()) };
+        let Some(served) = self.served.load_full() else { return Ok(()) };
+        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server().key().id());
         let (all, _) = self.ledger.generations();
-        if all.iter().any(|found| found.key_id == *issuer && found.is_trusted()) {
-            return Ok(());
-        }
-        self.serve_certificate().await.map(drop)
+        let issuer = all.iter().find(|found| found.key_id == served.issuer && found.is_trusted());
+        // The clock was set, or its authority did not last: another one may do better.
+        let in_force = served.not_before <= now && now < served.not_after;
+        let well = in_force && issuer.is_some_and(|found| next == served.issuer || due::is_in_force(found, now));
+        if well { Ok(()) } else { self.serve_certificate().await.map(drop) }
     }
 
     /// The objects of our own retired generation are destroyed. A crash between the token and the entry: done again, of nothing.
@@ -409,7 +413,8 @@ impl Acts {
     #[must_use]
     pub fn generations(&self) -> Vec<(Generation, Option<Arrow>)> {
         let (all, _) = self.ledger.generations();
-        all.iter().map(|of| (of.clone(), due::next(of, &all, &self.terms()))).collect()
+        let terms = self.terms(self.clock().reckoned());
+        all.iter().map(|of| (of.clone(), due::next(of, &all, &terms))).collect()
     }
 }
 

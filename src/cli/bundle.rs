@@ -97,7 +97,7 @@ impl Bundle {
             ("sequence", self.sequence.to_string()),
             ("refresh hint", format!("{} s", self.refresh_hint_seconds)),
             ("authorities", self.authorities.len().to_string()),
-            ("token keys", self.token_signing_kids.join(", ")),
+            ("token keys", if self.token_signing_kids.is_empty() { "-".into() } else { self.token_signing_kids.join(", ") }),
         ]);
         let authorities = self.authorities.iter().map(|authority| {
             pairs(&[

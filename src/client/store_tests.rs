@@ -75,6 +75,12 @@ fn a_second_process_and_an_open_directory_are_refused() {
 }
 
 #[test]
+fn a_directory_that_is_not_there_has_no_credential_yet() {
+    let (root, _) = directory();
+    assert!(matches!(AgentDir::open(&root.path().join("nowhere"), false), Err(StoreError::Empty { .. })));
+}
+
+#[test]
 fn a_request_has_the_same_bytes_after_a_crash() {
     let (_root, dir) = directory();
     assert!(dir.pending().expect("read").is_none());

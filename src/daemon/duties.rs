@@ -286,7 +286,10 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
                 (None, true) => {}
             }
         }
-        let rest = [(written, "ledger: it cannot be written"), (trusted, "clock: it jumped; see `keyward clock accept`")];
+        let rest = [
+            (written, "ledger: it cannot be written; is its disk full or gone?"),
+            (trusted, "clock: it jumped; see `keyward clock accept`"),
+        ];
         missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
         let (missing, names): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
         waiting.tell(&missing, &names, &locked);

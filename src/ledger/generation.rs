@@ -141,7 +141,8 @@ impl Generations {
         let mut rows = match body {
             Body::AuthorityActivated(activated) => vec![self.activated(now, activated)?],
             Body::AuthorityStepped(stepped) => self.stepped(now, stepped)?,
-            Body::AuthorityTainted(tainted) => self.tainted(tainted)?,
+            Body::AuthorityTainted(tainted) => self.tainted(now, tainted)?,
+            Body::ClockAccepted(accepted) => self.set_back(now, accepted.deviation_micros),
             // Whoever made it has given it up: that is the end of what it was planned for.
             Body::KeyAbandoned(abandoned) => {
                 let planned = KeyId::from_slice(&abandoned.key_id).and_then(|id| self.by_key.remove(&id));
@@ -252,7 +253,7 @@ impl Generations {
     }
 
     /// A verifier knows roots alone: what is under a tainted issuing authority goes when its root goes.
-    fn tainted(&mut self, tainted: &AuthorityTainted) -> Result<Vec<Row>, Refusal> {
+    fn tainted(&mut self, now: UnixTime, tainted: &AuthorityTainted) -> Result<Vec<Row>, Refusal> {
         let unknown = || Refusal::new(Reason::AuthorityUnknown, "no authority has this key; see `keyward ca list`");
         let key_id = KeyId::from_slice(&tainted.key_id).ok_or_else(unknown)?;
         let found = self.by_key.get(&key_id).ok_or_else(unknown)?;
@@ -262,9 +263,26 @@ impl Generations {
         };
         let tainted = self.by_key.values_mut().filter(|found| touched(found)).map(|found| {
             found.tainted = true;
+            found.since = found.since.min(now);
             row(found.clone())
         });
         Ok(tainted.collect())
+    }
+
+    /// The clock is about to be set back by an operator: what has happened by the time that it ran ahead has happened just now, or whatever
+    /// follows would wait until it is there again. What is under a retiring authority may be in force then, and is waited for.
+    fn set_back(&mut self, now: UnixTime, deviation_micros: i64) -> Vec<Row> {
+        if deviation_micros >= 0 {
+            return Vec::new();
+        }
+        let wall = UnixTime(now.0.saturating_add_signed(deviation_micros));
+        let ahead =
+            self.by_key.values_mut().filter(|found| found.since > wall && (found.state != State::Retiring || found.tainted));
+        let set_back = ahead.map(|found| {
+            found.since = wall;
+            row(found.clone())
+        });
+        set_back.collect()
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod house;
 
+mod agent_run;
 mod attest;
 mod bad_input;
 mod bundle;
@@ -19,6 +20,7 @@ mod instruments;
 mod keys;
 mod ledger;
 mod memory;
+mod other_languages;
 mod quarantine;
 mod race;
 mod recovery;
@@ -28,6 +30,7 @@ mod renew;
 mod rotate;
 mod serve;
 mod shim;
+mod stolen;
 mod strangers;
 mod tokens;
 mod unlock;

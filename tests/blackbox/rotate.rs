@@ -227,6 +227,41 @@ fn what_is_due_by_age_is_rotated_by_itself_once_after_a_long_absence() {
     house.stop_and_verify();
 }
 
+/// A clock that ran ahead is set back: what was made by it is in force in a year only, and what the book says of its time is in the future.
+#[test]
+fn authorities_follow_a_clock_that_was_a_year_ahead_and_is_set_back() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    later(&house, 366 * 86_400);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/1");
+    later(&house, 0);
+    let in_force = |house: &House| {
+        let [issuing] = crate::house::certificates(&house.state().join("issuing.pem")).try_into().unwrap();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issuing).unwrap();
+        parsed.validity().is_valid()
+    };
+    let until = Instant::now() + DEADLINE;
+    while !in_force(&house) {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "issuing"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    Holder::attest(&house, "builder/2");
+    let before = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    assert_ne!(generations(&house, "issuing")[0].0, before, "asked for now, done now");
+    let before = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &before, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "root"), ["active", "retiring"]);
+    let agent = house.attested("builder/3");
+    let (chain, anchors) = (agent.svid(), agent.bundle());
+    let (chain, anchors) = (chain.to_str().unwrap(), anchors.to_str().unwrap());
+    run(Command::new("openssl").args(["verify", "-x509_strict", "-CAfile", anchors, "-untrusted", chain, chain])).ok();
+    later(&house, 901);
+    become_states(&house, "root", &["active"]);
+    house.stop_and_verify();
+}
+
 #[test]
 fn nothing_is_rotated_while_an_operator_holds_it_up() {
     let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
@@ -237,6 +272,7 @@ fn nothing_is_rotated_while_an_operator_holds_it_up() {
     house.restart();
     let listed = house.keyward(&["ca", "list"]).ok().says("paused");
     assert!(!listed.stdout.contains("retiring"), "{}", listed.stdout);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["paused"], true);
     house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
     become_states(&house, "issuing", &["active", "retiring"]);
     house.stop_and_verify();
@@ -574,6 +610,7 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     house.keyward(&["ca", "show", "--csr"]).exits(4);
     rotate(&house, "issuing").ok().says("BEGIN CERTIFICATE REQUEST");
     assert_eq!(states(&house, "issuing"), ["planned", "active"]);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["awaits_certificate"], true);
     house.agent("builder/1").renew().ok();
     let key = |path: &str| run(Command::new("openssl").args(["req", "-in", path, "-noout", "-pubkey"])).ok().stdout;
     let before = key(&request(&house));

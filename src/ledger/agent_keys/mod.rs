@@ -188,7 +188,7 @@ impl AgentKey {
         self.admits()?;
         match self.versions.load().last() {
             Some(newest) if newest.expires > now => Ok(()),
-            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; make a new one, and rotate it before it expires")),
+            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; rotate it, better before it expires")),
         }
     }
 
@@ -235,7 +235,7 @@ fn destroyed() -> Refusal {
 /// None of that name, or none of the caller's: never told apart.
 #[must_use]
 pub fn key_not_found() -> Refusal {
-    Refusal::new(Reason::KeyNotFound, "you have no key of that name; list yours")
+    Refusal::new(Reason::KeyNotFound, "there is no key of that name; list them")
 }
 
 /// Runs when an entry is durable.

@@ -287,8 +287,8 @@ impl Verifier {
             Body::Enrolled(enrolled) => self.agents.enrolled(enrolled, at),
             Body::Quarantined(quarantined) => self.agents.quarantined(quarantined, at),
             Body::Reinstated(reinstated) => self.agents.reinstated(reinstated, at),
+            Body::ClockAccepted(accepted) => self.authorities.clock_accepted(accepted.deviation_micros, at),
             Body::Stopped(_)
-            | Body::ClockAccepted(_)
             | Body::HsmUnlocked(_)
             | Body::RotationPaused(_)
             | Body::RotationResumed(_)

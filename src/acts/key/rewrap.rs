@@ -150,7 +150,7 @@ impl Acts {
         let Some(task) = self.rewrapping() else { return Ok(Rewrap::Idle) };
         let (began, keys) = (Instant::now(), self.count_under(&task).await?);
         if task.open.iter().any(|(_, tainted)| *tainted) {
-            tracing::warn!(keys, "agents' keys were under a tainted wrapping key: what may sign is replaced, what was made before verifies no more");
+            tracing::warn!(keys, "agents' keys were under a tainted wrapping key: they are replaced, and verify no more");
         }
         let mut pass = Pass { task: &task, token: self.keys.token()?, again: BTreeMap::new(), failures: 0 };
         let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());

@@ -47,7 +47,7 @@ pub use crl::Crl;
 pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
+pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Round, SignaturesMade, Signer};
 pub use keys::{Tokens, ensure_wrapping};
 pub use reconcile::Stray;
 pub use unlock::unlock;

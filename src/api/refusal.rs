@@ -81,6 +81,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::Draining
         | Reason::AuthoritySuperseded
         | Reason::SignatureUnknown => Code::Unavailable,
+        Reason::KeyNotAsRecorded => Code::DataLoss,
         Reason::Internal | Reason::Unspecified => Code::Internal,
     }
 }

@@ -47,6 +47,7 @@ async fn measure(dir: &Path) -> Result<f64, Failed> {
         storage: KeyStorage::Session,
         wrapped: None,
         expires: ledger.clock().reckoned().plus_seconds(600),
+        told_by: None,
     };
     let terms = KeyTerms {
         purpose: KeyPurpose::RawDigest,

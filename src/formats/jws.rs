@@ -35,8 +35,23 @@ pub const RESERVED_TYPES: [&str; 9] = [
 /// key that signs would then say of any other that it is the agent's. In whatever case: readers that do not mind it are about. In lower case
 /// here.
 const RESERVED_MEMBERS: [&str; 17] = [
-    "alg", "kid", "typ", "crit", "b64", "jku", "jwk", "jwks", "x5c", "x5u", "x5t", "x5t#s256", "trust_chain", "peer_trust_chain", "enc",
-    "zip", "epk",
+    "alg",
+    "kid",
+    "typ",
+    "crit",
+    "b64",
+    "jku",
+    "jwk",
+    "jwks",
+    "x5c",
+    "x5u",
+    "x5t",
+    "x5t#s256",
+    "trust_chain",
+    "peer_trust_chain",
+    "enc",
+    "zip",
+    "epk",
 ];
 
 /// What the caller may say in the protected header.

@@ -206,6 +206,14 @@ impl Hsm {
         Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
+    /// Signatures that the token makes in a second at its best of late, all lanes at work; `None` before the first.
+    #[must_use]
+    pub fn signatures_per_second(&self) -> Option<u64> {
+        let admission = &self.0.admission;
+        let each = u64::try_from(admission.pace().as_nanos()).unwrap_or(u64::MAX);
+        1_000_000_000_u64.checked_div(each).map(|one| one.max(1).saturating_mul(admission.lanes() as u64))
+    }
+
     /// The keys of the class `session` that the token has now.
     #[must_use]
     pub fn session_keys(&self) -> HashSet<KeyId> {

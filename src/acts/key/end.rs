@@ -13,10 +13,11 @@ impl Acts {
     /// An agent ends a key of its own. In force before it is durable, acknowledged when it is; `None`: it was so before.
     ///
     /// # Errors
-    /// `KEY_NOT_FOUND`, `KEY_DESTROYED` where it is to be disabled; as the agent's standing; `LEDGER_UNAVAILABLE`.
+    /// `KEY_NOT_FOUND`, `KEY_DESTROYED` where it is to be disabled; as the agent's standing; `RATE_LIMITED`; `LEDGER_UNAVAILABLE`.
     pub async fn end_own_key(&self, source: &Arc<Connection>, name: &str, how: Ends) -> Result<Option<u64>, Refusal> {
         let ended = async {
             let caller = source.agent(&self.ledger)?;
+            self.keys.rates.change(caller.agent(), self.ledger.clock().reckoned().seconds())?;
             self.end(Self::own_key(caller, name)?, how.clone(), None).await
         };
         let method = match how {
@@ -61,17 +62,20 @@ impl Acts {
         Ok(index)
     }
 
-    /// After the entry that ends them. What cannot be destroyed now, the next start destroys.
+    /// After the entry that ends them. What cannot be destroyed now is destroyed later (`over.rs`).
     pub(super) async fn destroy_objects(&self, token: &KeyToken, objects: Vec<(KeyId, KeyStorage)>) {
         for (id, storage) in objects {
             let destroyed = token.hsm.destroy_agent_key(id, storage).await;
+            if destroyed.is_ok() {
+                self.keys.session.gone(id);
+            }
             let noted = match destroyed {
                 Ok(_) if storage == KeyStorage::Resident => self.ledger.key_object_destroyed(id).await,
                 Ok(_) => Ok(()),
                 Err(error) => Err(super::hsm_refusal(error)),
             };
             if let Err(refusal) = noted {
-                tracing::warn!(key = %id, ?refusal, "an ended key's object may be in the token until the next start");
+                tracing::warn!(key = %id, ?refusal, "an ended key's object may be in the token for a while");
             }
         }
     }

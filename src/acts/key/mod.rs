@@ -5,13 +5,15 @@ mod create;
 mod end;
 mod list;
 mod loaded;
+mod making;
+mod over;
+mod rates;
 mod rotate;
 mod session;
 mod sign;
 mod verify;
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -21,15 +23,18 @@ use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
 use crate::ledger::{AgentKey, KeyOf, KeyVersion, StoredKey};
-use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
+use crate::model::{Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
 use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
+use making::BeingMade;
+use rates::Rates;
 use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
+pub use over::Round;
 pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
 
@@ -68,27 +73,15 @@ impl KeyToken {
 pub struct AgentKeys {
     token: ArcSwapOption<KeyToken>,
     loaded: LoadedKeys,
-    /// Names that are being made.
-    making: Arc<Mutex<BTreeSet<KeyOf>>>,
-    /// Signatures asked for in this second, by agent.
-    rates: Mutex<(u64, HashMap<AgentId, u32>)>,
+    making: BeingMade,
+    rates: Rates,
     seen: ReplayCache,
     session: SessionKeys,
     per_agent_max: usize,
+    session_max: usize,
     resident_max: usize,
-    per_second_max: u32,
-}
-
-/// A name that nobody else makes a key under until this is dropped.
-struct Making {
-    names: Arc<Mutex<BTreeSet<KeyOf>>>,
-    of: KeyOf,
-}
-
-impl Drop for Making {
-    fn drop(&mut self) {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.of);
-    }
+    /// Of all agents.
+    residents_max: usize,
 }
 
 impl AgentKeys {
@@ -96,13 +89,14 @@ impl AgentKeys {
         Self {
             token: ArcSwapOption::empty(),
             loaded: LoadedKeys::new(limits.keys_cached),
-            making: Arc::default(),
-            rates: Mutex::default(),
+            making: BeingMade::default(),
+            rates: Rates::new(limits.signatures_per_second, limits.key_changes_per_second),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             session: SessionKeys::default(),
             per_agent_max: limits.keys_per_agent,
+            session_max: limits.session_keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
-            per_second_max: limits.signatures_per_second,
+            residents_max: limits.resident_keys,
         }
     }
 
@@ -113,33 +107,9 @@ impl AgentKeys {
         })
     }
 
-    /// Nobody takes more of the token than its share.
-    fn spend_rate(&self, agent: &AgentId, count: usize, second: u64) -> Result<(), Refusal> {
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        if rates.0 != second {
-            *rates = (second, HashMap::new());
-        }
-        let spent = match rates.1.get_mut(agent) {
-            Some(spent) => spent,
-            None => rates.1.entry(agent.clone()).or_default(),
-        };
-        if spent.saturating_add(count) > self.per_second_max {
-            let advice = format!("ask for at most {} signatures a second", self.per_second_max);
-            return Err(Refusal::new(Reason::RateLimited, advice).retry_after(Duration::from_secs(1)));
-        }
-        *spent += count;
-        Ok(())
-    }
-
-    /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
-    fn make(&self, of: &KeyOf) -> Result<(Making, usize), Refusal> {
-        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = making.iter().filter(|other| other.agent == of.agent).count();
-        if !making.insert(of.clone()) {
-            return Err(in_progress());
-        }
-        Ok((Making { names: Arc::clone(&self.making), of: of.clone() }, others))
+    /// What the token makes in a second, as far as that is known.
+    fn capacity(&self) -> Option<u64> {
+        self.token.load().as_ref().and_then(|token| token.hsm.signatures_per_second())
     }
 }
 
@@ -269,5 +239,6 @@ fn stored(key: &AgentKey) -> StoredKey {
         state: key.state(),
         used: key.used(),
         versions: key.versions().to_vec(),
+        created: key.created(),
     }
 }

@@ -13,7 +13,7 @@ impl Acts {
     /// of (0: whatever it is), so that a request whose answer was lost rotates once. Gives the entry's index; none: it had been rotated.
     ///
     /// # Errors
-    /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `RATE_LIMITED`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
     pub async fn rotate_key(&self, source: &Arc<Connection>, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
         let rotated = self.rotate_known(source, name, known).await;
         self.refused_key_call("RotateKey", source, rotated).await
@@ -22,7 +22,7 @@ impl Acts {
     async fn rotate_known(&self, source: &Connection, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
-        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        self.keys.rates.change(caller.agent(), now.seconds())?;
         let of = Self::own_key(caller, name)?;
         let loaded = self.load_key(&of).await?;
         let key = &loaded.key;
@@ -36,8 +36,9 @@ impl Acts {
             let advice = format!("wait until an older version expires: {VERSIONS_MAX} of them verify at once");
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        let (making, _) = self.keys.make(&of)?;
+        let (making, _) = self.keys.making.make(&of)?;
         let token = self.keys.token()?;
+        self.has_room(&token, &making, &of, key.terms(), 0).await?;
         let version = self.make_version(&token, &of, key.terms(), before.number + 1, now).await?;
         let (key_id, storage) = (version.key_id, version.storage);
         let changing = Arc::clone(&loaded.changing).lock_owned().await;

@@ -185,7 +185,23 @@ fn a_header_or_payload_that_is_not_the_callers_is_not_signed() {
     };
     assert_eq!(prepare(Some("vc+jwt"), r#"{"cty":"json"}"#, b"x"), Reason::Unspecified);
     for name in [
-        "alg", "kid", "typ", "jku", "jwk", "jwks", "crit", "b64", "x5c", "x5u", "x5t", "x5t#S256", "trust_chain", "zip", "JKU", "X5u", "Alg",
+        "alg",
+        "kid",
+        "typ",
+        "jku",
+        "jwk",
+        "jwks",
+        "crit",
+        "b64",
+        "x5c",
+        "x5u",
+        "x5t",
+        "x5t#S256",
+        "trust_chain",
+        "zip",
+        "JKU",
+        "X5u",
+        "Alg",
     ] {
         assert_eq!(prepare(None, &json!({ name: "x" }).to_string(), b"x"), Reason::MalformedRequest, "{name}");
     }

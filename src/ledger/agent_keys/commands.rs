@@ -28,12 +28,17 @@ pub(in crate::ledger) enum KeyCommand {
 impl KeyCommand {
     pub(in crate::ledger) fn decide(self, now: UnixTime, ledger: &Ledger, gate: &mut Gate, batch: &mut Batch) {
         match self {
-            Self::Record { body, rows, admitted, then, answer } => {
+            Self::Record { body, mut rows, admitted, then, answer } => {
                 let admits = admitted.map_or(Ok(()), |(slot, epoch)| gate.book.agent(slot).admits(epoch));
                 if let Err(refusal) = admits {
                     return drop(answer.send(Err(refusal)));
                 }
                 let index = batch.entry(now, *body);
+                for row in &mut rows {
+                    if let Row::AgentKey(row) = row {
+                        row.2.told_by(index);
+                    }
+                }
                 batch.rows.extend(rows);
                 batch.after.push(Box::new(move |durable| {
                     if durable.is_ok() {

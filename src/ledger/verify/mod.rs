@@ -262,6 +262,8 @@ impl Verifier {
             Body::AgentKeyCreated(created) => self.agent_keys.created(created, &mut self.keys, &self.agents, at),
             Body::AgentKeyRotated(rotated) => self.agent_keys.rotated(rotated, &mut self.keys, &self.agents, at),
             Body::AgentKeyDisabled(ended) => self.agent_keys.disabled(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
+            Body::AgentKeyObjectEnded(ended) => self.agent_keys.object_ended(ended, &self.agents, at),
+            Body::AgentKeysForgotten(gone) => self.agent_keys.forgotten(gone, &self.agents, at),
             Body::AgentKeyDestroyed(ended) => self.agent_keys.destroyed(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
             Body::SignIntended(intent) => {
                 let signer = self.agent_keys.sign_intended(intent, &self.agents, at);

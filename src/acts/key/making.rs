@@ -1,0 +1,56 @@
+//! Keys that are being made: no two under one name, and each counted before it is there.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::ledger::KeyOf;
+use crate::model::Refusal;
+use crate::proto::KeyStorage;
+
+use super::in_progress;
+
+type Names = Mutex<BTreeMap<KeyOf, KeyStorage>>;
+
+/// By name, with where each will live: unspecified until that is known.
+#[derive(Default)]
+pub(super) struct BeingMade(Arc<Names>);
+
+fn lock(names: &Names) -> MutexGuard<'_, BTreeMap<KeyOf, KeyStorage>> {
+    names.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl BeingMade {
+    /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
+    pub(super) fn make(&self, of: &KeyOf) -> Result<(Making, usize), Refusal> {
+        let mut names = lock(&self.0);
+        if names.contains_key(of) {
+            return Err(in_progress());
+        }
+        let others = names.keys().filter(|other| other.agent == of.agent).count();
+        names.insert(of.clone(), KeyStorage::Unspecified);
+        Ok((Making { names: Arc::clone(&self.0), of: of.clone() }, others))
+    }
+}
+
+/// A name that nobody else makes a key under until this is dropped.
+pub(super) struct Making {
+    names: Arc<Names>,
+    of: KeyOf,
+}
+
+impl Making {
+    /// It will live there. Gives how many others that are being made will: of its agent, and in all. Whoever counts those that are there,
+    /// too, does so after this: what is in neither count is not made yet.
+    pub(super) fn lives(&self, storage: KeyStorage) -> (usize, usize) {
+        let mut names = lock(&self.names);
+        names.insert(self.of.clone(), storage);
+        let others = names.iter().filter(|(of, lives)| **lives == storage && **of != self.of);
+        others.fold((0, 0), |(own, all), (of, _)| (own + usize::from(of.agent == self.of.agent), all + 1))
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        lock(&self.names).remove(&self.of);
+    }
+}

@@ -1,6 +1,12 @@
 //! Agents' signing keys: what they are made, bound, used and destroyed by. Three classes of storage, one face. An authority key is never
 //! reached from here: these are bound under a type of their own, an id or public key of another key is refused, and a token object is an
 //! agent's only if its label says so.
+//!
+//! What a key signs besides what it is asked for are trials: over a tag and random bytes (`objects.rs`), which no profile's message begins
+//! with, and good for nothing. A resident key has one when it is made, and one each time that it is looked for: once in each epoch of the
+//! token that it signs in, or more often where there are more of them than are remembered. A key in a session has one only after its blob
+//! gave another key. They are in nobody's book: the ledger's sum is that of messages, and a token's own counter of signatures, where it has
+//! one, is at most trials above it.
 
 use std::collections::HashSet;
 use std::sync::Arc;

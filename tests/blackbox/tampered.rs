@@ -37,7 +37,7 @@ struct Version {
     version: Option<AgentKeyVersion>,
     #[prost(bytes = "vec", tag = "2")]
     wrapped: Vec<u8>,
-    #[prost(uint64, optional, tag = "3")]
+    #[prost(uint64, optional, tag = "5")]
     entry: Option<u64>,
 }
 

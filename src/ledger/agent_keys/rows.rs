@@ -38,8 +38,8 @@ struct VersionRow {
     version: Option<proto::AgentKeyVersion>,
     #[prost(bytes = "vec", tag = "2")]
     wrapped: Vec<u8>,
-    /// The entry that tells of it: what all of this is held against. An entry that changes some of it takes the place.
-    #[prost(uint64, optional, tag = "3")]
+    /// The entry that tells of it: what all of this is held against.
+    #[prost(uint64, optional, tag = "5")]
     entry: Option<u64>,
 }
 

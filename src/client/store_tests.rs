@@ -28,7 +28,7 @@ fn credential(key: &Key, serial: u64) -> proto::Credential {
     let mut parameters = rcgen::CertificateParams::default();
     parameters.serial_number = Some(serial.into());
     let leaf = parameters.self_signed(key).expect("a certificate").der().to_vec();
-    let bundle = Some(proto::Bundle { authorities: vec![leaf.clone()], sequence: 1, refresh_hint_seconds: 60 });
+    let bundle = Some(proto::Bundle { authorities: vec![leaf.clone()], sequence: 1, ..proto::Bundle::default() });
     proto::Credential { chain: vec![leaf], bundle, ..Default::default() }
 }
 
@@ -147,7 +147,7 @@ fn half_life_is_the_middle_of_validity() {
 
 fn bundle(sequence: u64) -> proto::Bundle {
     let authorities = (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect();
-    proto::Bundle { authorities, sequence, refresh_hint_seconds: 60 }
+    proto::Bundle { authorities, sequence, ..proto::Bundle::default() }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Owns: the five profiles that an agent's key may sign ([`Profile`]), for each the exact bytes that are signed
 //! ([`SigningInput`], made only here from the caller's parts) and the assembled answer ([`Signed`]); public keys as JWK,
-//! thumbprint and JWKS; and the checks of a received signature, with the memory of what was accepted ([`ReplayCache`]).
+//! thumbprint and JWKS; the bundle as SPIFFE tells it; and the checks of a received signature, with the memory of what was accepted ([`ReplayCache`]).
 //!
 //! Promises: a key signs one profile, and no bytes of one profile are bytes of another. A JWS and a DPoP proof begin with
 //! `eyJ` and are told apart by `typ`, which a JWS key may not choose among the reserved ([`jws::RESERVED_TYPES`]); the base of an
@@ -22,11 +22,13 @@ mod jwk;
 pub mod jws;
 pub mod raw_digest;
 mod signing;
+mod spiffe_bundle;
 pub mod tls;
 pub mod verify;
 
 pub use jwk::{Jwk, jwks};
 pub use signing::{Profile, Signed, SigningInput};
+pub use spiffe_bundle::{SpiffeBundle, UnknownAuthority};
 pub use verify::{Bounds, Memory, ReplayCache, VerifyingKey, Window};
 
 use crate::model::{Reason, Refusal};

@@ -39,7 +39,8 @@ use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
 pub use agent_keys::{
-    AgentKey, Ends, KeyOf, KeyPage, KeyTerms, KeyVersion, Reserved, ResidentKey, StoredKey, VERSIONS_MAX, key_not_found, unread,
+    AgentKey, Ends, KeyOf, KeyPage, KeyTerms, KeyVersion, Reserved, ResidentKey, Rewrapped, StoredKey, VERSIONS_MAX,
+    key_not_found, unread,
 };
 pub use generation::{Generation, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};

@@ -112,8 +112,13 @@ pub(super) struct Batch {
 }
 
 impl Batch {
+    /// Of the entry that comes next.
+    pub(super) fn next_index(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
     pub(super) fn entry(&mut self, time: UnixTime, body: Body) -> u64 {
-        let index = self.first + self.entries.len() as u64;
+        let index = self.next_index();
         self.entries.push(proto::Entry { index, time_unix_micros: time.micros(), body: Some(body) });
         index
     }
@@ -267,7 +272,8 @@ impl Sequencer {
                 reinstate(agent, denials, by, token, answer, now, book, batch)
             }
             Command::Enrol { agent, limits, by, token, answer } => enrol(agent, limits, by, token, answer, now, book, batch),
-            Command::Record { body, rows, answer } => match book.generations.fold(now, &body) {
+            // By the clock as it is, too: what an authority waits for is not to be a year away after the clock was set back a year.
+            Command::Record { body, rows, answer } => match book.generations.fold(self.ledger.0.clock.reckoned(), &body) {
                 Ok(more) => {
                     let index = batch.entry(now, body);
                     batch.rows.extend(rows.into_iter().chain(more));

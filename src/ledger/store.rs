@@ -19,11 +19,12 @@ use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     include_str!("migrations/0001.sql"),
     include_str!("migrations/0002.sql"),
     include_str!("migrations/0003.sql"),
     include_str!("migrations/0004.sql"),
+    include_str!("migrations/0005.sql"),
     ENTRIES_NAMED,
 ];
 /// The one that has a part that is not SQL: the rows of agents' keys get the names of their entries.

@@ -186,18 +186,16 @@ fn of_an_epoch_that_is_over_neither_objects_nor_rows_are_left() {
 
 #[test]
 fn a_resident_key_that_has_expired_leaves_the_token_and_may_be_rotated_all_the_same() {
-    let mut house = House::new().with_preload().initialised();
+    let mut house = House::new().configured("limits", "ttl_seconds_default = 86400").with_preload().initialised();
     house.serve();
     {
-        let agent = house.attested("builder/1");
-        let mut keys = house.keys(&Identity::of(&agent));
+        // The connection stays: the tests' own clock does not move.
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
         keys.create(CreateKeyRequest { ttl_seconds: 60, ..resident("short") }).unwrap();
         keys.create(resident("long")).unwrap();
         house.control().move_clock(2 * 3_600_000);
         house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
         until("it stays in the token", || ended(&house) == [KeyOver::Expired]);
-        agent.renew().ok();
-        let mut keys = house.keys(&Identity::of(&agent));
         refused(keys.sign("short", digest(b"x")), "KEY_EXPIRED");
         keys.sign("long", digest(b"x")).unwrap();
         keys.rotate("short", 1).unwrap();
@@ -212,6 +210,12 @@ fn the_resident_keys_of_an_agent_that_cannot_come_back_leave_the_token_and_what_
     let mut house = House::new().configured("limits", "rejoin_seconds_default = 0").with_preload().initialised();
     house.serve();
     {
+        // The reader's connection stays: the tests' own clock does not move.
+        let reader = house.agent("builder/2");
+        reader.enrol(&["--ttl", "1d"]).ok();
+        reader.attest(&["--ttl", "1d"]).ok();
+        let mut reader = house.keys(&Identity::of(&reader));
+        reader.list("").unwrap();
         let signed = {
             let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
             let for_jws = |wish: CreateKeyRequest| CreateKeyRequest { purpose: KeyPurpose::Jws.into(), ..wish };
@@ -223,7 +227,6 @@ fn the_resident_keys_of_an_agent_that_cannot_come_back_leave_the_token_and_what_
         house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
         until("it stays in the token", || ended(&house) == [KeyOver::Agent]);
         until("what expired is kept", || rows(&house, "agent_key", "builder/1", 1) == 1);
-        let mut reader = house.keys(&Identity::of(&house.attested("builder/2")));
         let message = verify_request::Message::Jws(verify_request::Jws { token: signed, ..Default::default() });
         let asked = VerifyRequest { agent: String::new(), message: Some(message) };
         assert_eq!(reader.verify(asked).unwrap().agent, "builder/1");

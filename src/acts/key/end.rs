@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::authn::{Connection, Operator};
 use crate::ledger::{Ends, KeyOf};
-use crate::model::{AgentId, KeyId, KeyName, Refusal};
+use crate::model::{AgentId, KeyId, KeyName, Reason, Refusal};
 use crate::proto::{self, KeyStorage};
 
-use super::{Acts, KeyToken};
+use super::{Acts, KeyToken, Loaded};
 
 impl Acts {
     /// An agent ends a key of its own. In force before it is durable, acknowledged when it is; `None`: it was so before.
@@ -47,7 +47,14 @@ impl Acts {
     }
 
     async fn end(&self, of: KeyOf, how: Ends, by: Option<proto::Operator>) -> Result<Option<u64>, Refusal> {
-        let loaded = self.load_key(&of).await?;
+        let loaded = match self.load_key(&of).await {
+            // What its row holds is nobody's, and stays where it is; the key itself an operator takes away.
+            Err(refusal) if refusal.reason == Reason::KeyNotAsRecorded && by.is_some() && matches!(how, Ends::Destroyed) => {
+                let bare = self.read(move |reader| reader.bare_agent_key(&of)).await?.ok_or_else(crate::ledger::key_not_found)?;
+                Arc::new(Loaded::new(self.ledger.restore_key(bare)?))
+            }
+            loaded => loaded?,
+        };
         let changing = Arc::clone(&loaded.changing).lock_owned().await;
         let destroys = matches!(how, Ends::Destroyed);
         let objects: Vec<_> = loaded.key.versions().iter().map(|version| (version.key_id, version.storage)).collect();

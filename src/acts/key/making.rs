@@ -21,14 +21,14 @@ fn lock(names: &Names) -> MutexGuard<'_, BTreeMap<KeyOf, KeyStorage>> {
 
 impl BeingMade {
     /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
-    pub(super) fn make(&self, of: &KeyOf) -> Result<(Making, usize), Refusal> {
+    pub(super) fn make(&self, of: &KeyOf) -> Result<(Arc<Making>, usize), Refusal> {
         let mut names = lock(&self.0);
         if names.contains_key(of) {
             return Err(in_progress());
         }
         let others = names.keys().filter(|other| other.agent == of.agent).count();
         names.insert(of.clone(), KeyStorage::Unspecified);
-        Ok((Making { names: Arc::clone(&self.0), of: of.clone() }, others))
+        Ok((Arc::new(Making { names: Arc::clone(&self.0), of: of.clone() }), others))
     }
 }
 

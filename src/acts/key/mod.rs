@@ -8,6 +8,7 @@ mod loaded;
 mod making;
 mod over;
 mod rates;
+mod rewrap;
 mod rotate;
 mod session;
 mod sign;
@@ -22,19 +23,21 @@ use crate::authn::{AgentConnection, Connection};
 use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
-use crate::ledger::{AgentKey, KeyOf, KeyVersion, StoredKey};
+use crate::ledger::{AgentKey, Generation, KeyOf, KeyVersion, StoredKey};
 use crate::model::{Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
-use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
+use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
 use making::BeingMade;
 use rates::Rates;
+use rewrap::Rewrapping;
 use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
 pub use over::Round;
+pub use rewrap::Rewrap;
 pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
 
@@ -77,6 +80,7 @@ pub struct AgentKeys {
     rates: Rates,
     seen: ReplayCache,
     session: SessionKeys,
+    rewrapping: Rewrapping,
     per_agent_max: usize,
     session_max: usize,
     resident_max: usize,
@@ -93,6 +97,7 @@ impl AgentKeys {
             rates: Rates::new(limits.signatures_per_second, limits.key_changes_per_second),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             session: SessionKeys::default(),
+            rewrapping: Rewrapping::default(),
             per_agent_max: limits.keys_per_agent,
             session_max: limits.session_keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
@@ -105,6 +110,18 @@ impl AgentKeys {
             Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
                 .retry_after(Duration::from_secs(1))
         })
+    }
+
+    /// New keys are wrapped under the generation that is active.
+    pub(super) fn wrap_under_the_active(&self, generations: &[Generation]) {
+        let is_it = |found: &&Generation| found.purpose == Purpose::Wrapping && found.state == AuthorityState::Active;
+        let active = generations.iter().find(is_it).map(|active| active.key_id);
+        if let Some(token) = self.token.load_full()
+            && active.is_some()
+            && token.wrapping != active
+        {
+            self.token.store(Some(Arc::new(KeyToken { hsm: token.hsm.clone(), wrapping: active })));
+        }
     }
 
     /// What the token makes in a second, as far as that is known.
@@ -160,7 +177,9 @@ impl Acts {
     /// A key's newest version, bound to its object.
     fn signer(&self, loaded: &Loaded, version: &KeyVersion) -> Result<hsm::AgentKey, Refusal> {
         let token = self.keys.token()?;
-        loaded.signer(version.number, || {
+        // Wrapped anew, it is bound with what it is wrapped in now; its object stays.
+        let bound = (version.number, version.wrapped.as_ref().map(|(_, wrapping)| *wrapping));
+        loaded.signer(bound, || {
             let (wrapped, wrapping) = version.wrapped.clone().unzip();
             let bound = token.hsm.agent_key(version.key_id, version.public.clone(), version.storage, wrapped, wrapping);
             bound.map_err(key_refusal)

@@ -48,7 +48,7 @@ impl Acts {
         for (key, over) in found.into_iter().zip(over) {
             let expired = key.expires.plus_seconds(GRACE_SECONDS) < now;
             let Some(cause) = over.or(expired.then_some(KeyOver::Expired)) else { continue };
-            if let Err(refusal) = self.end_object(key, cause).await {
+            if let Err(refusal) = self.end_object(key, cause, now).await {
                 tracing::debug!(?refusal, "a resident key that is over stays for a while");
             }
         }
@@ -57,12 +57,18 @@ impl Acts {
         Ok(())
     }
 
-    async fn end_object(&self, ResidentKey { id, of, .. }: ResidentKey, cause: KeyOver) -> Result<(), Refusal> {
+    async fn end_object(&self, ResidentKey { id, of, .. }: ResidentKey, cause: KeyOver, now: UnixTime) -> Result<(), Refusal> {
         let token = self.keys.token()?;
         let loaded = self.load_key(&of).await?;
         // It may be rotated or destroyed right now: then its object goes with that.
         let _changing = Arc::clone(&loaded.changing).lock_owned().await;
-        if loaded.key.state() == KeyState::Destroyed || loaded.key.newest()?.key_id != id {
+        if loaded.key.state() == KeyState::Destroyed {
+            return Ok(());
+        }
+        let newest = loaded.key.newest()?;
+        // As it was recorded, and not as it is listed.
+        let expired = newest.expires.plus_seconds(GRACE_SECONDS) < now;
+        if newest.key_id != id || (cause == KeyOver::Expired && !expired) {
             return Ok(());
         }
         tracing::info!(agent = %of.agent, epoch = of.epoch, key = %of.name, cause = cause.as_str_name(), "a resident key is over");

@@ -6,6 +6,11 @@ use std::time::Duration;
 
 use crate::model::{AgentId, Reason, Refusal};
 
+/// A call whose clock is so far behind others' is of the same second.
+const CLOCK_SECONDS: u64 = 2;
+/// Nobody waits longer for having had more than a share.
+const AHEAD_SECONDS: u64 = 60;
+
 /// What agents have asked for in this second.
 pub(super) struct Rates {
     now: Mutex<Second>,
@@ -23,6 +28,8 @@ struct Second {
     signatures: u64,
     /// Agents that sign in this second, and that did in the last.
     signing: (u64, u64),
+    /// Who has had more than a share, and in which second it is even again.
+    ahead: HashMap<AgentId, u64>,
 }
 
 #[derive(Default)]
@@ -37,20 +44,19 @@ impl Rates {
         Self { now: Mutex::default(), per_second_max, changes_max }
     }
 
-    fn of<T>(&self, agent: &AgentId, second: u64, spend: impl FnOnce(&mut Spent, &mut u64, &mut (u64, u64)) -> T) -> T {
+    fn of<T>(&self, agent: &AgentId, second: u64, spend: impl FnOnce(&mut Spent, &mut Second) -> T) -> T {
         let mut now = self.now.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.second != second {
+        // Who looked at the clock a moment earlier and comes a moment later begins no second anew. A clock that was set back does.
+        if second > now.second || now.second - second > CLOCK_SECONDS {
             let before = if now.second + 1 == second { now.signing.0 } else { 0 };
-            *now = Second { second, signing: (0, before), ..Second::default() };
+            let mut ahead = std::mem::take(&mut now.ahead);
+            ahead.retain(|_, even| *even > second && *even - second <= AHEAD_SECONDS);
+            *now = Second { second, signing: (0, before), ahead, ..Second::default() };
         }
-        let Second { agents, signatures, signing, .. } = &mut *now;
-        if !agents.contains_key(agent) {
-            agents.insert(agent.clone(), Spent::default());
-        }
-        match agents.get_mut(agent) {
-            Some(spent) => spend(spent, signatures, signing),
-            None => spend(&mut Spent::default(), signatures, signing),
-        }
+        let (whose, mut spent) = now.agents.remove_entry(agent).unwrap_or_else(|| (agent.clone(), Spent::default()));
+        let done = spend(&mut spent, &mut now);
+        now.agents.insert(whose, spent);
+        done
     }
 
     /// A look at keys that costs as much as `cost` signatures.
@@ -58,7 +64,7 @@ impl Rates {
     /// # Errors
     /// `RATE_LIMITED`.
     pub(super) fn look(&self, agent: &AgentId, cost: usize, second: u64) -> Result<(), Refusal> {
-        self.of(agent, second, |spent, _, _| self.ask(spent, cost))
+        self.of(agent, second, |spent, _| self.ask(spent, cost))
     }
 
     fn ask(&self, spent: &mut Spent, cost: usize) -> Result<(), Refusal> {
@@ -72,22 +78,29 @@ impl Rates {
 
     /// So many signatures, where the token makes `capacity` in a second (`None`: nobody knows yet). Once agents have asked for half of what
     /// it makes, none gets more than an even share of it, counted among those who sign in this second or did in the last. The first call of
-    /// an agent in a second is never too much.
+    /// an agent in a second may be more, where the agent waits as many seconds then as it has had shares.
     ///
     /// # Errors
     /// `RATE_LIMITED`.
     pub(super) fn sign(&self, agent: &AgentId, count: usize, capacity: Option<u64>, second: u64) -> Result<(), Refusal> {
-        self.of(agent, second, |spent, all, signing| {
+        self.of(agent, second, |spent, now| {
             let first = spent.signatures == 0;
-            let (mine, more) = (spent.signatures.saturating_add(count as u64), all.saturating_add(count as u64));
-            if let Some(capacity) = capacity.filter(|capacity| !first && more > capacity / 2)
-                && mine > capacity / signing.0.max(signing.1).max(1)
-            {
-                return Err(limited("others sign as well: ask for fewer signatures, or again in a second".to_owned()));
+            let (mine, more) = (spent.signatures.saturating_add(count as u64), now.signatures.saturating_add(count as u64));
+            let even = now.ahead.get(agent).is_none_or(|even| *even <= second);
+            let mut ahead = 0;
+            if let Some(capacity) = capacity.filter(|capacity| more > capacity / 2) {
+                let share = (capacity / now.signing.0.max(now.signing.1).max(1)).max(1);
+                if mine > share && !(first && even) {
+                    return Err(limited("others sign as well: ask for fewer signatures, or again in a second".to_owned()));
+                }
+                ahead = (mine / share).min(AHEAD_SECONDS);
             }
             self.ask(spent, count)?;
-            signing.0 += u64::from(first);
-            (spent.signatures, *all) = (mine, more);
+            if ahead > 1 {
+                now.ahead.insert(agent.clone(), second + ahead);
+            }
+            now.signing.0 += u64::from(first);
+            (spent.signatures, now.signatures) = (mine, more);
             Ok(())
         })
     }
@@ -97,7 +110,7 @@ impl Rates {
     /// # Errors
     /// `RATE_LIMITED`.
     pub(super) fn change(&self, agent: &AgentId, second: u64) -> Result<(), Refusal> {
-        self.of(agent, second, |spent, _, _| {
+        self.of(agent, second, |spent, _| {
             if spent.changes >= self.changes_max {
                 return Err(limited(format!("make, rotate, disable and destroy at most {} keys a second", self.changes_max)));
             }
@@ -141,8 +154,21 @@ mod tests {
         let rates = Rates::new(1000, 1);
         assert!(rates.sign(&agent(1), 500, Some(14), 1).is_ok());
         assert!(rates.sign(&agent(1), 1, Some(14), 1).is_err());
-        assert!(rates.sign(&agent(1), 1001, None, 2).is_err(), "never more than an agent may ask for");
-        assert!(rates.sign(&agent(1), 1000, None, 2).is_ok());
+        assert!(rates.sign(&agent(2), 14, Some(14), 20).is_ok(), "others are served");
+        assert!(rates.sign(&agent(1), 500, Some(14), 20).is_err(), "it has had the token for 35 seconds");
+        assert!(rates.sign(&agent(1), 5, Some(14), 21).is_ok(), "a share, for all that");
+        assert!(rates.sign(&agent(1), 500, Some(14), 40).is_ok());
+        assert!(rates.sign(&agent(1), 1001, None, 200).is_err(), "never more than an agent may ask for");
+        assert!(rates.sign(&agent(1), 1000, None, 200).is_ok());
+    }
+
+    #[test]
+    fn calls_that_come_out_of_order_begin_no_second_anew_and_a_clock_that_is_set_back_does() {
+        let rates = Rates::new(10, 1);
+        assert!(rates.look(&agent(1), 10, 100).is_ok());
+        assert!(rates.look(&agent(1), 1, 99).is_err());
+        assert!(rates.look(&agent(1), 1, 100).is_err());
+        assert!(rates.look(&agent(1), 10, 50).is_ok());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::super::store::Row;
 use super::super::{Gate, Ledger, unavailable};
 use super::counted::Block;
 use super::{AgentKey, Then};
-use crate::model::Refusal;
+use crate::model::{Reason, Refusal};
 
 pub(in crate::ledger) enum KeyCommand {
     /// An entry that tells of a key, with its rows; for an agent that has to be admitted then, or for an operator.
@@ -30,15 +30,18 @@ impl KeyCommand {
         match self {
             Self::Record { body, mut rows, admitted, then, answer } => {
                 let admits = admitted.map_or(Ok(()), |(slot, epoch)| gate.book.agent(slot).admits(epoch));
-                if let Err(refusal) = admits {
+                if let Err(refusal) = admits.and_then(|()| wraps(&body, gate)) {
                     return drop(answer.send(Err(refusal)));
                 }
-                let index = batch.entry(now, *body);
+                let index = batch.next_index();
                 for row in &mut rows {
-                    if let Row::AgentKey(row) = row {
-                        row.2.told_by(index);
+                    let Row::AgentKey(row) = row else { continue };
+                    row.2.told_by(index);
+                    if let Body::AgentKeysRewrapped(rewrapped) = &*body {
+                        row.2.rewrapped_by(index, &rewrapped.versions);
                     }
                 }
+                batch.entry(now, *body);
                 batch.rows.extend(rows);
                 batch.after.push(Box::new(move |durable| {
                     if durable.is_ok() {
@@ -113,6 +116,27 @@ impl KeyCommand {
             Self::Seal { .. } => {}
         }
     }
+}
+
+/// Nothing comes under a wrapping key that is not the active one: a key that retires has its last row before the next one wraps.
+fn wraps(body: &Body, gate: &Gate) -> Result<(), Refusal> {
+    let (Body::AgentKeyCreated(proto::AgentKeyCreated { version, .. })
+    | Body::AgentKeyRotated(proto::AgentKeyRotated { version, .. })) = body
+    else {
+        let Body::AgentKeysRewrapped(rewrapped) = body else { return Ok(()) };
+        return wraps_now(&rewrapped.wrapping_key_id, gate);
+    };
+    match version {
+        Some(version) if !version.wrapping_key_id.is_empty() => wraps_now(&version.wrapping_key_id, gate),
+        _ => Ok(()),
+    }
+}
+
+fn wraps_now(wrapping: &[u8], gate: &Gate) -> Result<(), Refusal> {
+    if gate.book.generations.wraps(wrapping) {
+        return Ok(());
+    }
+    Err(Refusal::new(Reason::AuthoritySuperseded, "another wrapping key is active by now; ask again"))
 }
 
 /// Weighed by the clock as it is, as every wish is.

@@ -5,6 +5,8 @@
 //! row as it was some time before (a disabled key that is active again, a version that was followed by another, signatures not counted),
 //! and a file that was rewritten from an entry on, tiles and all: `keyward ledger verify` and the signed checkpoints do.
 
+use std::collections::HashMap;
+
 use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -47,7 +49,19 @@ pub(in crate::ledger) fn hold(connection: &Connection, key: &StoredKey) -> Resul
     for version in &key.versions {
         let Some(entry) = version.told_by else { return Err(wrong("a version names no entry")) };
         let recorded = if entry == created { first.clone() } else { told(connection, entry, of)?.and_then(|told| told.version) };
-        if recorded != Some(version.entry()) {
+        let Some(mut recorded) = recorded else { return Err(wrong(&format!("entry {entry} does not tell of it"))) };
+        if let Some(again) = version.rewrapped_by {
+            let Some((wrapped_sha256, wrapping_key_id)) = rewrapped(connection, again, &recorded.key_id)? else {
+                return Err(wrong(&format!("entry {again} does not rewrap version {}", version.number)));
+            };
+            // A taint of the wrapping key that it was made under is not forgotten.
+            if version.wrapped.is_some() && version.wrapped_before.first().map(|id| &id.0[..]) != Some(&recorded.wrapping_key_id)
+            {
+                return Err(wrong(&format!("version {} was under another wrapping key in entry {entry}", version.number)));
+            }
+            (recorded.wrapped_sha256, recorded.wrapping_key_id) = (wrapped_sha256, wrapping_key_id);
+        }
+        if recorded != version.entry() {
             return Err(wrong(&format!("version {} is another in entry {entry}", version.number)));
         }
         // The newest is the last.
@@ -68,6 +82,25 @@ struct Told {
 
 /// `None`: nothing of this key, or its bytes are not those of its leaf.
 fn told(connection: &Connection, index: u64, of: &KeyOf) -> Result<Option<Told>, StoreError> {
+    let body = entry(connection, index)?;
+    Ok(body.and_then(told_by).and_then(|(named, told)| (named == Named::from(of)).then_some(told)))
+}
+
+/// SHA-256 of a wrapped key, and under which key it is.
+type Wrapped = (Vec<u8>, Vec<u8>);
+
+/// How a version is wrapped by this entry.
+fn rewrapped(connection: &Connection, index: u64, key_id: &[u8]) -> Result<Option<Wrapped>, StoreError> {
+    let Some(Body::AgentKeysRewrapped(told)) = entry(connection, index)? else { return Ok(None) };
+    let one = told.versions.into_iter().find(|one| one.key_id == key_id);
+    Ok(one.map(|one| {
+        let wrapping = if one.wrapped_sha256.is_empty() { Vec::new() } else { told.wrapping_key_id };
+        (one.wrapped_sha256, wrapping)
+    }))
+}
+
+/// What an entry tells, unless its bytes are not those of its leaf.
+fn entry(connection: &Connection, index: u64) -> Result<Option<Body>, StoreError> {
     let bytes: Option<Vec<u8>> = connection
         .prepare_cached("SELECT bytes FROM entry WHERE idx = ?1")?
         .query_row([index.cast_signed()], |row| row.get(0))
@@ -82,10 +115,10 @@ fn told(connection: &Connection, index: u64, of: &KeyOf) -> Result<Option<Told>,
         return Ok(None);
     }
     let entry = proto::Entry::decode(bytes.as_slice()).ok().filter(|entry| entry.index == index);
-    Ok(entry.and_then(|entry| told_by(entry.body?)).and_then(|(named, told)| (named == Named::from(of)).then_some(told)))
+    Ok(entry.and_then(|entry| entry.body))
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 struct Named {
     agent: String,
     epoch: u32,
@@ -129,18 +162,31 @@ pub(in crate::ledger) fn name_entries(transaction: &Connection) -> Result<(), St
     let mut resident = transaction.prepare(
         "INSERT OR IGNORE INTO resident_key SELECT id, ?2, ?3, ?4, ?5 FROM hsm_key WHERE id = ?1 AND state IN ('active', 'destroying')",
     )?;
+    let mut of_version = HashMap::<Vec<u8>, Named>::new();
     let mut rows = entries.query([])?;
     while let Some(found) = rows.next()? {
         let index: i64 = found.get(0)?;
         let Ok(entry) = proto::Entry::decode(found.get_ref(1)?.as_blob().map_err(rusqlite::Error::from)?) else { continue };
-        let Some((named, told)) = entry.body.and_then(told_by) else { continue };
-        let Some(version) = told.version else { continue };
-        let of = params![named.agent, named.epoch, named.name];
-        let row: Option<Vec<u8>> = select.query_row(of, |row| row.get(0)).optional()?;
-        if let Some(mut row) = row.and_then(|row| AgentKeyRow::decode(row.as_slice()).ok()) {
-            row.told_of(index.cast_unsigned(), told.terms.is_some(), &version.key_id);
-            update.execute(params![named.agent, named.epoch, named.name, row.encode_to_vec()])?;
+        let index = index.cast_unsigned();
+        let mut change = |named: &Named, how: &dyn Fn(&mut AgentKeyRow)| {
+            let of = params![named.agent, named.epoch, named.name];
+            let row: Option<Vec<u8>> = select.query_row(of, |row| row.get(0)).optional()?;
+            if let Some(mut row) = row.and_then(|row| AgentKeyRow::decode(row.as_slice()).ok()) {
+                how(&mut row);
+                update.execute(params![named.agent, named.epoch, named.name, row.encode_to_vec()])?;
+            }
+            Ok::<_, StoreError>(())
+        };
+        let Some(body) = entry.body else { continue };
+        if let Body::AgentKeysRewrapped(told) = &body {
+            for named in told.versions.iter().filter_map(|one| of_version.get(&one.key_id)) {
+                change(named, &|row| row.rewrapped_by(index, &told.versions))?;
+            }
         }
+        let Some((named, told)) = told_by(body) else { continue };
+        let Some(version) = told.version else { continue };
+        change(&named, &|row| row.told_of(index, told.terms.is_some(), &version.key_id))?;
+        of_version.insert(version.key_id.clone(), named.clone());
         if version.storage() == KeyStorage::Resident {
             let expires = version.expires_unix_seconds.cast_signed();
             resident.execute(params![version.key_id, named.agent, named.epoch, named.name, expires])?;

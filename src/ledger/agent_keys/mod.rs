@@ -8,6 +8,7 @@ pub(super) mod commands;
 mod counted;
 pub(super) mod held;
 pub(super) mod resident;
+mod rewrap;
 pub(super) mod rows;
 
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use commands::KeyCommand;
 pub use counted::Reserved;
 pub use held::unread;
 pub use resident::ResidentKey;
+pub use rewrap::Rewrapped;
 use rows::AgentKeyRow;
 pub use rows::{KeyPage, StoredKey};
 
@@ -77,10 +79,14 @@ pub struct KeyVersion {
     pub storage: KeyStorage,
     /// The wrapped key, and under which key it is.
     pub wrapped: Option<(Arc<[u8]>, KeyId)>,
+    /// Which wrapping keys it was under before, the newest last: who has one of those and an old copy of its row has the key.
+    pub wrapped_before: Vec<KeyId>,
     /// It signs, and verifies, until then.
     pub expires: UnixTime,
     /// The entry that tells of it, once there is one.
     pub told_by: Option<u64>,
+    /// The last of those that changed how it is wrapped.
+    pub rewrapped_by: Option<u64>,
 }
 
 impl KeyVersion {
@@ -196,7 +202,7 @@ impl AgentKey {
         self.admits()?;
         match self.versions.load().last() {
             Some(newest) if newest.expires > now => Ok(()),
-            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; make a new one, and rotate it before it expires")),
+            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; rotate it, better before it expires")),
         }
     }
 
@@ -249,7 +255,7 @@ fn destroyed() -> Refusal {
 /// None of that name, or none of the caller's: never told apart.
 #[must_use]
 pub fn key_not_found() -> Refusal {
-    Refusal::new(Reason::KeyNotFound, "you have no key of that name; list yours")
+    Refusal::new(Reason::KeyNotFound, "there is no key of that name; list them")
 }
 
 /// Runs when an entry is durable.

@@ -38,9 +38,14 @@ struct VersionRow {
     version: Option<proto::AgentKeyVersion>,
     #[prost(bytes = "vec", tag = "2")]
     wrapped: Vec<u8>,
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    wrapped_before: Vec<Vec<u8>>,
     /// The entry that tells of it: what all of this is held against.
     #[prost(uint64, optional, tag = "5")]
     entry: Option<u64>,
+    /// The last entry that changed how it is wrapped.
+    #[prost(uint64, optional, tag = "6")]
+    rewrapped: Option<u64>,
 }
 
 impl AgentKeyRow {
@@ -48,7 +53,9 @@ impl AgentKeyRow {
         let version = |version: &KeyVersion| VersionRow {
             version: Some(version.entry()),
             wrapped: version.wrapped.as_ref().map(|(wrapped, _)| wrapped.to_vec()).unwrap_or_default(),
+            wrapped_before: version.wrapped_before.iter().map(|id| id.0.to_vec()).collect(),
             entry: version.told_by,
+            rewrapped: version.rewrapped_by,
         };
         Self {
             purpose: terms.purpose.into(),
@@ -67,6 +74,16 @@ impl AgentKeyRow {
         self.created.get_or_insert(index);
         for version in &mut self.versions {
             version.entry.get_or_insert(index);
+        }
+    }
+
+    /// The entry `index` changed how these versions are wrapped.
+    pub(in crate::ledger) fn rewrapped_by(&mut self, index: u64, rewrapped: &[proto::RewrappedVersion]) {
+        for row in &mut self.versions {
+            let Some(version) = &row.version else { continue };
+            if rewrapped.iter().any(|one| one.key_id == version.key_id) {
+                row.rewrapped = Some(index);
+            }
         }
     }
 
@@ -113,8 +130,10 @@ impl VersionRow {
             storage: version.storage(),
             kid: version.kid.into(),
             wrapped,
+            wrapped_before: self.wrapped_before.iter().map(|id| KeyId::from_slice(id)).collect::<Option<_>>()?,
             expires: UnixTime::from_seconds(version.expires_unix_seconds),
             told_by: self.entry,
+            rewrapped_by: self.rewrapped,
         })
     }
 }
@@ -263,6 +282,17 @@ impl Reader {
         found.as_ref().map_or(Ok(()), |found| held::hold(&connection, found)).map(|()| found)
     }
 
+    /// What there is of a key that is not as recorded: it has no versions, whatever its row says.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn bare_agent_key(&self, of: &KeyOf) -> Result<Option<StoredKey>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name = ?3"))?;
+        let found = select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| Ok(stored(row)));
+        Ok(found.optional()?.transpose()?.map(|found| StoredKey { versions: Vec::new(), ..found }))
+    }
+
     /// Holds a key of a page against its entries.
     ///
     /// # Errors
@@ -295,6 +325,24 @@ impl Reader {
              ORDER BY agent, epoch, name LIMIT ?5"
         ))?;
         page(select.query(params![class, after.0, after.1, after.2, limit])?, limit)
+    }
+
+    /// At most `limit` keys that are not destroyed, of all agents and epochs, after `after`.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn all_agent_keys(&self, after: Option<&KeyOf>, limit: u32) -> Result<Vec<StoredKey>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached(&format!(
+            "{COLUMNS} WHERE (agent, epoch, name) > (?1, ?2, ?3) AND state <> 3 ORDER BY agent, epoch, name LIMIT ?4"
+        ))?;
+        let (agent, epoch, name) = after.map_or(("", 0, ""), |of| (of.agent.as_str(), of.epoch, of.name.as_str()));
+        let mut rows = select.query(params![agent, epoch, name, limit])?;
+        let mut keys = Vec::new();
+        while let Some(row) = rows.next()? {
+            keys.push(stored(row)?);
+        }
+        Ok(keys)
     }
 
     /// How many keys of an agent's epoch are not destroyed.
@@ -334,7 +382,9 @@ mod tests {
             storage: KeyStorage::Wrapped,
             wrapped: Some((vec![7; wrapped].into(), KeyId([1; 16]))),
             expires: UnixTime::from_seconds(2_000_000_000),
+            wrapped_before: Vec::new(),
             told_by: None,
+            rewrapped_by: None,
         }
     }
 

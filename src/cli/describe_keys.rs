@@ -6,7 +6,7 @@ use super::describe::{algorithm_name, operator};
 use super::render::time;
 use crate::model::hex;
 use crate::proto::entry::Body;
-use crate::proto::{AgentKeyVersion, KeyAccounting, KeyPurpose, KeyStorage, RewrappedVersion};
+use crate::proto::{AgentKeyVersion, KeyAccounting, KeyOver, KeyPurpose, KeyStorage, RewrappedVersion};
 
 pub(super) fn body(body: &Body) -> (&'static str, Value) {
     match body {
@@ -26,6 +26,13 @@ pub(super) fn body(body: &Body) -> (&'static str, Value) {
         }
         Body::AgentKeyDestroyed(e) => {
             ("agent_key_destroyed", json!({"agent": e.agent, "epoch": e.epoch, "name": e.name, "by": operator(e.by.as_ref())}))
+        }
+        Body::AgentKeyObjectEnded(e) => (
+            "agent_key_object_ended",
+            json!({"agent": e.agent, "epoch": e.epoch, "name": e.name, "key_id": hex(&e.key_id), "cause": over_name(e.cause())}),
+        ),
+        Body::AgentKeysForgotten(e) => {
+            ("agent_keys_forgotten", json!({"agent": e.agent, "epoch": e.epoch, "names": e.names, "cause": over_name(e.cause())}))
         }
         Body::SignIntended(e) => (
             "sign_intended",
@@ -65,6 +72,15 @@ pub(super) fn purpose_name(purpose: KeyPurpose) -> &'static str {
         KeyPurpose::Dpop => "dpop",
         KeyPurpose::RawDigest => "raw-digest",
         KeyPurpose::Tls => "tls",
+    }
+}
+
+fn over_name(cause: KeyOver) -> &'static str {
+    match cause {
+        KeyOver::Unspecified => "unknown",
+        KeyOver::Expired => "expired",
+        KeyOver::Epoch => "epoch",
+        KeyOver::Agent => "agent",
     }
 }
 

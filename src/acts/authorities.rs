@@ -45,7 +45,9 @@ impl Authorities {
             keys::set_canaries(&tokens, &rows).await?;
         }
         let (mut keys, mut missing) = (BTreeMap::new(), BTreeSet::new());
-        for generation in generations.iter().filter(|found| found.is_trusted() && !found.is_outside()) {
+        // A wrapping key signs nothing: agents' keys find it by its id.
+        let signs = |found: &&Generation| found.is_trusted() && !found.is_outside() && found.purpose != Purpose::Wrapping;
+        for generation in generations.iter().filter(signs) {
             let bound = before.and_then(|before| before.keys.get(&generation.key_id).cloned());
             let bound = match bound {
                 Some(bound) => Ok(bound),
@@ -84,10 +86,14 @@ impl Authorities {
         if sorted(Purpose::Ledger).first().is_none_or(|first| first.state != State::Active) {
             return Err(unfinished());
         }
+        // By their rows: what a key signed before it was lost is trusted still.
+        let public = |found: &Generation| rows.iter().find(|row| row.id == found.key_id)?.public.clone();
+        let token_signing = sorted(Purpose::TokenSigning).into_iter().filter_map(public);
         let bundle = proto::Bundle {
             authorities: roots.iter().map(|root| root.certificate.clone()).collect(),
             sequence,
             refresh_hint_seconds: REFRESH_HINT_SECONDS,
+            token_signing_keys: token_signing.map(|key| key.spki().to_vec()).collect(),
         };
         Ok(Self { tokens, generations, keys, missing, issuing, root, ledger_keys, bundle })
     }

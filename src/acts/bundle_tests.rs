@@ -47,7 +47,8 @@ fn leaf(agent: &AgentId, domain: &TrustDomain) -> Vec<u8> {
 }
 
 fn bundle(sequence: u64, refresh_hint_seconds: u32) -> proto::Bundle {
-    proto::Bundle { authorities: (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect(), sequence, refresh_hint_seconds }
+    let authorities = (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect();
+    proto::Bundle { authorities, sequence, refresh_hint_seconds, ..proto::Bundle::default() }
 }
 
 impl House {

@@ -29,6 +29,10 @@ pub(super) struct Terms<'a> {
     pub ttl_seconds_longest: u32,
     /// Nothing moves but what a taint moves.
     pub paused: bool,
+    /// By the daemon's clock.
+    pub now: UnixTime,
+    /// Wrapping keys that nothing is under any more; with a taint, that nothing has ever been under.
+    pub freed: Vec<(KeyId, bool)>,
 }
 
 /// What a generation waits for.
@@ -46,8 +50,8 @@ pub struct Arrow {
 
 impl Arrow {
     /// Whether it is to be taken now.
-    pub(super) fn is_due(&self, now: UnixTime, terms: &Terms<'_>) -> bool {
-        !self.passive && self.at.is_some_and(|at| at <= now) && (self.urgent || !terms.paused)
+    pub(super) fn is_due(&self, terms: &Terms<'_>) -> bool {
+        !self.passive && self.at.is_some_and(|at| at <= terms.now) && (self.urgent || !terms.paused)
     }
 }
 
@@ -63,7 +67,7 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Planned => {
             let at = match (of.purpose, root) {
                 // The outside root's turn, or that of a new root.
-                (Purpose::Issuing, Some(root)) if root.is_outside() || root.tainted => None,
+                (Purpose::Issuing, Some(root)) if root.is_outside() || root.tainted || !is_in_force(root, terms.now) => None,
                 _ => Some(of.since),
             };
             let replaced = active(of.purpose).is_some_and(|before| before.tainted);
@@ -79,12 +83,19 @@ pub(super) fn next(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Op
         State::Prepublished => Some(activation(of, all, terms)),
         State::Active => Some(succession(of, all, terms)),
         State::Retiring => Some(retirement(of, all, terms)),
+        // What was under it is to be replaced first.
+        State::Retired if of.purpose == Purpose::Wrapping && of.tainted => Some(arrow(State::Destroyed, freed(of, terms), true)),
         State::Retired => {
             let kept = if of.tainted { 0 } else { terms.rotation.destroy_days * 86_400 };
             Some(arrow(State::Destroyed, Some(of.since.plus_seconds(kept)), of.tainted))
         }
         State::Destroyed | State::Unspecified => None,
     }
+}
+
+/// Whether a first one is to be planned: `init` has not always made token-signing keys.
+pub(super) fn lacks_token_signing(all: &[Generation]) -> bool {
+    !all.iter().any(|found| found.purpose == Purpose::TokenSigning && (found.state == State::Active || found.is_coming()))
 }
 
 fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
@@ -100,6 +111,8 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
             let before = all.iter().find(|found| found.purpose == Purpose::Ledger && found.state == State::Retiring);
             before.map_or(Some(of.since), |before| retirement(before, all, terms).at)
         }
+        // What is under the one before comes under the active one, and not under one after the other.
+        Purpose::Wrapping if all.iter().any(|found| found.purpose == of.purpose && found.state == State::Retiring) => None,
         _ => Some(of.since.plus_seconds(overlap)),
     };
     let at = match terms.rotation.window {
@@ -120,14 +133,14 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     if of.is_outside() {
         return arrow(to, None, of.tainted);
     }
-    if of.tainted || its_root_goes(of, all) {
+    if of.tainted || its_root_goes(of, all) || !is_in_force(of, terms.now) {
         return arrow(to, Some(of.since), of.tainted);
     }
     let days = match of.purpose {
         Purpose::Root => terms.rotation.root_days,
         Purpose::Issuing => terms.rotation.issuing_days,
         Purpose::TokenSigning => terms.rotation.token_signing_days,
-        // Wrapping keys rotate here as well once their generations are entries.
+        Purpose::Wrapping => terms.rotation.wrapping_days,
         _ => terms.rotation.ledger_days,
     };
     let by_age = of.since.plus_seconds(days * 86_400 + jitter(of.key_id, terms.rotation.jitter_seconds));
@@ -144,20 +157,30 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
 fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let after = |seconds: u64| Some(of.since.plus_seconds(seconds));
     let at = match of.purpose {
-        Purpose::Issuing if of.tainted => after(TAINT_SECONDS),
+        Purpose::Issuing | Purpose::TokenSigning if of.tainted => after(TAINT_SECONDS),
         Purpose::Issuing => after(u64::from(terms.ttl_seconds_longest) + SLACK_SECONDS),
         Purpose::Root => {
             let used = all.iter().any(|found| found.issuer == Some(of.key_id) && found.is_trusted());
             after(0).filter(|_| !used)
         }
         Purpose::Ledger if of.tainted => after(0),
+        Purpose::Wrapping => freed(of, terms),
         _ => after(OVERLAP_SECONDS),
     };
     arrow(State::Retired, at, of.tainted)
 }
 
+fn freed(of: &Generation, terms: &Terms<'_>) -> Option<UnixTime> {
+    Some(of.since).filter(|_| terms.freed.contains(&(of.key_id, of.tainted)))
+}
+
 fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation> {
     all.iter().find(|root| of.issuer == Some(root.key_id))
+}
+
+/// Whether verifiers take its certificate now, if it has one: it may have expired while the daemon was away, or be of a clock that ran ahead.
+pub(super) fn is_in_force(of: &Generation, now: UnixTime) -> bool {
+    certify::validity(&of.certificate).is_none_or(|(from, end)| from <= now && now < end)
 }
 
 /// Whether another root is active than the one over it.

@@ -28,7 +28,7 @@ fn rotation() -> Rotation {
 }
 
 fn next_of(all: &[Generation], at: usize, rotation: &Rotation) -> Arrow {
-    let terms = Terms { rotation, ttl_seconds_longest: 600, paused: false };
+    let terms = Terms { rotation, ttl_seconds_longest: 600, paused: false, now: NOW, freed: Vec::new() };
     next(&all[at], all, &terms).expect("an arrow")
 }
 
@@ -46,8 +46,9 @@ fn an_authority_is_replaced_by_age_in_the_window_and_one_at_a_time() {
     all.push(generation(3, Purpose::Issuing, State::Planned));
     assert_eq!(next_of(&all, 1, &rotation).at, None);
     all[2].state = State::Prepublished;
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false };
-    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW.plus_seconds(86_400), &terms));
+    let terms =
+        Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false, now: NOW.plus_seconds(86_400), freed: Vec::new() };
+    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(&terms));
 }
 
 #[test]
@@ -78,17 +79,17 @@ fn an_issuing_authority_retires_when_its_last_certificate_has_ended_for_everybod
 fn a_taint_waits_for_nothing_but_its_window() {
     let mut rotation = rotation();
     rotation.paused = true;
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: true };
+    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: true, now: NOW, freed: Vec::new() };
     let mut all = house();
     all.iter_mut().for_each(|found| found.tainted = true);
-    assert!(next(&all[0], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    assert!(next(&all[0], &all, &terms).expect("an arrow").is_due(&terms));
     all.push(generation(3, Purpose::Root, State::Prepublished));
-    assert!(next(&all[2], &all, &terms).expect("an arrow").is_due(NOW, &terms), "no overlap");
+    assert!(next(&all[2], &all, &terms).expect("an arrow").is_due(&terms), "no overlap");
     // The next issuing authority waits for the next root.
     all.push(generation(4, Purpose::Issuing, State::Planned));
-    assert!(!next(&all[3], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    assert!(!next(&all[3], &all, &terms).expect("an arrow").is_due(&terms));
     (all[0].state, all[2].state) = (State::Retiring, State::Active);
-    assert!(next(&all[3], &all, &terms).expect("an arrow").is_due(NOW, &terms));
+    assert!(next(&all[3], &all, &terms).expect("an arrow").is_due(&terms));
     all[1].state = State::Retiring;
     let retirement = next(&all[1], &all, &terms).expect("an arrow");
     assert_eq!(retirement, arrow(State::Retired, Some(NOW.plus_seconds(TAINT_SECONDS)), true));
@@ -97,10 +98,16 @@ fn a_taint_waits_for_nothing_but_its_window() {
 #[test]
 fn nothing_moves_while_it_is_paused() {
     let rotation = rotation();
-    let terms = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: true };
+    let terms = Terms {
+        rotation: &rotation,
+        ttl_seconds_longest: 600,
+        paused: true,
+        now: NOW.plus_seconds(30 * 86_400),
+        freed: Vec::new(),
+    };
     let mut all = house();
     all[1].state = State::Retired;
-    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(NOW.plus_seconds(30 * 86_400), &terms));
+    assert!(!next(&all[1], &all, &terms).expect("an arrow").is_due(&terms));
 }
 
 #[test]
@@ -135,4 +142,61 @@ fn an_outside_root_is_left_to_whoever_has_it() {
     assert_eq!(next_of(&all, 0, &rotation).at, None);
     all.push(generation(3, Purpose::Issuing, State::Planned));
     assert_eq!(next_of(&all, 2, &rotation).at, None, "its certificate is signed outside");
+}
+
+#[test]
+fn a_first_token_signing_key_is_planned_where_none_signs_or_will() {
+    let mut all = house();
+    assert!(lacks_token_signing(&all));
+    for (state, lacks) in [
+        (State::Planned, false),
+        (State::Prepublished, false),
+        (State::Active, false),
+        (State::Retiring, true),
+        (State::Retired, true),
+    ] {
+        all.push(generation(3, Purpose::TokenSigning, state));
+        assert_eq!(lacks_token_signing(&all), lacks, "{state:?}");
+        all.pop();
+    }
+}
+
+#[test]
+fn a_tainted_token_signing_key_is_trusted_for_less_long() {
+    let rotation = rotation();
+    let mut all = vec![generation(1, Purpose::TokenSigning, State::Retiring)];
+    assert_eq!(next_of(&all, 0, &rotation).at, Some(NOW.plus_seconds(OVERLAP_SECONDS)));
+    all[0].tainted = true;
+    assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retired, Some(NOW.plus_seconds(TAINT_SECONDS)), true));
+}
+
+#[test]
+fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that() {
+    let rotation = rotation();
+    let mut all = vec![generation(1, Purpose::Wrapping, State::Active)];
+    assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retiring, Some(NOW.plus_seconds(365 * 86_400)), false));
+    all.push(generation(2, Purpose::Wrapping, State::Prepublished));
+    assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW));
+    (all[0].state, all[1].state) = (State::Retiring, State::Active);
+    all.push(generation(3, Purpose::Wrapping, State::Prepublished));
+    assert_eq!((next_of(&all, 0, &rotation).at, next_of(&all, 2, &rotation).at), (None, None));
+    let freed = |tainted| Terms {
+        rotation: &rotation,
+        ttl_seconds_longest: 600,
+        paused: false,
+        now: NOW,
+        freed: vec![(KeyId([1; 16]), tainted)],
+    };
+    assert_eq!(next(&all[0], &all, &freed(false)), Some(arrow(State::Retired, Some(NOW), false)));
+    // With a taint everything that was ever under it is to go first, also once it has retired.
+    for state in [State::Retiring, State::Retired] {
+        all[0] = Generation { tainted: true, ..generation(1, Purpose::Wrapping, state) };
+        assert_eq!(next(&all[0], &all, &freed(false)).expect("an arrow").at, None, "{state:?}");
+        let arrow = next(&all[0], &all, &freed(true)).expect("an arrow");
+        assert_eq!((arrow.at, arrow.urgent), (Some(NOW), true), "{state:?}");
+    }
+    // The next one does not wait for one that retires if the active one is tainted.
+    all[0] = generation(1, Purpose::Wrapping, State::Retiring);
+    all[1].tainted = true;
+    assert_eq!(next_of(&all, 2, &rotation), arrow(State::Active, Some(NOW), true));
 }

@@ -71,6 +71,11 @@ pub async fn initialise(
     if !tokens.shared {
         ensure(ledger, tokens, Purpose::Canary, TokenRole::Agents).await?;
     }
+    // Before the root: the first bundle has it.
+    let token_key = ensure(ledger, tokens, Purpose::TokenSigning, TokenRole::Authority).await?;
+    if !has(Purpose::TokenSigning) {
+        activate(ledger, Purpose::TokenSigning, Some(token_key.id()), &[], 0).await?;
+    }
     let issuing_key = ensure(ledger, tokens, Purpose::Issuing, TokenRole::Authority).await?;
     let now = UnixTime::wall();
     if !has(Purpose::Issuing) {

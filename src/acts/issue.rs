@@ -37,7 +37,7 @@ impl Acts {
     /// The reason codes of every check below; `UNAUTHENTICATED`, `AGENT_QUARANTINED`, `EPOCH_STALE` of the caller itself.
     pub async fn renew(&self, source: &Arc<Connection>, ask: Ask) -> Result<Issued, Refusal> {
         let renewed = async {
-            let caller = source.agent(&self.ledger).map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
+            let caller = source.claimant(&self.ledger).map_err(|refusal| Rejected { agent: source.named().cloned(), refusal })?;
             let issued = self.issue(IntentKind::Renew, &Contact::Connection(caller), &ask).await?;
             // Not for an answer given again: whoever repeats a request has shown no more than its bytes.
             if let Some(key) = issued.certified {

@@ -119,19 +119,33 @@ pub(super) async fn make(
     Ok(public)
 }
 
-/// The key that agents' keys are wrapped under, made now if there is none; `None` where the token cannot wrap.
-///
-/// # Errors
-/// When the token or the ledger is not available.
-pub async fn ensure_wrapping(ledger: &Ledger, tokens: &Tokens) -> Result<Option<KeyId>, Refusal> {
+/// The key that agents' keys are wrapped under: the active generation, or the first, made now; `None` where the token cannot wrap. One that
+/// an earlier keyward made, or whose making a crash cut off from its first entry as a generation, is taken up as the first.
+pub(super) async fn ensure_wrapping(ledger: &Ledger, tokens: &Tokens) -> Result<Option<KeyId>, Refusal> {
     if !tokens.agents.capabilities().wrapped_keys {
         return Ok(None);
     }
-    let known = rows(ledger).await?.into_iter().find(|row| row.purpose == Purpose::Wrapping && row.active);
-    if let Some(row) = known {
-        return Ok(Some(row.id));
+    let (mut generations, _) = ledger.generations();
+    generations.retain(|found| found.purpose == Purpose::Wrapping);
+    if !generations.is_empty() {
+        return Ok(generations.iter().find(|found| found.state == AuthorityState::Active).map(|active| active.key_id));
     }
-    let id = KeyId::random();
+    let made = rows(ledger).await?.into_iter().find(|row| row.purpose == Purpose::Wrapping && row.active);
+    let id = match made {
+        Some(row) => row.id,
+        None => {
+            let id = KeyId::random();
+            make_wrapping(ledger, tokens, id).await?;
+            id
+        }
+    };
+    let first = proto::AuthorityActivated { purpose: Purpose::Wrapping.into(), key_id: id.0.to_vec(), ..Default::default() };
+    ledger.record(Body::AuthorityActivated(first)).await?;
+    Ok(Some(id))
+}
+
+/// A new wrapping key under an id that nothing was ever made under.
+pub(super) async fn make_wrapping(ledger: &Ledger, tokens: &Tokens, id: KeyId) -> Result<(), Refusal> {
     let intent = proto::KeyIntended {
         key_id: id.0.to_vec(),
         purpose: Purpose::Wrapping.into(),
@@ -147,8 +161,12 @@ pub async fn ensure_wrapping(ledger: &Ledger, tokens: &Tokens) -> Result<Option<
         return Err(hsm_refusal(error));
     }
     // It has no public half.
-    ledger.record(Body::KeyActivated(proto::KeyActivated { key_id: id.0.to_vec(), spki: Vec::new() })).await?;
-    Ok(Some(id))
+    ledger.record(Body::KeyActivated(proto::KeyActivated { key_id: id.0.to_vec(), spki: Vec::new() })).await.map(drop)
+}
+
+/// Which token a purpose's keys are in.
+pub(super) fn role_of(purpose: Purpose) -> TokenRole {
+    if purpose == Purpose::Wrapping { TokenRole::Agents } else { TokenRole::Authority }
 }
 
 /// What a purpose is called in labels, refusals and logs.

@@ -47,8 +47,8 @@ pub use crl::Crl;
 pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, SignaturesMade, Signer};
-pub use keys::{Tokens, ensure_wrapping};
+pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer};
+pub use keys::Tokens;
 pub use reconcile::Stray;
 pub use unlock::unlock;
 
@@ -67,8 +67,7 @@ pub struct Acts {
     changes: watch::Sender<u64>,
     /// Trusts clients by the authorities, and serves under the server's own certificate.
     tls: Arc<Tls>,
-    /// Whose the server's certificate is.
-    server_issuer: ArcSwapOption<KeyId>,
+    served: ArcSwapOption<server_certificate::Served>,
     rotation: Rotation,
     /// One arrow at a time.
     rotating: Mutex<()>,
@@ -95,7 +94,7 @@ impl Acts {
             bundles: bundle::Bundles::default(),
             changes: watch::Sender::new(0),
             tls,
-            server_issuer: ArcSwapOption::empty(),
+            served: ArcSwapOption::empty(),
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),

@@ -32,7 +32,8 @@ pub struct Stray {
 impl Stray {
     /// Whether keyward made it: by its label. Anything else in the token is somebody else's.
     fn is_an_orphan(&self) -> bool {
-        let ours = [Purpose::Root, Purpose::Issuing, Purpose::Ledger, Purpose::Canary, Purpose::TokenSigning];
+        use Purpose::{Canary, Issuing, Ledger, Root, TokenSigning, Wrapping};
+        let ours = [Root, Issuing, Ledger, Canary, TokenSigning, Wrapping];
         let labelled = ours.iter().any(|purpose| self.label.starts_with(&format!("keyward/{}/", name(*purpose))));
         self.objects > 0 && labelled
     }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::authn::Operator;
 use crate::hsm::SigningKey;
 use crate::ledger::{Generation, KeyRow};
-use crate::model::{KeyId, Reason, Refusal, hex};
+use crate::model::{KeyId, Reason, Refusal, UnixTime, hex};
 use crate::proto::{self, AuthorityState as State, AuthorityStepped, Purpose, TokenRole, entry::Body};
 
 use super::Acts;
@@ -47,15 +47,23 @@ impl Acts {
             self.keep_request().await?;
             // Looked at anew after each: one arrow decides on the next.
             let (all, _) = self.ledger.generations();
+            let terms = self.terms(now);
             let due = all.iter().filter(|of| !failed.contains_key(&of.key_id)).find_map(|of| {
-                let arrow = due::next(of, &all, &self.terms())?;
+                let arrow = due::next(of, &all, &terms)?;
                 let plans_again = arrow.to == State::Retiring && failed_purposes.contains(&of.purpose);
                 if plans_again {
                     return None;
                 }
-                arrow.is_due(now, &self.terms()).then_some((of, arrow.to))
+                arrow.is_due(&terms).then_some((of, arrow.to))
             });
-            let Some((of, to)) = due else { break };
+            let Some((of, to)) = due else {
+                let kept_from = self.is_rotation_paused() || failed_purposes.contains(&Purpose::TokenSigning);
+                if kept_from || !due::lacks_token_signing(&all) {
+                    break;
+                }
+                self.plan(Purpose::TokenSigning, Wish { by: None, now: false, cause: "there is none" }).await?;
+                continue;
+            };
             match self.take(of, to, &all).await {
                 Ok(()) => taken = true,
                 Err(refusal) => {
@@ -68,11 +76,13 @@ impl Acts {
         failed.into_values().next().map_or(Ok(taken), Err)
     }
 
-    fn terms(&self) -> Terms<'_> {
+    fn terms(&self, now: UnixTime) -> Terms<'_> {
         Terms {
             rotation: &self.rotation,
             ttl_seconds_longest: self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default),
             paused: self.is_rotation_paused(),
+            now,
+            freed: self.keys.freed(),
         }
     }
 
@@ -85,13 +95,13 @@ impl Acts {
     async fn take(&self, of: &Generation, to: State, all: &[Generation]) -> Result<(), Refusal> {
         match to {
             State::Retiring => {
-                let root_goes = due::its_root_goes(of, all);
                 let cause = match () {
                     () if of.tainted => "tainted",
-                    () if root_goes => "its root was replaced",
+                    () if due::its_root_goes(of, all) => "its root was replaced",
+                    () if !due::is_in_force(of, self.clock().reckoned()) => "its certificate is not in force",
                     () => "age",
                 };
-                self.plan(of.purpose, Wish { by: None, now: of.tainted || root_goes, cause }).await.map(drop)
+                self.plan(of.purpose, Wish { by: None, now: cause != "age", cause }).await.map(drop)
             }
             State::Prepublished => self.prepublish(of).await,
             State::Active => self.activate(of).await,
@@ -99,6 +109,15 @@ impl Acts {
             State::Destroyed => self.destroy(of).await,
             State::Planned | State::Unspecified => Ok(()),
         }
+    }
+
+    /// The key that agents' keys are wrapped under; made, or taken up, where there is none yet. `None` where the token cannot wrap.
+    ///
+    /// # Errors
+    /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    pub async fn ensure_wrapping(&self, tokens: &Tokens) -> Result<Option<KeyId>, Refusal> {
+        let _one = self.rotating.lock().await;
+        keys::ensure_wrapping(&self.ledger, tokens).await
     }
 
     /// Puts in order what was open when the daemon started, while no authority is being made.
@@ -116,8 +135,9 @@ impl Acts {
     /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY`,
     /// and those of the arrows: what was planned stays planned.
     pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<KeyId, Refusal> {
-        if !matches!(purpose, Purpose::Root | Purpose::Issuing | Purpose::Ledger | Purpose::TokenSigning) {
-            let advice = "name one that rotates: root, issuing, ledger or token-signing";
+        use Purpose::{Issuing, Ledger, Root, TokenSigning, Wrapping};
+        if !matches!(purpose, Root | Issuing | Ledger | TokenSigning | Wrapping) {
+            let advice = "name one that rotates: root, issuing, ledger, token-signing or wrapping";
             return Err(Refusal::new(Reason::MalformedRequest, advice));
         }
         if self.is_rotation_paused() {
@@ -127,6 +147,11 @@ impl Acts {
         let (all, _) = self.ledger.generations();
         if purpose == Purpose::Root && all.iter().any(|root| root.state == State::Active && root.is_outside()) {
             let advice = "the root is outside: `keyward ca rotate issuing`, and give a new root with `keyward ca adopt`";
+            return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
+        }
+        if purpose == Wrapping && !self.authorities()?.tokens().agents.capabilities().wrapped_keys {
+            let advice =
+                "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
@@ -209,8 +234,30 @@ impl Acts {
         tokens.of(TokenRole::Authority).key(of.key_id, public).await.map(Some).map_err(hsm_refusal)
     }
 
+    /// The same of a wrapping key, which signs nothing: whether it is there.
+    async fn has_wrapping_key(&self, of: &Generation) -> Result<bool, Refusal> {
+        let authorities = self.authorities()?;
+        let known = keys::rows(&self.ledger).await?.into_iter().find(|row| row.id == of.key_id);
+        match known {
+            None => keys::make_wrapping(&self.ledger, authorities.tokens(), of.key_id).await?,
+            Some(row) if row.active => {}
+            Some(interrupted) => {
+                keys::give_up(&self.ledger, authorities.tokens(), &interrupted).await?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Key and certificate are there: peers may trust it from now on.
     async fn prepublish(&self, of: &Generation) -> Result<(), Refusal> {
+        if of.purpose == Purpose::Wrapping {
+            if !self.has_wrapping_key(of).await? {
+                return Ok(());
+            }
+            let made = step(of, &Wish { by: None, now: of.now, cause: "" });
+            return self.record_step(AuthorityStepped { to: State::Prepublished.into(), ..made }).await;
+        }
         let Some(key) = self.key_of(of).await? else { return Ok(()) };
         let now = self.trusted_now()?;
         let (certificate, intent, issuer) = match of.purpose {
@@ -240,7 +287,9 @@ impl Acts {
     async fn activate(&self, of: &Generation) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
         // Lost since it was made: what is active has to be there at every start.
-        if !of.is_outside() && authorities.key(&of.key_id).is_none() {
+        if of.purpose == Purpose::Wrapping {
+            authorities.tokens().agents.find_wrapping(of.key_id).await.map_err(hsm_refusal)?;
+        } else if !of.is_outside() && authorities.key(&of.key_id).is_none() {
             return Err(Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"));
         }
         let checkpoint = match of.purpose {
@@ -283,21 +332,26 @@ impl Acts {
         served
     }
 
-    /// The server's certificate is of an authority that is trusted, or another one is put into service: before its root can go.
+    /// The server's certificate is of an authority that is trusted, and in force, or another one is put into service: before its root can go.
     async fn keep_server_trusted(&self) -> Result<(), Refusal> {
-        let Some(issuer) = self.server_issuer.load_full() else { return Ok(()) };
+        let Some(served) = self.served.load_full() else { return Ok(()) };
+        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server().key().id());
         let (all, _) = self.ledger.generations();
-        if all.iter().any(|found| found.key_id == *issuer && found.is_trusted()) {
-            return Ok(());
-        }
-        self.serve_certificate().await.map(drop)
+        let issuer = all.iter().find(|found| found.key_id == served.issuer && found.is_trusted());
+        // The clock was set, or its authority did not last: another one may do better.
+        let in_force = served.not_before <= now && now < served.not_after;
+        let well = in_force && issuer.is_some_and(|found| next == served.issuer || due::is_in_force(found, now));
+        if well { Ok(()) } else { self.serve_certificate().await.map(drop) }
     }
 
     /// The objects of our own retired generation are destroyed. A crash between the token and the entry: done again, of nothing.
     async fn destroy(&self, of: &Generation) -> Result<(), Refusal> {
         let objects_destroyed = match of.is_outside() {
             true => 0,
-            false => self.authorities()?.tokens().of(TokenRole::Authority).destroy(of.key_id).await.map_err(hsm_refusal)?,
+            false => {
+                let authorities = self.authorities()?;
+                authorities.tokens().of(keys::role_of(of.purpose)).destroy(of.key_id).await.map_err(hsm_refusal)?
+            }
         };
         let wish = Wish { by: None, now: false, cause: "" };
         self.record_step(AuthorityStepped { to: State::Destroyed.into(), objects_destroyed, ..step(of, &wish) }).await
@@ -315,6 +369,7 @@ impl Acts {
     async fn follow_the_ledger(&self) -> Result<(), Refusal> {
         let current = self.authorities()?;
         let (generations, _) = self.ledger.generations();
+        self.keys.wrap_under_the_active(&generations);
         if current.generations() == generations && current.is_whole() {
             return Ok(());
         }
@@ -358,7 +413,8 @@ impl Acts {
     #[must_use]
     pub fn generations(&self) -> Vec<(Generation, Option<Arrow>)> {
         let (all, _) = self.ledger.generations();
-        all.iter().map(|of| (of.clone(), due::next(of, &all, &self.terms()))).collect()
+        let terms = self.terms(self.clock().reckoned());
+        all.iter().map(|of| (of.clone(), due::next(of, &all, &terms))).collect()
     }
 }
 

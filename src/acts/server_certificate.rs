@@ -1,10 +1,11 @@
 //! The daemon's own TLS certificate: a key in memory, a certificate through the ledger, 24 hours, renewed at a third of that.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::PrivatePkcs8KeyDer;
 
-use crate::model::{PublicKey, Refusal, Serial};
+use crate::model::{KeyId, PublicKey, Refusal, Serial, UnixTime};
 use crate::proto::IntentKind;
 
 use super::Acts;
@@ -12,6 +13,15 @@ use super::certificate::{assemble, leaf, leaf_to_be_signed, sign_own};
 
 /// Lifetime, in seconds.
 const LIFETIME_SECONDS: u64 = 86_400;
+
+/// The certificate that the server goes by.
+pub(super) struct Served {
+    /// Whose it is.
+    pub issuer: KeyId,
+    /// When it is in force.
+    pub not_before: UnixTime,
+    pub not_after: UnixTime,
+}
 
 impl Acts {
     /// A new key and its certificate for `spiffe://<td>/keyward/server`, put into service. Gives the time until the next one.
@@ -23,13 +33,14 @@ impl Acts {
         let issuing = self.authorities()?.issuing_for_server();
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(Refusal::internal)?;
         let key = PublicKey::from_spki(&rcgen::PublicKeyData::subject_public_key_info(&pair)).map_err(Refusal::internal)?;
-        let params = leaf(&self.domain.server(), &Serial::random(), now.minus_seconds(30), now.plus_seconds(LIFETIME_SECONDS))?;
+        let (not_before, not_after) = (now.minus_seconds(30), now.plus_seconds(LIFETIME_SECONDS));
+        let params = leaf(&self.domain.server(), &Serial::random(), not_before, not_after)?;
         let tbs = leaf_to_be_signed(&issuing, &params, &key)?;
         let (index, signature) = sign_own(&self.ledger, IntentKind::Server, issuing.key(), tbs.clone()).await?;
         let chain = vec![assemble(&tbs, &signature).into(), issuing.certificate().to_vec().into()];
         // rustls zeroizes the key when it is dropped.
         self.tls.serve(chain, PrivatePkcs8KeyDer::from(pair.serialize_der()).into()).map_err(Refusal::internal)?;
-        self.server_issuer.store(Some(std::sync::Arc::new(issuing.key().id())));
+        self.served.store(Some(Arc::new(Served { issuer: issuing.key().id(), not_before, not_after })));
         tracing::info!(index, "the server has a new certificate");
         Ok(Duration::from_secs(LIFETIME_SECONDS / 3))
     }

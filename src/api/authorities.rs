@@ -31,6 +31,7 @@ fn authority(acts: &Acts, of: Generation, next: Option<Arrow>) -> proto::Authori
         tainted: of.tainted,
         issuer: of.issuer.map(|issuer| issuer.0.to_vec()).unwrap_or_default(),
         csr: request.map(|(_, der)| der).unwrap_or_default(),
+        keys_left: acts.keys_left_under(of.key_id),
     }
 }
 

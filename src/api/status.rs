@@ -140,6 +140,7 @@ impl Readiness {
             config_hash: self.0.config_hash.0.to_vec(),
             listen,
             not_on_crl: acts.not_on_crl(),
+            keys_to_rewrap: acts.keys_to_rewrap(),
         }
     }
 

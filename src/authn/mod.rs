@@ -2,8 +2,8 @@
 //!
 //! Owns: [`Connection`] (what a TLS handshake proved), [`Operator`] (what the kernel says of a local peer), and the TLS settings
 //! that make the first believable. Promises: an agent is recognised by path, extension and epoch of a certificate under our own
-//! issuing authority, and is asked about anew at every call, as that authority is; keyward's own server certificate is no agent.
-//! Never: decides what a caller may get.
+//! issuing authority that the ledger tells of, and is asked about anew at every call, as that authority is; keyward's own server
+//! certificate is no agent. Never: decides what a caller may get.
 
 mod operator;
 mod tls;
@@ -19,7 +19,9 @@ pub use operator::{Operator, OperatorRefused};
 pub use tls::{Tls, TlsError};
 
 use crate::ledger::Ledger;
-use crate::model::{AGENT_EXTENSION_OID_DER, AgentExtension, AgentId, Digest, Reason, Refusal, SpiffeId, TrustDomain, UnixTime};
+use crate::model::{
+    AGENT_EXTENSION_OID_DER, AgentExtension, AgentId, Digest, KeyTag, Reason, Refusal, Serial, SpiffeId, TrustDomain, UnixTime,
+};
 
 /// One TCP connection after its handshake.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Connection {
 pub struct AgentConnection {
     agent: AgentId,
     epoch: u32,
+    serial: Serial,
+    key: KeyTag,
     not_after: UnixTime,
     /// The name of the authority that signed it, DER; and those that are trusted.
     issuer: Vec<u8>,
@@ -78,9 +82,26 @@ impl Connection {
     /// The agent that calls, if it may call now.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED` for a stranger, an expired certificate, or one of an authority that is not trusted any more; else as the
-    /// ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
+    /// `UNAUTHENTICATED` for a stranger, an expired certificate, one of an authority that is not trusted any more, or one that the ledger
+    /// does not know; else as the ledger says: `AGENT_QUARANTINED`, `EPOCH_STALE`.
     pub fn agent(&self, ledger: &Ledger) -> Result<&AgentConnection, Refusal> {
+        let agent = self.certified(ledger)?;
+        ledger.admits_with(&agent.agent, agent.epoch, &agent.serial, &agent.key)?;
+        Ok(agent)
+    }
+
+    /// The agent that asks for its next certificate. Whether it is the one that the last was given to is what its proof says, and the
+    /// ledger: a certificate that is not in a restored ledger is to hear so.
+    ///
+    /// # Errors
+    /// As [`Self::agent`], but for what the ledger does not know.
+    pub fn claimant(&self, ledger: &Ledger) -> Result<&AgentConnection, Refusal> {
+        let agent = self.certified(ledger)?;
+        ledger.admits(&agent.agent, agent.epoch)?;
+        Ok(agent)
+    }
+
+    fn certified(&self, ledger: &Ledger) -> Result<&AgentConnection, Refusal> {
         let unauthenticated = |advice| Refusal::new(Reason::Unauthenticated, advice);
         let agent = self.agent.as_ref().ok_or_else(|| unauthenticated("present a client certificate"))?;
         if agent.not_after <= ledger.clock().reckoned() {
@@ -89,7 +110,6 @@ impl Connection {
         if !agent.anchors.have(&agent.issuer) {
             return Err(unauthenticated("the client certificate's authority is not trusted any more; attest with the bound key"));
         }
-        ledger.admits(&agent.agent, agent.epoch)?;
         Ok(agent)
     }
 
@@ -141,12 +161,15 @@ fn agent_of(der: &[u8], domain: &TrustDomain, anchors: Arc<tls::Anchors>) -> Opt
         return None;
     }
     let extension = AgentExtension::from_der(extension.value)?;
+    let key = Digest::of(certificate.public_key().raw);
     Some(AgentConnection {
         agent,
         epoch: extension.epoch,
+        serial: Serial::from_slice(certificate.raw_serial())?,
+        key: key.tag(),
         not_after: UnixTime::from_seconds(u64::try_from(certificate.validity().not_after.timestamp()).ok()?),
         issuer: certificate.issuer().as_raw().to_vec(),
         anchors,
-        proved: Mutex::new(Digest::of(certificate.public_key().raw)),
+        proved: Mutex::new(key),
     })
 }

@@ -46,6 +46,7 @@ async fn measure(dir: &Path) -> Result<f64, Failed> {
         public,
         storage: KeyStorage::Session,
         wrapped: None,
+        wrapped_before: Vec::new(),
         expires: ledger.clock().reckoned().plus_seconds(600),
     };
     let terms = KeyTerms {

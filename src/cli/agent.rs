@@ -46,7 +46,7 @@ pub(super) enum Verb {
     /// of its own, which is killed as a whole. Its exit code is passed on; 3 tells of a quarantine. The bundle is followed as
     /// it changes, so that a new authority is known before it signs, and a quarantine is heard of at once.
     #[command(
-        after_help = "Example:\n  keyward agent run --join coder-7.join --out /run/coder --on-renew signal:HUP -- ./coder --serve"
+        after_help = "Example:\n  keyward agent run --join coder-7.join --out /run/coder --on-renew signal:HUP --on-bundle restart -- ./coder --serve"
     )]
     Run {
         /// Directory of the credentials.

@@ -15,6 +15,8 @@ const FAILURES_TOLD: u32 = 3;
 pub(super) enum Heard {
     /// A newer bundle is in the directory, durable; its sequence.
     Bundle(u64),
+    /// The same, and its authorities are those of before.
+    Sequence(u64),
     /// Everything was taken back from this agent.
     Contained(Error),
     /// The bundle has not been heard of for a while; renewals bring it as well.
@@ -47,8 +49,12 @@ async fn follow_once(out: &Path, heard: &Sender<Heard>, back_off: &mut BackOff) 
     loop {
         let bundle = watch.newer().await?;
         // Where a renewal has the directory this fails, and the next stream begins with the same bundle.
-        let kept = AgentDir::open(out, false)?.keep_bundle(&bundle)?;
-        if kept && heard.send(Heard::Bundle(bundle.sequence)).await.is_err() {
+        let directory = AgentDir::open(out, false)?;
+        let same = directory.holding()?.authorities == bundle.authorities;
+        let kept = directory.keep_bundle(&bundle)?;
+        drop(directory);
+        let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
+        if kept && heard.send(told).await.is_err() {
             return Ok(());
         }
     }

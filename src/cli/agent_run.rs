@@ -179,6 +179,8 @@ impl Supervisor {
                     self.react(&mut child, &[Some(self.on_bundle)]).await?;
                 }
                 Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
+                // Nothing that the command reads has changed.
+                Event::Done(Turn::Heard(Heard::Sequence(sequence))) => bundle = bundle.max(sequence),
                 Event::Done(Turn::Heard(Heard::Silence(error))) => {
                     output.say(&format!("keyward: the bundle cannot be followed, renewals will bring it: {error}"));
                 }

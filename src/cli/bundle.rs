@@ -7,13 +7,14 @@ use super::agents::Daemon;
 use super::render::{pairs, time};
 use super::{Failure, Global, Output};
 use crate::client::store::certificates_pem;
-use crate::model::{Digest, SpiffeBundle, hex};
+use crate::formats::{Jwk, SpiffeBundle};
+use crate::model::{Digest, PublicKey, hex};
 use crate::proto::{self, GetBundleRequest};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// Show the authorities that a peer's chain must end at, or print them for those who verify.
+    /// Show the authorities that a peer's chain must end at and the keys of tokens, or print them for those who verify.
     #[command(
         after_help = "Examples:\n  keyward bundle show\n  keyward bundle show --pem > bundle.pem\n  keyward bundle show --jwks > bundle.json"
     )]
@@ -33,6 +34,8 @@ struct Bundle {
     sequence: u64,
     refresh_hint_seconds: u32,
     authorities: Vec<Authority>,
+    /// Thumbprints.
+    token_signing_kids: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -58,7 +61,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         return Ok(output.raw(format!("{text}\n").as_bytes())?);
     }
     let shown = parse(&bundle, answer.trust_domain);
-    let shown = shown.ok_or_else(|| Failure::error("the daemon answered with a certificate that does not parse"))?;
+    let shown = shown.ok_or_else(|| Failure::error("the daemon answered with a certificate or key that does not parse"))?;
     Ok(output.show(&shown, Bundle::text)?)
 }
 
@@ -79,7 +82,12 @@ fn parse(bundle: &proto::Bundle, trust_domain: String) -> Option<Bundle> {
         sequence: bundle.sequence,
         refresh_hint_seconds: bundle.refresh_hint_seconds,
         authorities: authorities.collect::<Option<_>>()?,
+        token_signing_kids: bundle.token_signing_keys.iter().map(|spki| kid(spki)).collect::<Option<_>>()?,
     })
+}
+
+fn kid(spki: &[u8]) -> Option<String> {
+    PublicKey::from_spki(spki).ok().map(|key| Jwk::thumbprint(&key))
 }
 
 impl Bundle {
@@ -89,6 +97,7 @@ impl Bundle {
             ("sequence", self.sequence.to_string()),
             ("refresh hint", format!("{} s", self.refresh_hint_seconds)),
             ("authorities", self.authorities.len().to_string()),
+            ("token keys", if self.token_signing_kids.is_empty() { "-".into() } else { self.token_signing_kids.join(", ") }),
         ]);
         let authorities = self.authorities.iter().map(|authority| {
             pairs(&[

@@ -16,10 +16,11 @@ use crate::proto;
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
-    /// List every generation of every authority: its state, since when, when its next step is due.
+    /// List the generations of every authority until their keys are destroyed: state, since when, when the next step is due.
     ///
     /// planned > prepublished > active > retiring > retired > destroyed. A prepublished authority is trusted and signs nothing yet; a
-    /// retiring one is trusted until the last certificate under it has ended.
+    /// retiring one is trusted until the last certificate under it has ended; a wrapping key until no agent's key is under it. `!` marks a
+    /// tainted one. What `waits` does so for another authority; `ca adopt` waits for you.
     #[command(after_help = "Example:\n  keyward ca list --format json")]
     List,
     /// Show the certificates of the roots and issuing authorities.
@@ -36,8 +37,9 @@ pub(super) enum Verb {
     },
     /// Replace an authority: a new key is made in the token, trusted, and then signs. The old one retires.
     ///
-    /// A new root or token-signing key is in the bundle for 15 minutes before it signs. Under an outside root the new issuing authority
-    /// waits for its certificate: have the request signed and give it back with `keyward ca adopt`.
+    /// A new root or token-signing key is in the bundle for 15 minutes before it signs. What is under a wrapping key is wrapped anew in the
+    /// background. Under an outside root the new issuing authority waits for its certificate: have the request signed and give it back with
+    /// `keyward ca adopt`. `keyward ca list` says how far it is.
     #[command(
         after_help = "Examples:\n  keyward ca rotate issuing --now --yes\n  keyward ca rotate root --reason 'yearly' --yes"
     )]
@@ -57,7 +59,8 @@ pub(super) enum Verb {
     },
     /// Give back what the outside root signed for `keyward ca show --csr`; with another root, that one as well.
     ///
-    /// Another root is in the bundle for 15 minutes before anything under it signs.
+    /// Another root is in the bundle for 15 minutes before anything under it signs. A root has a P-256 key, is signed by itself and says in
+    /// its KeyUsage that it signs certificates.
     #[command(
         after_help = "Examples:\n  keyward ca adopt --issuing-certificate issuing.pem\n  keyward ca adopt --issuing-certificate issuing.pem --root-certificate new-root.pem"
     )]
@@ -76,6 +79,8 @@ pub(super) enum Verb {
     ///
     /// A verifier knows roots alone: with an issuing authority its root is replaced. What is under the old ones is trusted for 15 minutes
     /// more, in which agents that follow the bundle renew; then the old root leaves the bundle. Whoever was away longer attests anew.
+    ///
+    /// With a wrapping key each agent's key that was ever under it gets a new version, and its old ones neither sign nor verify any more.
     #[command(after_help = "Example:\n  keyward ca taint 0f3a9c11 --reason 'backup tape lost' --yes")]
     Taint {
         /// Key id, or its first eight digits or more, as `keyward ca list` shows it.
@@ -114,6 +119,8 @@ pub(super) enum Rotating {
     TokenSigning,
     /// What signs checkpoints of the ledger.
     Ledger,
+    /// What agents' keys are wrapped under.
+    Wrapping,
 }
 
 impl From<Rotating> for proto::Purpose {
@@ -123,6 +130,7 @@ impl From<Rotating> for proto::Purpose {
             Rotating::Issuing => Self::Issuing,
             Rotating::TokenSigning => Self::TokenSigning,
             Rotating::Ledger => Self::Ledger,
+            Rotating::Wrapping => Self::Wrapping,
         }
     }
 }
@@ -134,7 +142,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             let answer = authorities(&mut daemon).await?;
             let list = List::of(&answer);
             if list.rotation_paused {
-                output.say("rotation is paused: nothing moves but what is tainted");
+                output.say("rotation is paused, by an operator or in [rotation]: nothing moves but what is tainted; see `keyward ca resume`");
             }
             Ok(output.show(&list.authorities, |rows| List::table(rows))?)
         }
@@ -213,7 +221,11 @@ fn named(answer: &proto::GetAuthoritiesResponse, key_id: &str, yes: bool, output
     match (found.next(), found.next()) {
         (Some(one), None) => {
             output.say(&List::table(&[Authority::of(one)]));
-            if !yes && !output.confirms("Taint it? It and its root are replaced at once.") {
+            let affects = match one.purpose() {
+                proto::Purpose::Wrapping => "Taint it? It and every agent's key that was ever under it are replaced at once.",
+                _ => "Taint it? It and its root are replaced at once.",
+            };
+            if !yes && !output.confirms(affects) {
                 return Err(undone());
             }
             Ok(one.key_id.clone())

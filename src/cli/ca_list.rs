@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::describe::{purpose_name, state_name};
 use super::render::{pairs, table, time, time_or_null};
-use crate::model::{Digest, hex};
+use crate::model::{Digest, UnixTime, hex};
 use crate::proto::{self, AuthorityState};
 
 /// All generations, and whether they move.
@@ -25,6 +25,47 @@ pub(super) struct Authority {
     next_due: Option<String>,
     not_after: Option<String>,
     in_hsm: bool,
+    awaits_certificate: bool,
+    keys_left: u64,
+}
+
+/// What of the authorities somebody has to know who asks how the daemon is.
+#[derive(Serialize)]
+pub(super) struct Rotation {
+    paused: bool,
+    awaits_certificate: bool,
+    root_not_after: Option<String>,
+    issuing_not_after: Option<String>,
+    #[serde(skip)]
+    now: String,
+}
+
+impl Rotation {
+    pub(super) fn of(answer: &proto::GetAuthoritiesResponse) -> Self {
+        let all = List::of(answer).authorities;
+        let end = |purpose| all.iter().find(|one| one.purpose == purpose && one.state == "active")?.not_after.clone();
+        Self {
+            paused: answer.rotation_paused,
+            awaits_certificate: all.iter().any(|one| one.awaits_certificate),
+            root_not_after: end("root"),
+            issuing_not_after: end("issuing"),
+            now: UnixTime::wall().to_string(),
+        }
+    }
+
+    pub(super) fn lines(&self) -> Vec<(&'static str, String)> {
+        let until = |end: &Option<String>| match end {
+            None => "-".into(),
+            Some(end) if *end <= self.now => format!("ENDED {end}: nothing under it is believed"),
+            Some(end) => format!("until {end}"),
+        };
+        let rotation = match (self.paused, self.awaits_certificate) {
+            (true, _) => "PAUSED, here or in [rotation]: nothing moves but what is tainted; `keyward ca resume`",
+            (false, true) => "WAITS FOR THE OUTSIDE ROOT: sign `keyward ca show --csr`, then `keyward ca adopt`",
+            (false, false) => "by itself; `keyward ca list` says when",
+        };
+        vec![("root", until(&self.root_not_after)), ("issuing", until(&self.issuing_not_after)), ("rotation", rotation.into())]
+    }
 }
 
 impl List {
@@ -36,7 +77,9 @@ impl List {
     pub(super) fn table(rows: &[Authority]) -> String {
         let cells = |one: &Authority| {
             let due = match (&one.next_due, one.next) {
+                _ if one.awaits_certificate => "ca adopt".into(),
                 (Some(due), _) => minutes(due),
+                (None, Some(_)) if one.keys_left > 0 => format!("{} keys left", one.keys_left),
                 (None, Some(_)) => "waits".into(),
                 (None, None) => "-".into(),
             };
@@ -68,13 +111,18 @@ impl Authority {
             next_due: time_or_null(one.next_due_unix_seconds),
             not_after: end.map(time),
             in_hsm: one.in_hsm,
+            awaits_certificate: !one.csr.is_empty(),
+            keys_left: one.keys_left,
         }
     }
 
     pub(super) fn text(&self) -> String {
         let waits = match (&self.next_due, self.next) {
             (Some(due), Some(next)) => format!("{next} at {due}"),
-            (None, Some(next)) => format!("{next}, when something else has happened"),
+            (None, Some(next)) if self.keys_left > 0 => {
+                format!("{next}, when {} agents' keys are taken from under it", self.keys_left)
+            }
+            (None, Some(next)) => format!("{next}, once {}", self.awaited()),
             _ => "-".into(),
         };
         pairs(&[
@@ -84,6 +132,17 @@ impl Authority {
             ("next step", waits),
             ("not after", self.not_after.clone().unwrap_or_else(|| "-".into())),
         ])
+    }
+
+    /// What the next step waits for that no clock tells.
+    fn awaited(&self) -> &'static str {
+        match (self.purpose, self.state) {
+            _ if self.awaits_certificate => "`keyward ca adopt` has brought its certificate",
+            ("issuing", "planned") => "there is a root to sign it",
+            ("issuing", "prepublished") => "its root is active",
+            ("root", "retiring") => "the last certificate under it has ended",
+            _ => "the next one is active",
+        }
     }
 }
 
@@ -133,5 +192,35 @@ impl Certificate {
             ("key id", self.key_id.clone()),
             ("in the HSM", if self.in_hsm { "yes" } else { "no" }.into()),
         ])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rotation() -> Rotation {
+        let end = Some("2027-01-15T08:00:00Z".to_owned());
+        let now = "2027-01-15T07:59:59Z".to_owned();
+        Rotation { paused: false, awaits_certificate: false, root_not_after: end.clone(), issuing_not_after: end, now }
+    }
+
+    fn told(rotation: &Rotation) -> String {
+        rotation.lines().into_iter().map(|(name, value)| format!("{name} {value}\n")).collect()
+    }
+
+    #[test]
+    fn an_authority_that_has_ended_is_told() {
+        assert_eq!(told(&rotation()).matches("until 2027-01-15T08:00:00Z").count(), 2);
+        let late = Rotation { now: "2027-01-15T08:00:00Z".into(), ..rotation() };
+        assert_eq!(told(&late).matches("ENDED 2027-01-15T08:00:00Z").count(), 2);
+    }
+
+    #[test]
+    fn whoever_has_to_act_is_told() {
+        assert!(told(&rotation()).contains("rotation by itself"));
+        assert!(told(&Rotation { awaits_certificate: true, ..rotation() }).contains("`keyward ca adopt`"));
+        let paused = Rotation { paused: true, awaits_certificate: true, ..rotation() };
+        assert!(told(&paused).contains("`keyward ca resume`"));
     }
 }

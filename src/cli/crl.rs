@@ -18,7 +18,7 @@ use crate::proto::{self, GetCrlRequest};
 pub(super) enum Verb {
     /// Show the newest CRL of each issuing authority that is trusted, the active one first; or save them.
     #[command(
-        after_help = "Examples:\n  keyward crl show\n  keyward crl show --der keyward.crl\n  keyward crl show --pem | openssl crl -noout -text"
+        after_help = "Examples:\n  keyward crl show\n  keyward crl show --der keyward.crl\n  keyward crl show --pem > crls.pem && openssl verify -crl_check -CAfile bundle.pem -CRLfile crls.pem -untrusted svid.pem svid.pem"
     )]
     Show {
         /// Write that of the active issuing authority in DER to this file; - is standard output.

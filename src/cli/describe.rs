@@ -59,9 +59,12 @@ fn is_empty(value: &Value) -> bool {
     value.is_null() || value == "" || value == &json!([])
 }
 
-/// Objects, and bytes that a person cannot tell apart and has no use for. Exceptions are who has acted, and a key's id.
+/// Objects, notes of several lines, and bytes that a person cannot tell apart and has no use for. Exceptions are who has acted, and a
+/// key's id.
 fn is_noise(name: &str, value: &Value) -> bool {
-    (value.is_object() && name != "by") || (hexadecimal(value).is_some() && name != "key_id")
+    (value.is_object() && name != "by")
+        || value.as_str().is_some_and(|text| text.contains('\n'))
+        || (hexadecimal(value).is_some() && name != "key_id")
 }
 
 fn hexadecimal(value: &Value) -> Option<&str> {
@@ -130,7 +133,8 @@ fn body(body: &Body) -> (&'static str, Value) {
         | Body::AgentKeyDestroyed(_)
         | Body::SignIntended(_)
         | Body::SignaturesReserved(_)
-        | Body::SignaturesSealed(_) => describe_keys::body(body),
+        | Body::SignaturesSealed(_)
+        | Body::AgentKeysRewrapped(_) => describe_keys::body(body),
         Body::Released(e) => ("released", json!({"intent": e.intent, "signature": hex(&e.signature)})),
         Body::Withheld(e) => ("withheld", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),
         Body::Failed(e) => ("failed", json!({"intent": e.intent, "reason": e.reason().as_str_name()})),

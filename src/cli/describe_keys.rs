@@ -6,7 +6,7 @@ use super::describe::{algorithm_name, operator};
 use super::render::time;
 use crate::model::hex;
 use crate::proto::entry::Body;
-use crate::proto::{AgentKeyVersion, KeyAccounting, KeyPurpose, KeyStorage};
+use crate::proto::{AgentKeyVersion, KeyAccounting, KeyPurpose, KeyStorage, RewrappedVersion};
 
 pub(super) fn body(body: &Body) -> (&'static str, Value) {
     match body {
@@ -37,6 +37,14 @@ pub(super) fn body(body: &Body) -> (&'static str, Value) {
             "signatures_reserved",
             json!({"agent": e.agent, "epoch": e.epoch, "name": e.name, "key_id": hex(&e.key_id), "count": e.count}),
         ),
+        Body::AgentKeysRewrapped(e) => {
+            let version = |one: &RewrappedVersion| {
+                let kept = !one.wrapped_sha256.is_empty();
+                json!({"key_id": hex(&one.key_id), "wrapped_sha256": kept.then(|| hex(&one.wrapped_sha256)), "exposed": one.exposed})
+            };
+            let versions: Vec<_> = e.versions.iter().map(version).collect();
+            ("agent_keys_rewrapped", json!({"wrapping_key_id": hex(&e.wrapping_key_id), "versions": versions}))
+        }
         Body::SignaturesSealed(e) => ("signatures_sealed", json!({"reservation": e.reservation, "used": e.used})),
         _ => ("unknown_kind", Value::Null),
     }

@@ -66,6 +66,9 @@ async fn ask(daemon: &mut Daemon, destroy_orphans: bool) -> Result<Vec<Stray>, F
 }
 
 fn text(strays: &[Stray]) -> String {
+    if strays.is_empty() {
+        return "the tokens hold what the ledger says\n".into();
+    }
     let cells = |stray: &Stray| {
         let what = stray.object_label.clone().or(stray.purpose.map(str::to_owned)).unwrap_or_default();
         vec![stray.token.to_owned(), stray.found.to_owned(), stray.key_id.clone(), what]

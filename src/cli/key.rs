@@ -47,8 +47,11 @@ pub(super) enum Verb {
         ttl: Option<u32>,
     },
     /// Sign with a key what it is for: a payload, a digest, an HTTP message, a DPoP proof, a TLS handshake.
+    ///
+    /// Standard output has the result alone: the JWS, the value of the field DPoP, the fields of the HTTP message, or for a digest and TLS
+    /// the signature in base64 (ECDSA: DER).
     #[command(
-        after_help = "Examples:\n  keyward key sign tokens --dir /run/coder --payload claims.json --typ JWT\n  keyward key sign meter --dir /run/coder --digest $(sha256sum report | cut -c1-64)\n  keyward key sign web --dir /run/coder --component '@method=POST' --component '@authority=api.example'\n  keyward key sign proof --dir /run/coder --method POST --uri https://api.example/token"
+        after_help = "Examples:\n  keyward key sign tokens --dir /run/coder --payload claims.json --typ JWT\n  keyward key sign meter --dir /run/coder --digest $(sha256sum report | cut -c1-64)\n  keyward key sign web --dir /run/coder --component '@method=POST' --component '@authority=api.example' --nonce $(openssl rand -hex 16)\n  keyward key sign proof --dir /run/coder --method POST --uri https://api.example/token"
     )]
     Sign {
         /// The key.
@@ -60,8 +63,10 @@ pub(super) enum Verb {
         content: ContentArgs,
     },
     /// Verify what an agent's key has signed, as an agent.
+    ///
+    /// An HTTP message has to carry a nonce, and is accepted once; so is a DPoP proof, and a JWS with --audience.
     #[command(
-        after_help = "Examples:\n  keyward key verify --dir /run/coder --jws token.jws --audience https://api.example\n  keyward key verify --dir /run/coder --signer coder/8 --dpop proof.jws --method POST --uri https://api.example/token"
+        after_help = "Examples:\n  keyward key verify --dir /run/coder --jws token.jws --audience https://api.example\n  keyward key verify --dir /run/coder --signer coder/8 --dpop proof.jws --method POST --uri https://api.example/token\n  keyward key verify --dir /run/coder --signature-input \"$INPUT\" --signature \"$SIGNATURE\" --component '@method=POST' --component '@authority=api.example'"
     )]
     Verify {
         #[command(flatten)]
@@ -73,7 +78,9 @@ pub(super) enum Verb {
         message: MessageArgs,
     },
     /// List keys: an agent its own, an operator those of any agent.
-    #[command(after_help = "Examples:\n  keyward key list --dir /run/coder\n  keyward key list --agent coder/7 --format json")]
+    #[command(
+        after_help = "Examples:\n  keyward key list --dir /run/coder\n  keyward key list --agent coder/7 --format json\n  keyward key list --dir /run/coder --format json | jq -r '.[] | select(.name == \"meter\").versions[0].spki' | xxd -r -p | openssl pkey -pubin -inform DER"
+    )]
     List {
         #[command(flatten)]
         whose: Whose,
@@ -184,7 +191,7 @@ pub(super) struct ContentArgs {
     /// http-message-signature: label.
     #[arg(long, value_name = "LABEL", requires = "components")]
     label: Option<String>,
-    /// http-message-signature: until it expires.
+    /// http-message-signature: how long it is good for [default: it does not say].
     #[arg(long, value_parser = duration::seconds, value_name = "DURATION", requires = "components")]
     lifetime: Option<u32>,
     /// http-message-signature: tag.
@@ -196,7 +203,7 @@ pub(super) struct ContentArgs {
     /// dpop: SHA-256 of the access token, in hexadecimal.
     #[arg(long, value_name = "HEX", requires = "method")]
     token_sha256: Option<String>,
-    /// dpop, http-message-signature: nonce.
+    /// dpop, http-message-signature: nonce. `keyward key verify` asks one of HTTP messages.
     #[arg(long, value_name = "NONCE")]
     nonce: Option<String>,
     /// tls: sign as the server.
@@ -243,7 +250,7 @@ pub(super) struct MessageArgs {
     /// The tag that has to be there.
     #[arg(long, value_name = "TAG", requires = "signature_input")]
     tag: Option<String>,
-    /// The nonce that was given out.
+    /// The nonce that was given out [default: any].
     #[arg(long, value_name = "NONCE")]
     nonce: Option<String>,
 }

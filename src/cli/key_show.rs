@@ -8,8 +8,8 @@ use super::Failure;
 use super::describe::algorithm_name;
 use super::describe_keys::{accounting_name, purpose_name, storage_name};
 use super::render::{pairs, table, time};
-use crate::model::hex;
-use crate::proto::{self, KeyState, signature::Form};
+use crate::model::{UnixTime, hex};
+use crate::proto::{self, KeyAlgorithm, KeyState, signature::Form};
 
 #[derive(Serialize)]
 pub(super) struct KeyShown {
@@ -48,13 +48,13 @@ impl KeyShown {
         };
         Self {
             purpose: purpose_name(key.purpose()),
-            algorithm: algorithm_name(key.algorithm()),
+            algorithm: signs_with(key.algorithm()),
             storage_asked: storage_name(key.storage_asked()),
             storage: key.versions.first().map_or("-", |newest| storage_name(newest.storage())),
             accounting: accounting_name(key.accounting()),
             signatures_max: (key.signatures_max > 0).then_some(key.signatures_max),
             signatures: key.signatures,
-            state: if key.denied { "denied" } else { state_name(key.state()) },
+            state: standing(&key),
             ttl_seconds: key.ttl_seconds,
             versions: key.versions.iter().map(version).collect(),
             agent: key.agent,
@@ -84,6 +84,26 @@ impl KeyShown {
             ("kid", newest.map_or("-".into(), |newest| newest.kid.clone())),
             ("expires", newest.map_or("-".into(), |newest| newest.expires.clone())),
         ])
+    }
+}
+
+/// By the names that `--algorithm` has.
+fn signs_with(algorithm: KeyAlgorithm) -> &'static str {
+    match algorithm {
+        KeyAlgorithm::P256 => "es256",
+        KeyAlgorithm::P384 => "es384",
+        KeyAlgorithm::Ed25519 => "eddsa",
+        other => algorithm_name(other),
+    }
+}
+
+/// Whether it signs, and if not, why.
+fn standing(key: &proto::Key) -> &'static str {
+    let expired = key.versions.first().is_some_and(|newest| newest.expires_unix_seconds <= UnixTime::wall().seconds());
+    match key.state() {
+        _ if key.denied => "denied",
+        KeyState::Active if expired => "expired",
+        state => state_name(state),
     }
 }
 
@@ -161,6 +181,8 @@ pub(super) struct Verified {
     kid: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     payload: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payload_base64: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     covered: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,11 +191,17 @@ pub(super) struct Verified {
 
 impl Verified {
     pub(super) fn of(answer: proto::VerifyResponse) -> Self {
+        // A payload that is no text would not survive as such.
+        let (payload, payload_base64) = match String::from_utf8(answer.payload) {
+            Ok(text) => ((!text.is_empty()).then_some(text), None),
+            Err(bytes) => (None, Some(STANDARD.encode(bytes.as_bytes()))),
+        };
         Self {
             agent: answer.agent,
             key: answer.key,
             kid: answer.kid,
-            payload: (!answer.payload.is_empty()).then(|| String::from_utf8_lossy(&answer.payload).into_owned()),
+            payload,
+            payload_base64,
             covered: answer.covered,
             jti: (!answer.jti.is_empty()).then_some(answer.jti),
         }
@@ -182,7 +210,10 @@ impl Verified {
     pub(super) fn text(&self) -> String {
         let mut lines = vec![("signed by", self.agent.clone()), ("key", self.key.clone()), ("kid", self.kid.clone())];
         if let Some(payload) = &self.payload {
-            lines.push(("payload", payload.clone()));
+            lines.push(("payload", payload.trim_end().to_owned()));
+        }
+        if let Some(payload) = &self.payload_base64 {
+            lines.push(("payload in base64", payload.clone()));
         }
         if !self.covered.is_empty() {
             lines.push(("covered", self.covered.join(" ")));

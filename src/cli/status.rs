@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::agents::Daemon;
+use super::ca_list::Rotation;
 use super::hsm_status::Token;
 use super::render::pairs;
 use super::{EXIT_UNAVAILABLE, Failure, Global, Output, duration};
 use crate::model::hex;
-use crate::proto::{StatusRequest, StatusResponse};
+use crate::proto::{GetAuthoritiesRequest, StatusRequest, StatusResponse};
 
 #[derive(Serialize)]
 struct Status {
@@ -23,6 +24,8 @@ struct Status {
     agents: u64,
     quarantined: u64,
     not_on_crl: u64,
+    rotation: Option<Rotation>,
+    keys_to_rewrap: u64,
     ledger: Ledger,
     clock: Clock,
     tokens: Vec<Token>,
@@ -67,13 +70,20 @@ struct Cpu {
 
 /// What the daemon says of itself.
 pub(super) async fn ask(global: &Global) -> Result<StatusResponse, Failure> {
-    let mut daemon = Daemon::connect(global).await?;
+    told(&mut Daemon::connect(global).await?).await
+}
+
+async fn told(daemon: &mut Daemon) -> Result<StatusResponse, Failure> {
     Ok(daemon.service.status(StatusRequest {}).await.map_err(|status| daemon.failed(&status))?.into_inner())
 }
 
 /// Exits 5 where the daemon is up but not ready, so that scripts can wait for it.
 pub(super) async fn run(global: &Global, output: &mut Output) -> Result<ExitCode, Failure> {
-    let status = Status::from(ask(global).await?);
+    let mut daemon = Daemon::connect(global).await?;
+    let mut status = Status::from(told(&mut daemon).await?);
+    // A daemon that cannot tell of its authorities tells in its status why.
+    let authorities = daemon.service.get_authorities(GetAuthoritiesRequest {}).await.ok();
+    status.rotation = authorities.map(|answer| Rotation::of(answer.get_ref()));
     output.show(&status, Status::text)?;
     Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(EXIT_UNAVAILABLE) })
 }
@@ -94,6 +104,8 @@ impl From<StatusResponse> for Status {
             agents: status.agents,
             quarantined: status.quarantined,
             not_on_crl: status.not_on_crl,
+            rotation: None,
+            keys_to_rewrap: status.keys_to_rewrap,
             ledger: Ledger {
                 entries: ledger.entries,
                 commits: ledger.commits,
@@ -140,6 +152,10 @@ impl Status {
             ("listens on", if self.listen.is_empty() { "-".into() } else { self.listen.join(", ") }),
             ("agents", format!("{}, {} quarantined", self.agents, self.quarantined)),
             ("CRL", crl(self.not_on_crl)),
+        ]);
+        lines.extend(self.rotation.iter().flat_map(Rotation::lines));
+        lines.extend([
+            ("keys to rewrap", self.keys_to_rewrap.to_string()),
             ("ledger", format!("{} entries, {} commits, {}", ledger.entries, ledger.commits, bytes(ledger.file_bytes))),
             ("ledger writable", if ledger.writable { "yes" } else { "NO" }.into()),
             ("ledger growth", self.growth()),

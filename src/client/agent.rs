@@ -310,7 +310,7 @@ impl<'a> Origin<'a> {
 }
 
 fn bundle_of(holding: &Holding) -> Bundle {
-    Bundle { authorities: holding.authorities.clone(), sequence: holding.card.bundle_sequence, refresh_hint_seconds: 0 }
+    Bundle { authorities: holding.authorities.clone(), sequence: holding.card.bundle_sequence, ..Bundle::default() }
 }
 
 fn validity_of(certificate: &[u8]) -> Option<(u64, u64)> {

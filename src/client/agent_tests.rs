@@ -204,7 +204,7 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
 
-    let bundle = Bundle { authorities: vec![authority.clone()], sequence: 5, refresh_hint_seconds: 60 };
+    let bundle = Bundle { authorities: vec![authority.clone()], sequence: 5, refresh_hint_seconds: 60, ..Bundle::default() };
     let seen = Arc::new(Mutex::new(Seen {
         asks: Vec::new(),
         lifetime_seconds: 600,

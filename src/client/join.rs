@@ -143,6 +143,8 @@ impl JoinFile {
                 authorities: written.bundle.authorities.iter().map(bytes).collect::<Result<_, _>>()?,
                 sequence: written.bundle.sequence,
                 refresh_hint_seconds: written.bundle.refresh_hint_seconds,
+                // Nobody joins by them.
+                token_signing_keys: Vec::new(),
             }),
             token_id: bytes(&written.token_id)?,
             token_seed: bytes(&written.token_seed)?,
@@ -223,7 +225,12 @@ mod tests {
             addresses: vec!["127.0.0.1:8443".into()],
             trust_domain: "example.org".into(),
             agent: "coder/7".into(),
-            bundle: Some(proto::Bundle { authorities: vec![vec![0x30, 0x00]], sequence: 3, refresh_hint_seconds: 300 }),
+            bundle: Some(proto::Bundle {
+                authorities: vec![vec![0x30, 0x00]],
+                sequence: 3,
+                refresh_hint_seconds: 300,
+                ..proto::Bundle::default()
+            }),
             token_id: vec![1; 16],
             token_seed: vec![2; 32],
             expires_unix_seconds: 1_800_000_000,

@@ -185,7 +185,10 @@ impl AgentDir {
                 _ => {}
             }
         }
-        let mode = fs::metadata(path).map_err(failed)?.mode() & 0o7777;
+        let mode = match fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StoreError::Empty { path: path.to_path_buf() }),
+            found => found.map_err(failed)?.mode() & 0o7777,
+        };
         if mode & 0o077 != 0 {
             return Err(StoreError::Open { path: path.to_path_buf(), mode });
         }

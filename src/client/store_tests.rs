@@ -28,7 +28,7 @@ fn credential(key: &Key, serial: u64) -> proto::Credential {
     let mut parameters = rcgen::CertificateParams::default();
     parameters.serial_number = Some(serial.into());
     let leaf = parameters.self_signed(key).expect("a certificate").der().to_vec();
-    let bundle = Some(proto::Bundle { authorities: vec![leaf.clone()], sequence: 1, refresh_hint_seconds: 60 });
+    let bundle = Some(proto::Bundle { authorities: vec![leaf.clone()], sequence: 1, ..proto::Bundle::default() });
     proto::Credential { chain: vec![leaf], bundle, ..Default::default() }
 }
 
@@ -72,6 +72,12 @@ fn a_second_process_and_an_open_directory_are_refused() {
     DirBuilder::new().mode(0o755).create(&open).expect("made");
     fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
     assert!(matches!(AgentDir::open(&open, true), Err(StoreError::Open { .. })));
+}
+
+#[test]
+fn a_directory_that_is_not_there_has_no_credential_yet() {
+    let (root, _) = directory();
+    assert!(matches!(AgentDir::open(&root.path().join("nowhere"), false), Err(StoreError::Empty { .. })));
 }
 
 #[test]
@@ -147,7 +153,7 @@ fn half_life_is_the_middle_of_validity() {
 
 fn bundle(sequence: u64) -> proto::Bundle {
     let authorities = (0..sequence).map(|root| root.to_be_bytes().to_vec()).collect();
-    proto::Bundle { authorities, sequence, refresh_hint_seconds: 60 }
+    proto::Bundle { authorities, sequence, ..proto::Bundle::default() }
 }
 
 #[test]

@@ -16,6 +16,8 @@ pub struct Rotation {
     pub token_signing_days: u64,
     /// Age of a ledger key, in days, 1 to 3,650. Default 365.
     pub ledger_days: u64,
+    /// Age of a wrapping key, in days, 1 to 3,650. Default 365.
+    pub wrapping_days: u64,
     /// A retired key stays in the token for so long, in days, 0 to 3,650, so that a backup of the ledger from before can be restored; a
     /// tainted one goes at once. Default 7.
     pub destroy_days: u64,
@@ -75,6 +77,7 @@ impl Rotation {
             issuing_days: number("issuing_days", 1..=350, 90),
             token_signing_days: number("token_signing_days", 1..=3_650, 30),
             ledger_days: number("ledger_days", 1..=3_650, 365),
+            wrapping_days: number("wrapping_days", 1..=3_650, 365),
             destroy_days: number("destroy_days", 0..=3_650, 7),
             jitter_seconds: number("jitter_seconds", 0..=604_800, 3_600),
             window: None,
@@ -98,6 +101,7 @@ impl Rotation {
             format!("rotation.issuing_days = {}", self.issuing_days),
             format!("rotation.token_signing_days = {}", self.token_signing_days),
             format!("rotation.ledger_days = {}", self.ledger_days),
+            format!("rotation.wrapping_days = {}", self.wrapping_days),
             format!("rotation.destroy_days = {}", self.destroy_days),
             format!("rotation.window = \"{}\"", self.window.map(|window| window.to_string()).unwrap_or_default()),
             format!("rotation.jitter_seconds = {}", self.jitter_seconds),

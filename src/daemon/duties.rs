@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-use crate::acts;
+use crate::acts::{self, Rewrap};
 use crate::config::section;
 use crate::hsm::Health as TokenHealth;
 use crate::model::Outage;
@@ -118,6 +118,32 @@ pub(super) async fn rotation(rooms: Rooms) {
             }
             Err(refusal) => {
                 tracing::warn!(?refusal, "the rotation of the authorities has to wait");
+                tries += 1;
+                back_off(tries)
+            }
+        };
+        sleep(wait).await;
+    }
+}
+
+/// Agents' keys come under the wrapping key that is active. What could not now is tried again, later each time.
+pub(super) async fn rewrapping(rooms: Rooms) {
+    let mut tries = 0;
+    loop {
+        let wait = match rooms.acts.rewrap_due().await {
+            Ok(Rewrap::Idle) => {
+                tries = 0;
+                ROTATION_LOOK
+            }
+            // The next may be due.
+            Ok(Rewrap::Done) => Duration::ZERO,
+            Ok(Rewrap::Left(left)) => {
+                tracing::warn!(left, "agents' keys are still under a wrapping key before");
+                tries += 1;
+                back_off(tries)
+            }
+            Err(refusal) => {
+                tracing::warn!(?refusal, "agents' keys stay under a wrapping key before for a while");
                 tries += 1;
                 back_off(tries)
             }
@@ -260,7 +286,10 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
                 (None, true) => {}
             }
         }
-        let rest = [(written, "ledger: it cannot be written"), (trusted, "clock: it jumped; see `keyward clock accept`")];
+        let rest = [
+            (written, "ledger: it cannot be written; is its disk full or gone?"),
+            (trusted, "clock: it jumped; see `keyward clock accept`"),
+        ];
         missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
         let (missing, names): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
         waiting.tell(&missing, &names, &locked);

@@ -231,10 +231,11 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
         let ended_keys = tokio::spawn(duties::ended_keys(rooms.clone()));
         let rotation = tokio::spawn(duties::rotation(rooms.clone()));
+        let rewrapping = tokio::spawn(duties::rewrapping(rooms.clone()));
         let until = end_of_service(stopping);
         let (acts, tls) = (Arc::clone(&rooms.acts), Arc::clone(&rooms.tls));
         let served = api::serve_agents(acts, &rooms.config, listener, tls, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints, rotation, ended_keys] {
+        for duty in [certificates, crl, checkpoints, rotation, rewrapping, ended_keys] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())
@@ -369,7 +370,7 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     acts.set_authorities(authorities).map_err(told)?;
     acts.keep_authority_files().await.map_err(told)?;
     // Certificates do not wait for it: without it agents' keys live in sessions or in the token, visibly.
-    let wrapping = acts::ensure_wrapping(acts.ledger(), tokens).await.unwrap_or_else(|refusal| {
+    let wrapping = acts.ensure_wrapping(tokens).await.unwrap_or_else(|refusal| {
         tracing::warn!(?refusal, "there is no wrapping key until the next start");
         None
     });

@@ -31,16 +31,35 @@ pub const RESERVED_TYPES: [&str; 9] = [
     "entity-statement+jwt",
 ];
 
-/// Members that keyward sets, that would change what is verified, or that would offer a verifier another key.
-const RESERVED_MEMBERS: [&str; 13] =
-    ["alg", "kid", "typ", "crit", "b64", "jwk", "x5c", "x5u", "x5t", "x5t#S256", "enc", "zip", "epk"];
+/// Members that keyward sets, that would change what is verified, or that would offer a verifier another key, there or to be fetched: the
+/// key that signs would then say of any other that it is the agent's. In whatever case: readers that do not mind it are about. In lower case
+/// here.
+const RESERVED_MEMBERS: [&str; 17] = [
+    "alg",
+    "kid",
+    "typ",
+    "crit",
+    "b64",
+    "jku",
+    "jwk",
+    "jwks",
+    "x5c",
+    "x5u",
+    "x5t",
+    "x5t#s256",
+    "trust_chain",
+    "peer_trust_chain",
+    "enc",
+    "zip",
+    "epk",
+];
 
 /// What the caller may say in the protected header.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Header<'a> {
     /// `typ`: a media type, `application/` left out or not.
     pub typ: Option<&'a str>,
-    /// Further members as a JSON object, for example `{"cty":"json","jku":"…"}`; empty for none.
+    /// Further members as a JSON object, for example `{"cty":"json","iss":"…"}`; empty for none.
     pub extra: &'a [u8],
 }
 
@@ -97,7 +116,7 @@ fn extra_members(text: &[u8]) -> Result<Map<String, serde_json::Value>, Refusal>
     if members.len() > HEADER_MEMBERS_MAX {
         return Err(too_large(format!("give at most {HEADER_MEMBERS_MAX} further header members")));
     }
-    match members.keys().find(|name| RESERVED_MEMBERS.contains(&name.as_str())) {
+    match members.keys().find(|name| RESERVED_MEMBERS.contains(&name.to_ascii_lowercase().as_str())) {
         Some(reserved) => Err(malformed(format!("leave {reserved} out of the further header members"))),
         None => Ok(members),
     }

@@ -2,11 +2,12 @@
 //!
 //! Owns: the five profiles that an agent's key may sign ([`Profile`]), for each the exact bytes that are signed
 //! ([`SigningInput`], made only here from the caller's parts) and the assembled answer ([`Signed`]); public keys as JWK,
-//! thumbprint and JWKS; and the checks of a received signature, with the memory of what was accepted ([`ReplayCache`]).
+//! thumbprint and JWKS; the bundle as SPIFFE tells it; and the checks of a received signature, with the memory of what was accepted ([`ReplayCache`]).
 //!
 //! Promises: a key signs one profile, and no bytes of one profile are bytes of another. A JWS and a DPoP proof begin with
 //! `eyJ` and are told apart by `typ`, which a JWS key may not choose among the reserved ([`jws::RESERVED_TYPES`]); the base of an
-//! HTTP signature begins with a quotation mark; what TLS signs begins with 64 spaces. A raw digest could be the digest of anything:
+//! HTTP signature begins with a quotation mark; what TLS signs begins with 64 spaces; what a key is tried with by the token's room begins
+//! with `keyward/`, which none of these does. A raw digest could be the digest of anything:
 //! its keys, like those of TLS and DPoP, are in no JWKS ([`Jwk::published`]), and a verifier here asks which profile a key is for.
 //! Every size is bounded; a JSON member that occurs twice is refused; a received message is verified before its claims are read.
 //!
@@ -21,11 +22,13 @@ mod jwk;
 pub mod jws;
 pub mod raw_digest;
 mod signing;
+mod spiffe_bundle;
 pub mod tls;
 pub mod verify;
 
 pub use jwk::{Jwk, jwks};
 pub use signing::{Profile, Signed, SigningInput};
+pub use spiffe_bundle::{SpiffeBundle, UnknownAuthority};
 pub use verify::{Bounds, Memory, ReplayCache, VerifyingKey, Window};
 
 use crate::model::{Reason, Refusal};

@@ -98,6 +98,11 @@ impl Admission {
         Err(Error::QueueFull)
     }
 
+    /// Whether anybody is on the way to a signature.
+    pub(super) fn is_entered(&self) -> bool {
+        self.inside.load(Ordering::Acquire) > 0
+    }
+
     pub(super) fn leave(&self) {
         self.inside.fetch_sub(1, Ordering::AcqRel);
     }

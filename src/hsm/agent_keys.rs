@@ -11,6 +11,7 @@ use cryptoki::session::Session;
 use tokio::task::JoinSet;
 
 use super::error::{Error, SignError};
+use super::faults::Outcome;
 use super::keyring::Bound;
 use super::objects::{self, Wanted};
 use super::owners::{Blob, SESSIONS_MIN};
@@ -77,6 +78,21 @@ impl Hsm {
             wrapping::round_trip(session, way, key, Algorithm::P256, &der::P256_PARAMS)
         })
         .await
+    }
+
+    /// Whether the token has this wrapping key, as it has to be. Looked up anew.
+    ///
+    /// # Errors
+    /// `KeyLost`, `KeyAmbiguous`, `Attribute`, or the token cannot be asked.
+    pub async fn find_wrapping(&self, id: KeyId) -> Result<(), Error> {
+        self.errand(ADMIN_DEADLINE, move |session| wrapping::resolve(session, id).map(drop)).await
+    }
+
+    /// Whether somebody is being served or waits: what can wait lets them go first.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        let token = &self.0;
+        token.admission.is_entered() || token.owners.shards().iter().any(|shard| shard.errands.waiting() > 0)
     }
 
     /// Makes an agent's key pair. `session`: dies with its session. `wrapped`: the same, and handed out wrapped under the key `wrapping`.
@@ -227,14 +243,20 @@ impl Hsm {
         self.check_has(KeyStorage::Wrapped, algorithm)?;
         let deadline = Instant::now() + ADMIN_DEADLINE;
         let way: Wrapping = self.0.wrapping_way()?;
-        let (from, to) = (self.0.wrapping_handle(from, deadline).await?, self.0.wrapping_handle(to, deadline).await?);
-        self.0
+        let (unwraps, wraps) = (self.0.wrapping_handle(from, deadline).await?, self.0.wrapping_handle(to, deadline).await?);
+        let again = self
+            .0
             .owner_errand(self.0.owners.shard(id), deadline, move |session| {
-                let private = wrapping::unwrap(session, way, from, &blob, (id, algorithm), true)?;
-                let wrapped = wrapping::wrap(session, way, to, private);
+                let private = wrapping::unwrap(session, way, unwraps, &blob, (id, algorithm), true)?;
+                let wrapped = wrapping::wrap(session, way, wraps, private);
                 objects::destroy_object(session, private).and(wrapped)
             })
-            .await
+            .await;
+        if again.as_ref().is_err_and(|error| error.verdict().outcome == Outcome::Resolve) {
+            // The wrapping keys may be elsewhere by now.
+            self.0.owners.forget_wrapping(&[from, to]).await;
+        }
+        again
     }
 
     /// Neither the id nor the public key of an authority key.

@@ -186,6 +186,7 @@ impl Hsm {
     /// # Errors
     /// When the token cannot be asked or refuses; some objects may be gone then.
     pub async fn destroy(&self, id: KeyId) -> Result<u32, Error> {
+        self.0.owners.forget_wrapping(&[id]).await;
         self.errand(ADMIN_DEADLINE, move |session| objects::destroy(session, id)).await
     }
 

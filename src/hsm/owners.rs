@@ -323,6 +323,11 @@ impl Owners {
         self.unwrapped_max.store(most, Ordering::Relaxed);
     }
 
+    /// Where these wrapping keys are is looked up again.
+    pub(super) async fn forget_wrapping(&self, ids: &[KeyId]) {
+        self.wrapping.lock().await.retain(|id, _| !ids.contains(id));
+    }
+
     /// Unwrapped objects that one shard keeps.
     pub(super) fn unwrapped_max(&self) -> usize {
         self.unwrapped_max.load(Ordering::Relaxed).div_ceil(SHARDS)
@@ -445,7 +450,7 @@ impl Token {
         let object = match self.unwrap(key, owned, &blob, epoch, deadline).await {
             // The wrapping key may be elsewhere by now.
             Err(error) if error.verdict().outcome == Outcome::Resolve => {
-                self.owners.wrapping.lock().await.remove(&blob.by);
+                self.owners.forget_wrapping(&[blob.by]).await;
                 self.unwrap(key, owned, &blob, epoch, deadline).await?
             }
             other => other?,

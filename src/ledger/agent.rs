@@ -179,6 +179,11 @@ impl Agent {
         self.bound.as_ref().map_or(&[], |bound| &bound.live)
     }
 
+    /// Whether a certificate for this key was asked for and may have been handed out, as far back as that is of interest.
+    fn has_certified(&self, key: &KeyTag) -> bool {
+        self.live().iter().any(|live| live.key == *key) || self.bound_keys().any(|bound| bound.digest().tag() == *key)
+    }
+
     /// Certificates of the current epoch that have not expired.
     pub(super) fn live_at(&self, now: UnixTime) -> impl Iterator<Item = &Live> {
         self.live().iter().filter(move |live| live.not_after > now && live.epoch == self.epoch)
@@ -303,6 +308,10 @@ impl Agent {
                 Some(asked) => repeated(asked),
                 None => Verdict::Accept { sequence },
             };
+        }
+        // Whoever has stolen an issuing key proves whatever key they like; a copy proves one that was certified.
+        if !self.has_certified(&prover.tag()) {
+            return Verdict::Refuse(Refusal::new(Reason::ProofInvalid, "prove the newest certified key"));
         }
         // A claim behind: the newest answer was lost, or a second copy of the agent is about.
         match asked.filter(|asked| asked.sequence == sequence && sequence + 1 == expected) {

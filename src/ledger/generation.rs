@@ -79,7 +79,7 @@ fn is_arrow(from: Option<State>, to: State) -> bool {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Generations {
     by_key: BTreeMap<KeyId, Generation>,
-    /// Grows with every change of the trusted roots.
+    /// Grows with every change of what is in the bundle, once there is a root in it.
     bundle_sequence: u64,
     paused: bool,
 }
@@ -130,13 +130,19 @@ impl Generations {
         }
     }
 
+    /// Whether keys may be wrapped under this key now.
+    pub(super) fn wraps(&self, key: &[u8]) -> bool {
+        self.active(Purpose::Wrapping).is_some_and(|active| active.key_id.0 == key)
+    }
+
     /// Takes an entry that is about to be written into account, or refuses it. Gives the rows that follow from it.
     pub(super) fn fold(&mut self, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
-        let roots = self.trusted_roots();
+        let told = self.in_bundle();
         let mut rows = match body {
             Body::AuthorityActivated(activated) => vec![self.activated(now, activated)?],
             Body::AuthorityStepped(stepped) => self.stepped(now, stepped)?,
-            Body::AuthorityTainted(tainted) => self.tainted(tainted)?,
+            Body::AuthorityTainted(tainted) => self.tainted(now, tainted)?,
+            Body::ClockAccepted(accepted) => self.set_back(now, accepted.deviation_micros),
             // Whoever made it has given it up: that is the end of what it was planned for.
             Body::KeyAbandoned(abandoned) => {
                 let planned = KeyId::from_slice(&abandoned.key_id).and_then(|id| self.by_key.remove(&id));
@@ -148,16 +154,17 @@ impl Generations {
             }
             _ => return Ok(Vec::new()),
         };
-        if !roots.is_empty() && roots != self.trusted_roots() {
+        if told.iter().any(|(purpose, _)| *purpose == Purpose::Root) && told != self.in_bundle() {
             self.bundle_sequence += 1;
             rows.push(Row::Fact("bundle_sequence", self.bundle_sequence.to_be_bytes().to_vec()));
         }
         Ok(rows)
     }
 
-    fn trusted_roots(&self) -> Vec<KeyId> {
-        let roots = self.by_key.values().filter(|found| found.purpose == Purpose::Root && found.is_trusted());
-        roots.map(|root| root.key_id).collect()
+    /// What peers are told: roots, and the keys of tokens.
+    fn in_bundle(&self) -> Vec<(Purpose, KeyId)> {
+        let told = |found: &&Generation| matches!(found.purpose, Purpose::Root | Purpose::TokenSigning) && found.is_trusted();
+        self.by_key.values().filter(told).map(|found| (found.purpose, found.key_id)).collect()
     }
 
     fn active(&self, purpose: Purpose) -> Option<&Generation> {
@@ -246,7 +253,7 @@ impl Generations {
     }
 
     /// A verifier knows roots alone: what is under a tainted issuing authority goes when its root goes.
-    fn tainted(&mut self, tainted: &AuthorityTainted) -> Result<Vec<Row>, Refusal> {
+    fn tainted(&mut self, now: UnixTime, tainted: &AuthorityTainted) -> Result<Vec<Row>, Refusal> {
         let unknown = || Refusal::new(Reason::AuthorityUnknown, "no authority has this key; see `keyward ca list`");
         let key_id = KeyId::from_slice(&tainted.key_id).ok_or_else(unknown)?;
         let found = self.by_key.get(&key_id).ok_or_else(unknown)?;
@@ -256,9 +263,26 @@ impl Generations {
         };
         let tainted = self.by_key.values_mut().filter(|found| touched(found)).map(|found| {
             found.tainted = true;
+            found.since = found.since.min(now);
             row(found.clone())
         });
         Ok(tainted.collect())
+    }
+
+    /// The clock is about to be set back by an operator: what has happened by the time that it ran ahead has happened just now, or whatever
+    /// follows would wait until it is there again. What is under a retiring authority may be in force then, and is waited for.
+    fn set_back(&mut self, now: UnixTime, deviation_micros: i64) -> Vec<Row> {
+        if deviation_micros >= 0 {
+            return Vec::new();
+        }
+        let wall = UnixTime(now.0.saturating_add_signed(deviation_micros));
+        let ahead =
+            self.by_key.values_mut().filter(|found| found.since > wall && (found.state != State::Retiring || found.tainted));
+        let set_back = ahead.map(|found| {
+            found.since = wall;
+            row(found.clone())
+        });
+        set_back.collect()
     }
 }
 

@@ -18,11 +18,12 @@ use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     include_str!("migrations/0001.sql"),
     include_str!("migrations/0002.sql"),
     include_str!("migrations/0003.sql"),
     include_str!("migrations/0004.sql"),
+    include_str!("migrations/0005.sql"),
 ];
 /// The schema this binary writes.
 const SCHEMA: i64 = MIGRATIONS.len() as i64;

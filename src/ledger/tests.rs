@@ -239,6 +239,28 @@ fn nothing_is_intended_for_a_key_whose_generation_does_not_sign_it_nor_for_one_t
 }
 
 #[test]
+fn the_bundles_sequence_grows_with_roots_and_token_signing_keys_and_nothing_else() {
+    use proto::{AuthorityState as State, Purpose};
+    let house = House::new(|_| ());
+    let record = |body| house.runtime.block_on(house.ledger.record(body)).map(|_| house.ledger.generations().1).unwrap();
+    let step = |purpose: Purpose, key: KeyId, to, replaces| {
+        let Body::AuthorityStepped(step) = stepped(key, to, replaces) else { unreachable!() };
+        record(Body::AuthorityStepped(proto::AuthorityStepped { purpose: purpose.into(), ..step }))
+    };
+    let (tokens, next, issuing) = (KeyId::random(), KeyId::random(), KeyId::random());
+    // As `init` goes: nobody is told of a bundle without a root.
+    assert_eq!(record(in_force(Purpose::TokenSigning, tokens)), 1);
+    assert_eq!(record(in_force(Purpose::Root, KeyId::random())), 1);
+    assert_eq!(record(in_force(Purpose::Issuing, KeyId::random())), 1);
+    assert_eq!(step(Purpose::Issuing, issuing, State::Planned, None), 1);
+    assert_eq!(step(Purpose::Issuing, issuing, State::Prepublished, None), 1);
+    assert_eq!(step(Purpose::TokenSigning, next, State::Planned, None), 1);
+    assert_eq!(step(Purpose::TokenSigning, next, State::Prepublished, None), 2);
+    assert_eq!(step(Purpose::TokenSigning, next, State::Active, Some(tokens)), 2);
+    assert_eq!(step(Purpose::TokenSigning, tokens, State::Retired, None), 3);
+}
+
+#[test]
 fn there_is_one_authority_on_its_way_and_no_arrow_but_to_the_next_state() {
     use proto::AuthorityState as State;
     let house = House::new(|_| ());

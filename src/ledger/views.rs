@@ -1,6 +1,6 @@
 //! What the other rooms may see of the book: copies, taken under the gate's short lock.
 
-use crate::model::{AgentId, Digest, KeyId, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
+use crate::model::{AgentId, Digest, KeyId, KeyTag, PublicKey, Reason, Refusal, Serial, TokenId, UnixTime};
 use crate::proto::{self, AgentState};
 
 use super::agent::{Agent, Ending, Live, Quarantine, Token};
@@ -67,6 +67,23 @@ impl Ledger {
     /// `AGENT_UNKNOWN`, `AGENT_QUARANTINED`, `EPOCH_STALE`.
     pub fn admits(&self, agent: &AgentId, epoch: u32) -> Result<(), Refusal> {
         self.gate().book.named(agent)?.1.admits(epoch)
+    }
+
+    /// Whether an agent may call with this very certificate: one that the book tells of. What somebody has made with a stolen issuing
+    /// key is none.
+    ///
+    /// # Errors
+    /// `AGENT_UNKNOWN`, `AGENT_QUARANTINED`, `EPOCH_STALE`; `UNAUTHENTICATED` for a certificate that the book does not know.
+    pub fn admits_with(&self, agent: &AgentId, epoch: u32, serial: &Serial, key: &KeyTag) -> Result<(), Refusal> {
+        let gate = self.gate();
+        let (_, found) = gate.book.named(agent)?;
+        found.admits(epoch)?;
+        let is_it = |live: &Live| live.serial == *serial && live.key == *key && live.epoch == epoch;
+        if found.live().iter().any(is_it) {
+            return Ok(());
+        }
+        let advice = "keyward's ledger does not know this certificate; attest with the bound key";
+        Err(Refusal::new(Reason::Unauthenticated, advice))
     }
 
     /// A token, its agent and the agent's epoch.

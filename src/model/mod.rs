@@ -18,7 +18,6 @@ mod number;
 mod outage;
 mod refusal;
 mod secret;
-mod spiffe_bundle;
 
 pub use binder::{attest_binder, renew_binder};
 pub use clock::{Clock, ClockUntrusted, UnixTime};
@@ -34,6 +33,5 @@ pub use number::{Digest, KeyTag, Serial, TokenId, hex, unhex};
 pub use outage::Outage;
 pub use refusal::Refusal;
 pub use secret::SecretBytes;
-pub use spiffe_bundle::{SpiffeBundle, UnknownAuthority};
 
 pub use crate::proto::Reason;

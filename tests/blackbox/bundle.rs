@@ -48,8 +48,15 @@ fn the_spiffe_bundle_keeps_every_must_of_its_standard() {
     assert!(set["spiffe_sequence"].as_u64().is_some_and(|sequence| sequence >= 1));
     assert!(set["spiffe_refresh_hint"].as_u64().is_some_and(|seconds| seconds >= 1));
     let keys = set["keys"].as_array().unwrap();
-    assert!(!keys.is_empty());
-    for key in keys {
+    let (of_tokens, of_peers): (Vec<_>, Vec<_>) = keys.iter().partition(|key| key["use"] == "jwt-svid");
+    // A kid, and no certificate.
+    let [of_tokens] = of_tokens[..] else { panic!("the one that `init` made: {set}") };
+    assert_eq!(names(of_tokens), ["crv", "kid", "kty", "use", "x", "y"]);
+    assert_eq!((&of_tokens["kty"], &of_tokens["crv"]), (&"EC".into(), &"P-256".into()));
+    let told = house.keyward(&["bundle", "show", "--format", "json"]).ok().json();
+    assert_eq!(told["token_signing_kids"], serde_json::json!([of_tokens["kid"]]));
+    assert!(!of_peers.is_empty());
+    for key in of_peers {
         // No kid, and of x5c exactly one certificate.
         assert_eq!(names(key), ["crv", "kty", "use", "x", "x5c", "y"]);
         assert_eq!((&key["kty"], &key["use"], &key["crv"]), (&"EC".into(), &"x509-svid".into(), &"P-256".into()));

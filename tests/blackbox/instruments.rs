@@ -76,6 +76,7 @@ fn subject() {
         "sign" => sign(),
         "private keys" => tell_private_keys(),
         "destroy a key" => destroy_key(),
+        "sign with a key" => sign_with_key(),
         "another token" => make_another_token(),
         _ => panic!("what is {what}?"),
     }
@@ -320,9 +321,23 @@ fn beside(house: &House, what: &str, token: &str) -> Command {
 
 /// Another process destroys a key.
 pub fn destroy(house: &House, token: &str, id: &[u8]) {
-    let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
-    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex)).ok();
+    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex(id))).ok();
     assert_eq!(said(&output), ["2 objects"]);
+}
+
+/// Another process signs a digest with a key of the token, as who has stolen the key would: r and s, 32 bytes each.
+pub fn sign_with(house: &House, token: &str, id: &[u8], digest: &[u8]) -> Vec<u8> {
+    let mut command = beside(house, "sign with a key", token);
+    let output = run(command.env("SUBJECT_KEY", hex(id)).env("SUBJECT_DIGEST", hex(digest))).ok();
+    unhex(said(&output)[0])
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub fn unhex(text: &str) -> Vec<u8> {
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
 /// Another process initialises the token anew: same label, and for each key another one with its CKA_ID.
@@ -349,11 +364,19 @@ fn logged_in(module: &Pkcs11, slot: cryptoki::slot::Slot, pin: &str) -> cryptoki
 fn destroy_key() {
     let (module, slot) = the_token();
     let session = logged_in(&module, slot, "house-pin-1234");
-    let hex = std::env::var("SUBJECT_KEY").unwrap();
-    let id = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect();
-    let objects = session.find_objects(&[Attribute::Id(id), Attribute::Token(true)]).unwrap();
+    let id = Attribute::Id(unhex(&std::env::var("SUBJECT_KEY").unwrap()));
+    let objects = session.find_objects(&[id, Attribute::Token(true)]).unwrap();
     objects.iter().for_each(|object| session.destroy_object(*object).unwrap());
     say(&format!("{} objects", objects.len()));
+}
+
+fn sign_with_key() {
+    let (module, slot) = the_token();
+    let session = logged_in(&module, slot, PIN);
+    let id = Attribute::Id(unhex(&std::env::var("SUBJECT_KEY").unwrap()));
+    let keys = session.find_objects(&[id, Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::Token(true)]).unwrap();
+    let digest = unhex(&std::env::var("SUBJECT_DIGEST").unwrap());
+    say(&hex(&session.sign(&Mechanism::Ecdsa, keys[0], &digest).unwrap()));
 }
 
 fn make_another_token() {

@@ -223,6 +223,8 @@ fn an_expired_key_signs_no_more_until_it_is_rotated() {
     // Its life is what is tested: time must pass.
     thread::sleep(std::time::Duration::from_millis(1200));
     refused(keys.sign("a", digest(b"x")), "KEY_EXPIRED");
+    let listed = house.keyward(&["key", "list", "--agent", "builder/1", "--format", "json"]).ok().json();
+    assert_eq!(listed[0]["state"], "expired");
     let (key, _) = keys.rotate("a", 0).unwrap();
     assert_eq!(key.versions.len(), 1, "what has expired is forgotten");
     assert_eq!(key.versions[0].number, 2);

@@ -28,6 +28,8 @@ mod renew;
 mod rotate;
 mod serve;
 mod shim;
+mod stolen;
 mod strangers;
 mod tokens;
 mod unlock;
+mod wrapping;

@@ -10,37 +10,37 @@ use keyward::proto::{AuthorityState, EnrolRequest, Purpose};
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
-use crate::house::wire::{Draft, refused};
+use crate::house::wire::{Draft, Identity, refused};
 use crate::house::{Body, DEADLINE, House, Output, run};
 use crate::init::{FITS, OutsideRoot, awaiting_root};
 use crate::instruments;
 use crate::ledger::{one_outcome_each, signed_only_what_was_intended};
 
-fn rotate(house: &House, purpose: &str) -> Output {
+pub fn rotate(house: &House, purpose: &str) -> Output {
     house.keyward(&["ca", "rotate", purpose, "--now", "--yes"])
 }
 
 /// So many seconds have passed since the house was built, as an operator who corrects the clock says.
-fn later(house: &House, seconds: i64) {
+pub fn later(house: &House, seconds: i64) {
     house.control().move_clock(seconds * 1000);
     house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
 }
 
 /// The generations of a purpose, by key id and state.
-fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
+pub fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
     let all = house.keyward(&["ca", "list", "--format", "json"]).ok().json();
     let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
     let of = |one: &&serde_json::Value| one["purpose"] == purpose;
     all.as_array().unwrap().iter().filter(of).map(|one| (text(one, "key_id"), text(one, "state"))).collect()
 }
 
-fn states(house: &House, purpose: &str) -> Vec<String> {
+pub fn states(house: &House, purpose: &str) -> Vec<String> {
     generations(house, purpose).into_iter().map(|(_, state)| state).collect()
 }
 
 /// Waits until the generations of a purpose are in these states. The daemon looks once a second.
 #[track_caller]
-fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
+pub fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
     let until = Instant::now() + DEADLINE;
     loop {
         let found = states(house, purpose);
@@ -53,7 +53,7 @@ fn become_states(house: &House, purpose: &str, wanted: &[&str]) {
 }
 
 /// The token holds exactly the keys that the book knows, and says so itself.
-fn nothing_is_left_over(house: &House) {
+pub fn nothing_is_left_over(house: &House) {
     let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
     assert_eq!(strays.json(), serde_json::json!([]));
 }
@@ -227,6 +227,41 @@ fn what_is_due_by_age_is_rotated_by_itself_once_after_a_long_absence() {
     house.stop_and_verify();
 }
 
+/// A clock that ran ahead is set back: what was made by it is in force in a year only, and what the book says of its time is in the future.
+#[test]
+fn authorities_follow_a_clock_that_was_a_year_ahead_and_is_set_back() {
+    let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
+    house.serve();
+    later(&house, 366 * 86_400);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/1");
+    later(&house, 0);
+    let in_force = |house: &House| {
+        let [issuing] = crate::house::certificates(&house.state().join("issuing.pem")).try_into().unwrap();
+        let (_, parsed) = x509_parser::parse_x509_certificate(&issuing).unwrap();
+        parsed.validity().is_valid()
+    };
+    let until = Instant::now() + DEADLINE;
+    while !in_force(&house) {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "issuing"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    Holder::attest(&house, "builder/2");
+    let before = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    assert_ne!(generations(&house, "issuing")[0].0, before, "asked for now, done now");
+    let before = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &before, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "root"), ["active", "retiring"]);
+    let agent = house.attested("builder/3");
+    let (chain, anchors) = (agent.svid(), agent.bundle());
+    let (chain, anchors) = (chain.to_str().unwrap(), anchors.to_str().unwrap());
+    run(Command::new("openssl").args(["verify", "-x509_strict", "-CAfile", anchors, "-untrusted", chain, chain])).ok();
+    later(&house, 901);
+    become_states(&house, "root", &["active"]);
+    house.stop_and_verify();
+}
+
 #[test]
 fn nothing_is_rotated_while_an_operator_holds_it_up() {
     let mut house = House::new().configured("rotation", "jitter_seconds = 0").with_preload().initialised();
@@ -237,6 +272,7 @@ fn nothing_is_rotated_while_an_operator_holds_it_up() {
     house.restart();
     let listed = house.keyward(&["ca", "list"]).ok().says("paused");
     assert!(!listed.stdout.contains("retiring"), "{}", listed.stdout);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["paused"], true);
     house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
     become_states(&house, "issuing", &["active", "retiring"]);
     house.stop_and_verify();
@@ -414,20 +450,75 @@ fn a_ledger_key_is_vouched_for_by_the_one_before_it() {
     with(&other.state().join("ledger.vkey")).exits(6);
 }
 
+/// The keys of tokens in the SPIFFE bundle, and its sequence.
+fn told_of_tokens(house: &House) -> (Vec<String>, u64) {
+    let set = house.keyward(&["bundle", "show", "--jwks"]).ok().json();
+    let of_tokens = |key: &&serde_json::Value| key["use"] == "jwt-svid";
+    let kids = set["keys"].as_array().unwrap().iter().filter(of_tokens).map(|key| key["kid"].as_str().unwrap().to_owned());
+    (kids.collect(), set["spiffe_sequence"].as_u64().unwrap())
+}
+
 #[test]
-fn a_token_signing_key_is_made_when_it_is_asked_for_and_is_known_before_it_signs() {
-    let mut house = House::new().with_preload().initialised();
+fn the_first_token_signing_key_is_there_from_the_beginning_and_each_that_follows_is_known_before_it_signs() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
-    assert_eq!(states(&house, "token-signing").len(), 0);
-    rotate(&house, "token-signing").ok();
-    assert_eq!(states(&house, "token-signing"), ["prepublished"]);
-    later(&house, 901);
-    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(states(&house, "token-signing"), ["active"]);
+    let (first, sequence) = told_of_tokens(&house);
+    assert_eq!((first.len(), sequence), (1, 1));
+    let agent = house.attested("builder/1");
+    let wire = house.wire();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    let told = following.next().unwrap();
     rotate(&house, "token-signing").ok();
     rotate(&house, "token-signing").refused("ROTATION_UNDER_WAY");
-    later(&house, 901 + 901);
+    assert_eq!(states(&house, "token-signing"), ["prepublished", "active"]);
+    let (both, sequence) = told_of_tokens(&house);
+    assert_eq!((both.len(), &both[0], sequence), (2, &first[0], 2), "the active one first");
+    let newer = following.next().unwrap();
+    assert_eq!((newer.sequence, newer.token_signing_keys.len()), (2, 2));
+    assert_eq!(newer.authorities, told.authorities);
+    later(&house, 901);
     become_states(&house, "token-signing", &["active", "retiring"]);
+    // The same keys in another order: nothing that a verifier would have to learn of.
+    assert_eq!(told_of_tokens(&house), (vec![both[1].clone(), both[0].clone()], 2));
+    later(&house, 901 + 3_601);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(told_of_tokens(&house), (vec![both[1].clone()], 3));
+    nothing_is_left_over(&house);
     house.stop_and_verify();
+}
+
+#[test]
+fn a_token_signing_key_is_replaced_by_age_and_a_tainted_one_leaves_the_bundle_soon() {
+    let mut house =
+        House::new().configured("rotation", "jitter_seconds = 0\ntoken_signing_days = 1").with_preload().initialised();
+    house.serve();
+    let first = generations(&house, "token-signing").remove(0).0;
+    later(&house, 86_401);
+    become_states(&house, "token-signing", &["prepublished", "active"]);
+    // Whoever may have it signs tokens until verifiers hear of it.
+    house.keyward(&["ca", "taint", &first, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "token-signing"), ["active", "retiring"]);
+    later(&house, 86_401 + 901);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(told_of_tokens(&house).0.len(), 1);
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_house_from_before_there_were_token_signing_keys_gets_one_by_itself() {
+    let mut house = House::new().with_preload().initialised();
+    let db = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
+    let gone = db.execute("DELETE FROM generation WHERE purpose = ?1", [Purpose::TokenSigning as i32]).unwrap();
+    drop(db);
+    assert_eq!(gone, 1);
+    house.serve();
+    become_states(&house, "token-signing", &["prepublished"]);
+    assert_eq!((told_of_tokens(&house).0.len(), told_of_tokens(&house).1), (1, 2));
+    house.restart();
+    later(&house, 901);
+    become_states(&house, "token-signing", &["active"]);
+    assert_eq!(house.stop(), 0);
 }
 
 #[test]
@@ -442,7 +533,7 @@ fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked
         house.keyward(&arguments).json().as_array().unwrap().clone()
     };
     let orphans = found(&house, &[]);
-    assert_eq!(orphans.len(), 5, "root, issuing, ledger, two canaries: {orphans:?}");
+    assert_eq!(orphans.len(), 6, "root, issuing, token-signing, ledger, two canaries: {orphans:?}");
     assert!(orphans.iter().all(|one| one["found"] == "object without a row" && one["objects"] == 2), "{orphans:?}");
     house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
     assert_eq!(found(&house, &[]), orphans);
@@ -459,7 +550,7 @@ fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked
     assert_eq!((missing.len(), &missing[0]["found"], &missing[0]["key_id"]), (1, &"row without an object".into(), &lost.into()));
     assert_eq!(house.stop(), 0);
     let destroyed = house.ended_entries().iter().filter(|body| matches!(body, Body::OrphansDestroyed(_))).count();
-    assert_eq!(destroyed, 5);
+    assert_eq!(destroyed, 6);
     house.verify().ok();
 }
 
@@ -519,6 +610,7 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     house.keyward(&["ca", "show", "--csr"]).exits(4);
     rotate(&house, "issuing").ok().says("BEGIN CERTIFICATE REQUEST");
     assert_eq!(states(&house, "issuing"), ["planned", "active"]);
+    assert_eq!(house.keyward(&["status", "--format", "json"]).ok().json()["rotation"]["awaits_certificate"], true);
     house.agent("builder/1").renew().ok();
     let key = |path: &str| run(Command::new("openssl").args(["req", "-in", path, "-noout", "-pubkey"])).ok().stdout;
     let before = key(&request(&house));

@@ -275,7 +275,7 @@ fn a_test_of_the_tokens_has_every_key_in_use_looked_up_and_sign() {
     for role in ["authority", "agents"] {
         assert!(checks.iter().any(|check| check["role"] == role && check["check"] == "5 signatures"), "{checks:?}");
     }
-    for purpose in [Purpose::Root, Purpose::Issuing, Purpose::Ledger, Purpose::Canary] {
+    for purpose in [Purpose::Root, Purpose::Issuing, Purpose::TokenSigning, Purpose::Ledger, Purpose::Canary] {
         let id: String = key_of(&house, purpose).iter().map(|byte| format!("{byte:02x}")).collect();
         let of_key = |check: &&Value| check["check"] == format!("key {id}");
         assert_eq!(checks.iter().filter(of_key).count(), 1, "{purpose:?}: {checks:?}");

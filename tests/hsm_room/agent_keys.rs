@@ -325,6 +325,43 @@ fn a_key_rewrapped_under_another_wrapping_key_is_the_same_key() {
 }
 
 #[test]
+fn rewrapping_leaves_no_object_behind_and_does_not_touch_the_one_that_signs() {
+    in_house("agent_keys::rewrapping_leaves_no_object_behind_and_does_not_touch_the_one_that_signs", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        let Some(old) = room.wrapping else { return };
+        let new = KeyId::random();
+        room.hsm.generate_wrapping(new, "keyward/wrapping/next").await.unwrap();
+        let row = room.make(Algorithm::P256, Wrapped).await;
+        let held = room.bind(&row);
+        signs(&held, b"before").await;
+        let blob = row.wrapped.clone().unwrap();
+        let again = || room.hsm.rewrap_agent_key((row.id, Algorithm::P256), Arc::clone(&blob), old, new);
+        let objects = || {
+            let [unwrapped, destroyed] = ["C_UnwrapKey", "C_DestroyObject"].map(|name| shim.calls(name));
+            i64::try_from(unwrapped).unwrap() - i64::try_from(destroyed).unwrap()
+        };
+        let before = objects();
+        for _ in 0..20 {
+            again().await.unwrap();
+        }
+        // The token fails between the two.
+        shim.tell("fail C_WrapKey rv=0x05");
+        again().await.unwrap_err();
+        again().await.unwrap();
+        assert_eq!(objects(), before);
+        signs(&held, b"after").await;
+        assert_eq!(objects(), before, "it was not unwrapped again");
+        // Not under the one that it is said to be under.
+        assert!(matches!(
+            room.hsm.rewrap_agent_key((row.id, Algorithm::P256), blob.clone(), new, old).await,
+            Err(Error::NotUnwrapped { .. })
+        ));
+        assert_eq!(objects() - before, 1, "C_UnwrapKey was called, and made nothing");
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
 fn unwrapped_keys_are_bounded_and_none_is_destroyed_while_it_signs() {
     in_house("agent_keys::unwrapped_keys_are_bounded_and_none_is_destroyed_while_it_signs", async |house| {
         let (room, shim) = Room::behind_the_shim(&house).await;
@@ -610,6 +647,28 @@ fn an_owner_that_hangs_keeps_nobody_else_from_signing() {
         signs(&key, b"after").await;
         assert_eq!((times_signed(&house, b"late"), shim.calls("C_UnwrapKey") > 0), (0, true));
         assert!(room.hsm.status().usable && room.hsm.status().reconnects == 0, "{:?}", room.hsm.status());
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn of_keys_whose_ids_collide_none_signs_for_another() {
+    in_house("agent_keys::of_keys_whose_ids_collide_none_signs_for_another", async |house| {
+        let room = Room::open(&house).await;
+        let (first, bystander) = (room.make(Algorithm::P256, Resident).await, room.make(Algorithm::P256, Resident).await);
+        signs(&room.bind(&first), b"alone").await;
+        // A session object under the id of a token object: each signs as itself.
+        let session = room.make_at(first.id, Session).await;
+        assert_ne!(session.public, first.public);
+        signs(&room.bind(&session), b"in a session").await;
+        signs(&room.bind(&first), b"in the token").await;
+        // Two token objects: what was found goes on as itself, and what has to be looked for is not guessed.
+        let second = room.make_at(first.id, Resident).await;
+        let error = room.bind(&second).sign_digest(digest(b"whose?")).await.unwrap_err();
+        assert!(matches!(error, SignError::NotSigned(Error::KeyAmbiguous { count: 2, .. })), "{error}");
+        signs(&room.bind(&first), b"as before").await;
+        signs(&room.bind(&session), b"still in a session").await;
+        signs(&room.bind(&bystander), b"still").await;
         room.hsm.shut_down(Duration::from_secs(5));
     });
 }

@@ -14,6 +14,8 @@ use crate::hsm::MadeKey;
 
 /// Life of a version where none is wished for: 30 days.
 const TTL_SECONDS_DEFAULT: u32 = 2_592_000;
+/// Wrapping keys do not change more often than this while one key is made.
+pub(super) const TRIES_MAX: u32 = 3;
 /// The longest.
 const TTL_SECONDS_MAX: u32 = 31_536_000;
 
@@ -103,17 +105,17 @@ impl Acts {
             let advice = format!("destroy a key first: an agent has at most {}", self.keys.per_agent_max);
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        let token = self.keys.token()?;
-        self.has_room_for_resident(&token, &of, &terms).await?;
-        let version = self.make_version(&token, &of, &terms, 1, now).await?;
-        let (key_id, storage) = (version.key_id, version.storage);
-        match self.ledger.create_key(of, terms, version, making).await {
-            Ok((_, key)) => Ok(self.shown(super::stored(&key))),
-            Err(refusal) => {
-                self.not_entered(&refusal, &token, key_id, storage).await;
-                Err(refusal)
+        self.has_room_for_resident(&*self.keys.token()?, &of, &terms).await?;
+        for tries_left in (0..TRIES_MAX).rev() {
+            let token = self.keys.token()?;
+            let version = self.make_version(&token, &of, &terms, 1, now).await?;
+            let (key_id, storage) = (version.key_id, version.storage);
+            match self.ledger.create_key(of.clone(), terms, version, Arc::clone(&making)).await {
+                Ok((_, key)) => return Ok(self.shown(super::stored(&key))),
+                Err(refusal) => self.not_entered(refusal, &token, key_id, storage, tries_left).await?,
             }
         }
+        Err(super::in_progress())
     }
 
     /// The key of this name, and how many its agent has.
@@ -203,16 +205,30 @@ impl Acts {
             public,
             storage,
             wrapped: wrapped.map(Arc::from).zip(wrapping),
+            wrapped_before: Vec::new(),
             expires,
         })
     }
 
     /// What becomes of a key pair whose entry was refused. Where the ledger did not answer, the entry may be made yet: then nothing is
-    /// destroyed, and of a resident key without an entry the next start takes care.
-    pub(super) async fn not_entered(&self, refusal: &Refusal, token: &KeyToken, key_id: KeyId, storage: KeyStorage) {
+    /// destroyed, and of a resident key without an entry the next start takes care. Another pair is to be made where another wrapping key
+    /// has become active meanwhile.
+    pub(super) async fn not_entered(
+        &self,
+        refusal: Refusal,
+        token: &KeyToken,
+        key_id: KeyId,
+        storage: KeyStorage,
+        tries_left: u32,
+    ) -> Result<(), Refusal> {
         if !matches!(refusal.reason, Reason::LedgerUnavailable | Reason::Draining) {
             self.give_up(token, key_id, storage, "its agent or its key was denied meanwhile").await;
         }
+        if refusal.reason != Reason::AuthoritySuperseded || tries_left == 0 {
+            return Err(refusal);
+        }
+        self.keys.wrap_under_the_active(&self.ledger.generations().0);
+        Ok(())
     }
 
     /// Nobody has used it: what there may be of it goes. What cannot be done now, the next start does.

@@ -7,15 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::hsm;
 use crate::ledger::{AgentKey, KeyOf, Ledger};
-use crate::model::Refusal;
+use crate::model::{KeyId, Refusal};
 
 /// Keys that are looked at when one more is loaded, at most: those in use stay, and memory is above its bound by them for a while.
 const LOOKS_MAX: usize = 64;
 
+/// A version, by its number, and the wrapping key that it is under.
+type BoundOf = (u32, Option<KeyId>);
+
 /// A key in use.
 pub(super) struct Loaded {
     pub(super) key: Arc<AgentKey>,
-    signer: Mutex<Option<(u32, hsm::AgentKey)>>,
+    signer: Mutex<Option<(BoundOf, hsm::AgentKey)>>,
     /// Taken by whoever changes the key: one change at a time.
     pub(super) changing: Arc<tokio::sync::Mutex<()>>,
     /// Read by whoever signs, written while a new version comes into force.
@@ -38,7 +41,7 @@ impl Loaded {
     /// The version that signs, bound; made by `bind` the first time.
     pub(super) fn signer(
         &self,
-        version: u32,
+        version: BoundOf,
         bind: impl FnOnce() -> Result<hsm::AgentKey, Refusal>,
     ) -> Result<hsm::AgentKey, Refusal> {
         let mut signer = self.signer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -114,9 +117,58 @@ impl LoadedKeys {
         Some(loaded)
     }
 
+    /// What to hand to [`LoadedKeys::pass`] with rows that are read after this.
+    pub(super) fn generation(&self) -> u64 {
+        self.lock().evicted
+    }
+
+    /// The keys of rows that were read at `generation`, for somebody who passes by all there are: those that were not in memory leave it
+    /// again with him, unless somebody used them meanwhile. Those of which a row may be out of date are not among them.
+    pub(super) fn pass(&self, keys: Vec<AgentKey>, generation: u64) -> Passing<'_> {
+        let mut inner = self.lock();
+        let mut passing = Passing { keys: self, here: Vec::new(), brought: Vec::new() };
+        for key in keys {
+            if let Some(there) = inner.by_name.get(key.of()) {
+                passing.here.push(Arc::clone(there));
+            } else if inner.evicted == generation {
+                let brought = Arc::new(Loaded { touched: AtomicBool::new(false), ..Loaded::new(key) });
+                inner.by_name.insert(brought.key.of().clone(), Arc::clone(&brought));
+                passing.brought.push(brought.key.of().clone());
+                passing.here.push(brought);
+            }
+        }
+        passing
+    }
+
     /// Keys with open blocks of signatures.
     pub(super) fn with_reservations(&self) -> Vec<Arc<Loaded>> {
         self.lock().by_name.values().filter(|loaded| loaded.key.has_reserved()).cloned().collect()
+    }
+}
+
+/// Keys that are held in passing.
+pub(super) struct Passing<'a> {
+    keys: &'a LoadedKeys,
+    pub(super) here: Vec<Arc<Loaded>>,
+    brought: Vec<KeyOf>,
+}
+
+impl Drop for Passing<'_> {
+    fn drop(&mut self) {
+        self.here.clear();
+        let mut inner = self.keys.lock();
+        let mut gone = 0;
+        for of in self.brought.drain(..) {
+            let Some(loaded) = inner.by_name.get(&of) else { continue };
+            let used = loaded.touched.load(Ordering::Relaxed) || loaded.key.has_reserved();
+            if used || Arc::strong_count(loaded) > 1 || Arc::strong_count(&loaded.key) > 1 {
+                inner.ring.push_back(of);
+            } else {
+                inner.by_name.remove(&of);
+                gone += 1;
+            }
+        }
+        inner.evicted += gone;
     }
 }
 

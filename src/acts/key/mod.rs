@@ -5,6 +5,7 @@ mod create;
 mod end;
 mod list;
 mod loaded;
+mod rewrap;
 mod rotate;
 mod session;
 mod sign;
@@ -20,16 +21,18 @@ use crate::authn::{AgentConnection, Connection};
 use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
-use crate::ledger::{AgentKey, KeyOf, KeyVersion, StoredKey};
+use crate::ledger::{AgentKey, Generation, KeyOf, KeyVersion, StoredKey};
 use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
-use crate::proto::{KeyAlgorithm, KeyPurpose, KeyStorage};
+use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
+use rewrap::Rewrapping;
 use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
+pub use rewrap::Rewrap;
 pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
 
@@ -74,6 +77,7 @@ pub struct AgentKeys {
     rates: Mutex<(u64, HashMap<AgentId, u32>)>,
     seen: ReplayCache,
     session: SessionKeys,
+    rewrapping: Rewrapping,
     per_agent_max: usize,
     resident_max: usize,
     per_second_max: u32,
@@ -100,6 +104,7 @@ impl AgentKeys {
             rates: Mutex::default(),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             session: SessionKeys::default(),
+            rewrapping: Rewrapping::default(),
             per_agent_max: limits.keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
             per_second_max: limits.signatures_per_second,
@@ -111,6 +116,18 @@ impl AgentKeys {
             Refusal::new(Reason::HsmUnavailable, "the token is not available; ask again later")
                 .retry_after(Duration::from_secs(1))
         })
+    }
+
+    /// New keys are wrapped under the generation that is active.
+    pub(super) fn wrap_under_the_active(&self, generations: &[Generation]) {
+        let is_it = |found: &&Generation| found.purpose == Purpose::Wrapping && found.state == AuthorityState::Active;
+        let active = generations.iter().find(is_it).map(|active| active.key_id);
+        if let Some(token) = self.token.load_full()
+            && active.is_some()
+            && token.wrapping != active
+        {
+            self.token.store(Some(Arc::new(KeyToken { hsm: token.hsm.clone(), wrapping: active })));
+        }
     }
 
     /// Nobody takes more of the token than its share.
@@ -133,13 +150,13 @@ impl AgentKeys {
     }
 
     /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
-    fn make(&self, of: &KeyOf) -> Result<(Making, usize), Refusal> {
+    fn make(&self, of: &KeyOf) -> Result<(Arc<Making>, usize), Refusal> {
         let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let others = making.iter().filter(|other| other.agent == of.agent).count();
         if !making.insert(of.clone()) {
             return Err(in_progress());
         }
-        Ok((Making { names: Arc::clone(&self.making), of: of.clone() }, others))
+        Ok((Arc::new(Making { names: Arc::clone(&self.making), of: of.clone() }), others))
     }
 }
 
@@ -190,7 +207,9 @@ impl Acts {
     /// A key's newest version, bound to its object.
     fn signer(&self, loaded: &Loaded, version: &KeyVersion) -> Result<hsm::AgentKey, Refusal> {
         let token = self.keys.token()?;
-        loaded.signer(version.number, || {
+        // Wrapped anew, it is bound with what it is wrapped in now; its object stays.
+        let bound = (version.number, version.wrapped.as_ref().map(|(_, wrapping)| *wrapping));
+        loaded.signer(bound, || {
             let (wrapped, wrapping) = version.wrapped.clone().unzip();
             let bound = token.hsm.agent_key(version.key_id, version.public.clone(), version.storage, wrapped, wrapping);
             bound.map_err(key_refusal)

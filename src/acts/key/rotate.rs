@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::authn::Connection;
-use crate::ledger::VERSIONS_MAX;
-use crate::model::{Reason, Refusal};
+use crate::ledger::{KeyVersion, VERSIONS_MAX};
+use crate::model::{Reason, Refusal, UnixTime};
 
-use super::{Acts, KeyShown, in_progress, stored};
+use super::create::TRIES_MAX;
+use super::{Acts, KeyShown, Loaded, in_progress, stored};
 
 impl Acts {
     /// A new version signs from its entry on; the older ones verify until they expire. `known` is the newest version that the caller knows
@@ -36,30 +37,37 @@ impl Acts {
             let advice = format!("wait until an older version expires: {VERSIONS_MAX} of them verify at once");
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        let (making, _) = self.keys.make(&of)?;
-        let token = self.keys.token()?;
-        let version = self.make_version(&token, &of, key.terms(), before.number + 1, now).await?;
-        let (key_id, storage) = (version.key_id, version.storage);
-        let changing = Arc::clone(&loaded.changing).lock_owned().await;
-        // Whoever signs with the old version finishes first.
-        let signing = Arc::clone(&loaded.signing).write_owned().await;
-        let entered = if key.newest()?.number == before.number {
-            self.ledger.rotate_key(key, version, now, (changing, signing, making)).await
-        } else {
-            Err(in_progress())
-        };
-        match entered {
-            Ok(index) => {
-                self.ledger.seal_signatures(key);
-                // What signed until now never signs again.
-                loaded.unbind();
-                self.destroy_objects(&token, vec![(before.key_id, before.storage)]).await;
-                Ok((self.shown(stored(key)), Some(index)))
-            }
-            Err(refusal) => {
-                self.not_entered(&refusal, &token, key_id, storage).await;
-                Err(refusal)
+        let index = self.replace_version(&loaded, &before, now).await?;
+        Ok((self.shown(stored(key)), Some(index)))
+    }
+
+    /// Another version signs instead of the newest one, `before`. Gives the entry's index.
+    pub(super) async fn replace_version(&self, loaded: &Loaded, before: &KeyVersion, now: UnixTime) -> Result<u64, Refusal> {
+        let key = &loaded.key;
+        let (making, _) = self.keys.make(key.of())?;
+        for tries_left in (0..TRIES_MAX).rev() {
+            let token = self.keys.token()?;
+            let version = self.make_version(&token, key.of(), key.terms(), before.number + 1, now).await?;
+            let (key_id, storage) = (version.key_id, version.storage);
+            let changing = Arc::clone(&loaded.changing).lock_owned().await;
+            // Whoever signs with the old version finishes first.
+            let signing = Arc::clone(&loaded.signing).write_owned().await;
+            let entered = if key.newest()?.number == before.number {
+                self.ledger.rotate_key(key, version, now, (changing, signing, Arc::clone(&making))).await
+            } else {
+                Err(in_progress())
+            };
+            match entered {
+                Ok(index) => {
+                    self.ledger.seal_signatures(key);
+                    // What signed until now never signs again.
+                    loaded.unbind();
+                    self.destroy_objects(&token, vec![(before.key_id, before.storage)]).await;
+                    return Ok(index);
+                }
+                Err(refusal) => self.not_entered(refusal, &token, key_id, storage, tries_left).await?,
             }
         }
+        Err(in_progress())
     }
 }

@@ -184,7 +184,25 @@ fn a_header_or_payload_that_is_not_the_callers_is_not_signed() {
             .map_or_else(|refusal| refusal.reason, |_| Reason::Unspecified)
     };
     assert_eq!(prepare(Some("vc+jwt"), r#"{"cty":"json"}"#, b"x"), Reason::Unspecified);
-    for name in ["alg", "kid", "typ", "jwk", "crit", "b64", "x5c", "x5u", "zip"] {
+    for name in [
+        "alg",
+        "kid",
+        "typ",
+        "jku",
+        "jwk",
+        "jwks",
+        "crit",
+        "b64",
+        "x5c",
+        "x5u",
+        "x5t",
+        "x5t#S256",
+        "trust_chain",
+        "zip",
+        "JKU",
+        "X5u",
+        "Alg",
+    ] {
         assert_eq!(prepare(None, &json!({ name: "x" }).to_string(), b"x"), Reason::MalformedRequest, "{name}");
     }
     assert_eq!(prepare(None, r#"{"a":1,"a":2}"#, b"x"), Reason::MalformedRequest);

@@ -105,7 +105,7 @@ fn what_is_signed_for_each_profile_is_verified_once() {
 #[test]
 fn a_detached_payload_is_verified_with_the_payload_beside_it() {
     let signer = Signer::new(crate::model::Algorithm::P256);
-    let header = jws::Header { typ: Some("JOSE"), extra: br#"{"jku":"https://a.example/jwks.json"}"# };
+    let header = jws::Header { typ: Some("JOSE"), extra: br#"{"cty":"agent-card+json"}"# };
     let input = jws::prepare(signer.public().algorithm(), &signer.kid(), &header, b"{\"name\":\"card\"}", true).unwrap();
     let token = signer.compact(input);
     assert!(token.contains(".."), "{token}");

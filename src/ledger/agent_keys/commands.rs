@@ -12,7 +12,7 @@ use super::super::store::Row;
 use super::super::{Gate, Ledger, unavailable};
 use super::counted::Block;
 use super::{AgentKey, Then};
-use crate::model::Refusal;
+use crate::model::{Reason, Refusal};
 
 pub(in crate::ledger) enum KeyCommand {
     /// An entry that tells of a key, with its rows; for an agent that has to be admitted then, or for an operator.
@@ -30,7 +30,7 @@ impl KeyCommand {
         match self {
             Self::Record { body, rows, admitted, then, answer } => {
                 let admits = admitted.map_or(Ok(()), |(slot, epoch)| gate.book.agent(slot).admits(epoch));
-                if let Err(refusal) = admits {
+                if let Err(refusal) = admits.and_then(|()| wraps(&body, gate)) {
                     return drop(answer.send(Err(refusal)));
                 }
                 let index = batch.entry(now, *body);
@@ -108,6 +108,27 @@ impl KeyCommand {
             Self::Seal { .. } => {}
         }
     }
+}
+
+/// Nothing comes under a wrapping key that is not the active one: a key that retires has its last row before the next one wraps.
+fn wraps(body: &Body, gate: &Gate) -> Result<(), Refusal> {
+    let (Body::AgentKeyCreated(proto::AgentKeyCreated { version, .. })
+    | Body::AgentKeyRotated(proto::AgentKeyRotated { version, .. })) = body
+    else {
+        let Body::AgentKeysRewrapped(rewrapped) = body else { return Ok(()) };
+        return wraps_now(&rewrapped.wrapping_key_id, gate);
+    };
+    match version {
+        Some(version) if !version.wrapping_key_id.is_empty() => wraps_now(&version.wrapping_key_id, gate),
+        _ => Ok(()),
+    }
+}
+
+fn wraps_now(wrapping: &[u8], gate: &Gate) -> Result<(), Refusal> {
+    if gate.book.generations.wraps(wrapping) {
+        return Ok(());
+    }
+    Err(Refusal::new(Reason::AuthoritySuperseded, "another wrapping key is active by now; ask again"))
 }
 
 /// Weighed by the clock as it is, as every wish is.

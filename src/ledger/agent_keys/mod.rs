@@ -5,6 +5,7 @@
 
 pub(super) mod commands;
 mod counted;
+mod rewrap;
 pub(super) mod rows;
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use super::store::Row;
 use super::{COMMIT_DEADLINE, Ledger, answered, draining, unavailable};
 use commands::KeyCommand;
 pub use counted::Reserved;
+pub use rewrap::Rewrapped;
 use rows::AgentKeyRow;
 pub use rows::StoredKey;
 
@@ -72,6 +74,8 @@ pub struct KeyVersion {
     pub storage: KeyStorage,
     /// The wrapped key, and under which key it is.
     pub wrapped: Option<(Arc<[u8]>, KeyId)>,
+    /// Which wrapping keys it was under before, the newest last: who has one of those and an old copy of its row has the key.
+    pub wrapped_before: Vec<KeyId>,
     /// It signs, and verifies, until then.
     pub expires: UnixTime,
 }
@@ -129,6 +133,10 @@ impl AgentKey {
         }
     }
 
+    fn of_row(row: StoredKey, slot: u32) -> Self {
+        Self::new(row.of, slot, row.terms, row.state, row.used, row.versions)
+    }
+
     /// Which.
     #[must_use]
     pub fn of(&self) -> &KeyOf {
@@ -180,7 +188,7 @@ impl AgentKey {
         self.admits()?;
         match self.versions.load().last() {
             Some(newest) if newest.expires > now => Ok(()),
-            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; make a new one, and rotate it before it expires")),
+            _ => Err(Refusal::new(Reason::KeyExpired, "this key has expired; rotate it, better before it expires")),
         }
     }
 
@@ -227,7 +235,7 @@ fn destroyed() -> Refusal {
 /// None of that name, or none of the caller's: never told apart.
 #[must_use]
 pub fn key_not_found() -> Refusal {
-    Refusal::new(Reason::KeyNotFound, "you have no key of that name; list yours")
+    Refusal::new(Reason::KeyNotFound, "there is no key of that name; list them")
 }
 
 /// Runs when an entry is durable.
@@ -250,7 +258,7 @@ impl Ledger {
     pub fn load_key(&self, of: &KeyOf) -> Result<Option<AgentKey>, Refusal> {
         let slot = self.gate().book.named(&of.agent)?.0;
         let found = self.0.reader.agent_key(of).map_err(Refusal::internal)?;
-        Ok(found.map(|found| AgentKey::new(of.clone(), slot, found.terms, found.state, found.used, found.versions)))
+        Ok(found.map(|found| AgentKey::of_row(found, slot)))
     }
 
     /// Whether a key may sign now: its agent's standing and epoch, its own state, its expiry. Memory alone, one short lock.

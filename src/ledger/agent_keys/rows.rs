@@ -35,6 +35,8 @@ struct VersionRow {
     version: Option<proto::AgentKeyVersion>,
     #[prost(bytes = "vec", tag = "2")]
     wrapped: Vec<u8>,
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    wrapped_before: Vec<Vec<u8>>,
 }
 
 impl AgentKeyRow {
@@ -42,6 +44,7 @@ impl AgentKeyRow {
         let version = |version: &KeyVersion| VersionRow {
             version: Some(version.entry()),
             wrapped: version.wrapped.as_ref().map(|(wrapped, _)| wrapped.to_vec()).unwrap_or_default(),
+            wrapped_before: version.wrapped_before.iter().map(|id| id.0.to_vec()).collect(),
         };
         Self {
             purpose: terms.purpose.into(),
@@ -86,6 +89,7 @@ impl VersionRow {
             storage: version.storage(),
             kid: version.kid.into(),
             wrapped,
+            wrapped_before: self.wrapped_before.iter().map(|id| KeyId::from_slice(id)).collect::<Option<_>>()?,
             expires: UnixTime::from_seconds(version.expires_unix_seconds),
         })
     }
@@ -208,6 +212,24 @@ impl Reader {
              ORDER BY agent, epoch, name LIMIT ?5"
         ))?;
         let mut rows = select.query(params![class, after.0, after.1, after.2, limit])?;
+        let mut keys = Vec::new();
+        while let Some(row) = rows.next()? {
+            keys.push(stored(row)?);
+        }
+        Ok(keys)
+    }
+
+    /// At most `limit` keys that are not destroyed, of all agents and epochs, after `after`.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn all_agent_keys(&self, after: Option<&KeyOf>, limit: u32) -> Result<Vec<StoredKey>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached(&format!(
+            "{COLUMNS} WHERE (agent, epoch, name) > (?1, ?2, ?3) AND state <> 3 ORDER BY agent, epoch, name LIMIT ?4"
+        ))?;
+        let (agent, epoch, name) = after.map_or(("", 0, ""), |of| (of.agent.as_str(), of.epoch, of.name.as_str()));
+        let mut rows = select.query(params![agent, epoch, name, limit])?;
         let mut keys = Vec::new();
         while let Some(row) = rows.next()? {
             keys.push(stored(row)?);

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 
 use super::At;
 use super::agents::{Agents, Slot};
+use super::authorities::Authorities;
 use super::keys::Keys;
 use crate::formats::Jwk;
 use crate::model::{KeyId, KeyName, PublicKey};
 use crate::proto::{
-    AgentKeyCreated, AgentKeyRotated, AgentKeyVersion, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, SignIntended,
-    SignaturesReserved, SignaturesSealed,
+    AgentKeyCreated, AgentKeyRotated, AgentKeyVersion, AgentKeysRewrapped, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage,
+    SignIntended, SignaturesReserved, SignaturesSealed,
 };
 
 /// Digests of one intent, at most.
@@ -25,6 +26,8 @@ struct Key {
     /// Intended, sealed, and reserved but not sealed.
     used: u64,
     newest: AgentKeyVersion,
+    /// Neither signs nor is wrapped any more.
+    forgotten: bool,
 }
 
 /// Who signs under an intent, and how much.
@@ -43,12 +46,21 @@ pub(super) struct AgentKeys {
     by_name: HashMap<(Slot, u32, Box<str>), usize>,
     keys: Vec<Key>,
     open: HashMap<u64, Reservation>,
+    /// Whose each wrapped version is.
+    wrapped: HashMap<KeyId, usize>,
     released: u64,
     counted: u64,
 }
 
 impl AgentKeys {
-    pub(super) fn created(&mut self, created: &AgentKeyCreated, keys: &mut Keys, agents: &Agents, at: &mut At<'_>) {
+    pub(super) fn created(
+        &mut self,
+        created: &AgentKeyCreated,
+        keys: &mut Keys,
+        authorities: &Authorities,
+        agents: &Agents,
+        at: &mut At<'_>,
+    ) {
         let Some(slot) = agents.find(&created.agent) else {
             return at.violates("agent-key", format_args!("{:.80} is not enrolled", created.agent));
         };
@@ -59,7 +71,8 @@ impl AgentKeys {
             at.violates("agent-key", format_args!("{error}"));
         }
         let newest = created.version.clone().unwrap_or_default();
-        version(&newest, created.algorithm(), keys, at);
+        version(&newest, created.algorithm(), keys, authorities, at);
+        self.wraps(&newest, self.keys.len());
         let key = Key {
             slot,
             epoch: created.epoch,
@@ -69,6 +82,7 @@ impl AgentKeys {
             signatures_max: created.signatures_max,
             used: 0,
             newest,
+            forgotten: false,
         };
         let name = (slot, created.epoch, created.name.as_str().into());
         if self.by_name.insert(name, self.keys.len()).is_some() {
@@ -77,7 +91,14 @@ impl AgentKeys {
         self.keys.push(key);
     }
 
-    pub(super) fn rotated(&mut self, rotated: &AgentKeyRotated, keys: &mut Keys, agents: &Agents, at: &mut At<'_>) {
+    pub(super) fn rotated(
+        &mut self,
+        rotated: &AgentKeyRotated,
+        keys: &mut Keys,
+        authorities: &Authorities,
+        agents: &Agents,
+        at: &mut At<'_>,
+    ) {
         let Some(found) = self.named(&rotated.agent, rotated.epoch, &rotated.name, agents) else {
             return at.violates("agent-key", format_args!("no key {:.64} of {:.80}", rotated.name, rotated.agent));
         };
@@ -87,8 +108,67 @@ impl AgentKeys {
             at.violates("agent-key", format_args!("{} of {} cannot be rotated now", rotated.name, rotated.agent));
         }
         let algorithm = PublicKey::from_spki(&key.newest.spki).map_or(KeyAlgorithm::Unspecified, |key| key.algorithm().into());
-        version(&newest, algorithm, keys, at);
-        key.newest = newest;
+        version(&newest, algorithm, keys, authorities, at);
+        (key.newest, key.forgotten) = (newest.clone(), false);
+        self.wraps(&newest, found);
+    }
+
+    fn wraps(&mut self, version: &AgentKeyVersion, key: usize) {
+        if version.storage() == KeyStorage::Wrapped
+            && let Some(id) = KeyId::from_slice(&version.key_id)
+        {
+            self.wrapped.insert(id, key);
+        }
+    }
+
+    /// Versions come from under one wrapping key under another, or are wrapped no more.
+    pub(super) fn rewrapped(
+        &mut self,
+        rewrapped: &AgentKeysRewrapped,
+        authorities: &Authorities,
+        agents: &Agents,
+        at: &mut At<'_>,
+    ) {
+        if !authorities.wraps(&rewrapped.wrapping_key_id) {
+            at.violates("wrapping", format_args!("keys come under a wrapping key that is not active"));
+        }
+        for version in &rewrapped.versions {
+            let Some(found) = KeyId::from_slice(&version.key_id).and_then(|id| self.wrapped.get(&id)) else {
+                at.violates("rewrapped", format_args!("no wrapped key was made under this id"));
+                continue;
+            };
+            let key = &mut self.keys[*found];
+            if key.newest.key_id != version.key_id {
+                if !version.wrapped_sha256.is_empty() {
+                    at.violates("rewrapped", format_args!("a version that signs no more is wrapped anew"));
+                }
+                continue;
+            }
+            if version.wrapped_sha256.is_empty() {
+                let signs = key.state == KeyState::Active && agents.admits(key.slot, key.epoch);
+                if signs && key.newest.expires_unix_seconds > at.time.seconds() {
+                    at.violates("rewrapped", format_args!("what may sign is kept no longer"));
+                }
+                key.forgotten = true;
+            } else if version.exposed || key.forgotten {
+                at.violates("rewrapped", format_args!("what was in other hands, or kept no longer, is wrapped anew"));
+            } else {
+                key.newest.wrapping_key_id.clone_from(&rewrapped.wrapping_key_id);
+                key.newest.wrapped_sha256.clone_from(&version.wrapped_sha256);
+            }
+        }
+    }
+
+    /// A wrapping key retires: what may sign is under another one by now.
+    pub(super) fn unwraps_no_more(&self, wrapping: &[u8], agents: &Agents, at: &mut At<'_>) {
+        let under = self.keys.iter().filter(|key| {
+            let signs = key.state == KeyState::Active && !key.forgotten && agents.admits(key.slot, key.epoch);
+            signs && key.newest.wrapping_key_id == wrapping && key.newest.expires_unix_seconds > at.time.seconds()
+        });
+        let count = under.count();
+        if count > 0 {
+            at.violates("wrapping-retired", format_args!("{count} keys that may sign are under it"));
+        }
     }
 
     pub(super) fn disabled(&mut self, agent: &str, epoch: u32, name: &str, agents: &Agents, at: &mut At<'_>) {
@@ -131,7 +211,7 @@ impl AgentKeys {
         if !agents.admits(key.slot, epoch) {
             at.violates(rule, format_args!("{agent} is denied, or past epoch {epoch}"));
         }
-        if key.state != KeyState::Active || key.newest.key_id != key_id {
+        if key.state != KeyState::Active || key.newest.key_id != key_id || key.forgotten {
             at.violates(rule, format_args!("{name} of {agent} signs no more, or not with this version"));
         }
         // A key may expire while its wish waits for the disk.
@@ -208,7 +288,13 @@ fn spend(key: &mut Key, count: u64, rule: &'static str, at: &mut At<'_>) {
     }
 }
 
-fn version(version: &AgentKeyVersion, algorithm: KeyAlgorithm, keys: &mut Keys, at: &mut At<'_>) {
+fn version(version: &AgentKeyVersion, algorithm: KeyAlgorithm, keys: &mut Keys, authorities: &Authorities, at: &mut At<'_>) {
+    if version.storage() == KeyStorage::Wrapped
+        && authorities.wrapping_has_begun()
+        && !authorities.wraps(&version.wrapping_key_id)
+    {
+        at.violates("wrapping", format_args!("a key comes under a wrapping key that is not active"));
+    }
     if KeyId::from_slice(&version.key_id).is_none() {
         at.violates("agent-key", format_args!("a key id has 16 bytes"));
     }

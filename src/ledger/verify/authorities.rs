@@ -10,6 +10,8 @@ use crate::proto::{AuthorityActivated, AuthorityState as State, AuthorityStepped
 
 /// A new root is in the bundle at least so long before it signs, in seconds: the refresh hint.
 const OVERLAP_SECONDS: u64 = 300;
+/// An entry that says that the clock is set back comes at most so long before that takes effect, in seconds.
+const ACCEPTED_WITHIN_SECONDS: u64 = 10;
 
 struct Generation {
     purpose: Purpose,
@@ -28,6 +30,8 @@ pub(super) struct Authorities {
     by_id: HashMap<KeyId, Generation>,
     /// Ledger keys that followed another, and when they came into service: that has to be in the tree by which the other vouches for them.
     followers: Vec<(PublicKey, u64)>,
+    /// The clock was set back; entries' times stand still until it is there again, and do not tell how much time has passed.
+    still_until: Option<UnixTime>,
 }
 
 /// What an outside root is called.
@@ -42,6 +46,27 @@ fn is_trusted(state: State) -> bool {
 impl Authorities {
     fn active(&self, purpose: Purpose) -> Option<KeyId> {
         self.by_id.iter().find(|(_, found)| found.purpose == purpose && found.state == State::Active).map(|(id, _)| *id)
+    }
+
+    /// An operator took the wall clock for true, so far from the daemon's own.
+    pub(super) fn clock_accepted(&mut self, deviation_micros: i64, at: &At<'_>) {
+        if deviation_micros < 0 {
+            self.still_until = Some(at.time.plus_seconds(ACCEPTED_WITHIN_SECONDS));
+        }
+    }
+
+    fn times_tell(&self, at: &At<'_>) -> bool {
+        self.still_until.is_none_or(|until| until < at.time)
+    }
+
+    /// Whether keys are to be wrapped under this one.
+    pub(super) fn wraps(&self, id: &[u8]) -> bool {
+        self.active(Purpose::Wrapping).is_some_and(|active| active.0 == id)
+    }
+
+    /// Whether there is any wrapping key that is a generation: what came under one before was not told of as such.
+    pub(super) fn wrapping_has_begun(&self) -> bool {
+        self.by_id.values().any(|found| found.purpose == Purpose::Wrapping)
     }
 
     /// Whether this is an arrow from wherever that generation is.
@@ -143,14 +168,15 @@ impl Authorities {
         }
         let tainted = before.and_then(|before| self.by_id.get(&before)).is_some_and(|before| before.tainted);
         let since = self.by_id.get(&id).map_or(at.time, |found| found.since);
-        if step.purpose() == Purpose::Root && !tainted && since.plus_seconds(OVERLAP_SECONDS) > at.time {
+        let tell = self.times_tell(at);
+        if tell && step.purpose() == Purpose::Root && !tainted && since.plus_seconds(OVERLAP_SECONDS) > at.time {
             at.violates("authority-overlap", format_args!("a root is to be in the bundle {OVERLAP_SECONDS} s before it signs"));
         }
     }
 
     fn check_retirement(&self, id: KeyId, at: &mut At<'_>) {
         let Some(found) = self.by_id.get(&id) else { return };
-        if !found.tainted && found.leaf_until_seconds > at.time.seconds() {
+        if !found.tainted && self.times_tell(at) && found.leaf_until_seconds > at.time.seconds() {
             at.violates(
                 "authority-retired",
                 format_args!("a certificate under it is in force until {}", found.leaf_until_seconds),

@@ -233,7 +233,7 @@ impl Intents {
 
     pub(super) fn authority(&self, activated: &AuthorityActivated, keys: &Keys, at: &mut At<'_>) {
         let purpose = activated.purpose();
-        if !activated.key_id.is_empty() && !keys.is_active(&activated.key_id, purpose) {
+        if !activated.key_id.is_empty() && !is_there(keys, &activated.key_id, purpose) {
             at.violates("authority", format_args!("its key is not active, or not one of a {}", purpose.as_str_name()));
         }
         self.authority_certificate(purpose, &activated.certificate, activated.intent, at);
@@ -246,7 +246,7 @@ impl Intents {
         }
         let (purpose, outside) = (step.purpose(), step.certificate.ends_with(&step.key_id));
         let from_outside = outside && purpose == Purpose::Root;
-        if !from_outside && !keys.is_active(&step.key_id, purpose) {
+        if !from_outside && !is_there(keys, &step.key_id, purpose) {
             at.violates("authority", format_args!("its key is not active, or not one of a {}", purpose.as_str_name()));
         }
         self.authority_certificate(purpose, &step.certificate, step.intent, at);
@@ -285,6 +285,10 @@ impl Intents {
         let word = usize::try_from(index / 64).ok().and_then(|word| self.known.get(word));
         word.is_some_and(|word| word >> (index % 64) & 1 == 1)
     }
+}
+
+fn is_there(keys: &Keys, id: &[u8], purpose: Purpose) -> bool {
+    if purpose == Purpose::Wrapping { keys.wraps(id) } else { keys.is_active(id, purpose) }
 }
 
 fn candidate(intent: &Intended, agents: &Agents, at: &mut At<'_>) -> Option<Candidate> {

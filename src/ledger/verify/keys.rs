@@ -95,6 +95,12 @@ impl Keys {
         key.is_some_and(|key| key.purpose == purpose && matches!(key.state, State::Active(..)))
     }
 
+    /// Whether `id` is a wrapping key that is there.
+    pub(super) fn wraps(&self, id: &[u8]) -> bool {
+        let key = KeyId::from_slice(id).and_then(|id| self.by_id.get(&id));
+        key.is_some_and(|key| key.purpose == Purpose::Wrapping && matches!(key.state, State::InUse))
+    }
+
     /// The public key of the active key `id` of `purpose`.
     pub(super) fn public(&self, id: &KeyId, purpose: Purpose) -> Option<&PublicKey> {
         match self.by_id.get(id).filter(|key| key.purpose == purpose).map(|key| &key.state) {

@@ -29,6 +29,8 @@
 //! | `signature` | a signature that is not the named key's over the intent's bytes |
 //! | `agent-key` | a key of an agent that is denied, of a name that is taken, or changed after its end; a name that is not its thumbprint |
 //! | `sign-key`, `sign-digest`, `sign-budget` | an intent to sign with a key that may not, of bytes that are no digests, beyond the budget |
+//! | `wrapping`, `wrapping-retired` | a key that comes under a wrapping key that is not active; one retired over a key that may sign |
+//! | `rewrapped` | a wrapped key of nobody's that is wrapped anew; one that may not sign any more, or that may and is kept no longer |
 //! | `released-ended` | signatures released by a key that was disabled or destroyed by then |
 //! | `reserved`, `sealed` | signatures reserved for who is denied or beyond the budget; a seal of no open reservation, or of more than it had |
 //! | `enrolled`, `quarantined`, `reinstated` | an agent enrolled twice; a quarantine or release of the wrong agent or epoch |
@@ -45,6 +47,8 @@ mod keys;
 mod tbs;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wrapping_tests;
 
 use std::fmt;
 
@@ -54,7 +58,7 @@ use super::merkle::{Tree, empty_root, leaf_hash};
 use super::note::{Checkpoint, ledger_name};
 use crate::model::{Digest, PublicKey, TrustDomain, UnixTime};
 use crate::proto::entry::Body;
-use crate::proto::{Entry, Genesis, Released};
+use crate::proto::{AuthorityState, Entry, Genesis, Purpose, Released};
 
 /// Findings that are kept; the rest are counted.
 pub const VIOLATIONS_KEPT: usize = 1000;
@@ -251,6 +255,9 @@ impl Verifier {
             Body::AuthorityStepped(step) => {
                 self.intents.authority_stepped(step, &self.keys, at);
                 self.authorities.stepped(step, self.trust_domain.as_ref(), &self.keys, at);
+                if step.purpose() == Purpose::Wrapping && step.to() == AuthorityState::Retired {
+                    self.agent_keys.unwraps_no_more(&step.key_id, &self.agents, at);
+                }
             }
             Body::AuthorityTainted(tainted) => self.authorities.tainted(tainted, at),
             Body::Intended(intent) => {
@@ -259,8 +266,13 @@ impl Verifier {
                 self.authorities.leaf_until(&intent.key_id, until);
             }
             Body::Released(released) => self.released(released, index, time),
-            Body::AgentKeyCreated(created) => self.agent_keys.created(created, &mut self.keys, &self.agents, at),
-            Body::AgentKeyRotated(rotated) => self.agent_keys.rotated(rotated, &mut self.keys, &self.agents, at),
+            Body::AgentKeyCreated(created) => {
+                self.agent_keys.created(created, &mut self.keys, &self.authorities, &self.agents, at)
+            }
+            Body::AgentKeyRotated(rotated) => {
+                self.agent_keys.rotated(rotated, &mut self.keys, &self.authorities, &self.agents, at)
+            }
+            Body::AgentKeysRewrapped(rewrapped) => self.agent_keys.rewrapped(rewrapped, &self.authorities, &self.agents, at),
             Body::AgentKeyDisabled(ended) => self.agent_keys.disabled(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
             Body::AgentKeyDestroyed(ended) => self.agent_keys.destroyed(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
             Body::SignIntended(intent) => {
@@ -275,8 +287,8 @@ impl Verifier {
             Body::Enrolled(enrolled) => self.agents.enrolled(enrolled, at),
             Body::Quarantined(quarantined) => self.agents.quarantined(quarantined, at),
             Body::Reinstated(reinstated) => self.agents.reinstated(reinstated, at),
+            Body::ClockAccepted(accepted) => self.authorities.clock_accepted(accepted.deviation_micros, at),
             Body::Stopped(_)
-            | Body::ClockAccepted(_)
             | Body::HsmUnlocked(_)
             | Body::RotationPaused(_)
             | Body::RotationResumed(_)

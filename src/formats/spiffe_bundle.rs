@@ -3,38 +3,53 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde::Serialize;
+use serde_json::{Map, Value};
 use x509_parser::oid_registry::{
     OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_NIST_EC_P384, OID_NIST_EC_P521, OID_PKCS1_RSAENCRYPTION, OID_SIG_ED25519, Oid,
 };
 use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
+use super::jwk;
+use crate::model;
 use crate::proto::Bundle;
 
-/// An authority whose key has no form here. Left out of the set it would be left out of what peers trust.
+/// Something that has no form here. Left out of the set it would be left out of what peers trust.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("authority {at} is no certificate of an EC (P-256, P-384, P-521), RSA or Ed25519 key")]
-pub struct UnknownAuthority {
-    /// Its place in the bundle, from 0.
-    pub at: usize,
+pub enum UnknownAuthority {
+    /// The certificate at this place in the bundle, from 0.
+    #[error("authority {0} is no certificate of an EC (P-256, P-384, P-521), RSA or Ed25519 key")]
+    Certificate(usize),
+    /// The token-signing key at this place in the bundle, from 0.
+    #[error("token-signing key {0} is of a kind that is not known here")]
+    TokenSigningKey(usize),
 }
 
 /// The set. No parameter is in it that SPIFFE does not define.
 #[derive(Debug, Serialize)]
 pub struct SpiffeBundle {
-    keys: Vec<Jwk>,
+    keys: Vec<Member>,
     spiffe_sequence: u64,
     spiffe_refresh_hint: u32,
 }
 
 #[derive(Debug, Serialize)]
-struct Jwk {
-    #[serde(flatten)]
-    key: Key,
-    #[serde(rename = "use")]
-    use_: &'static str,
-    /// Exactly the one authority, no chain (X509-SVID §6.2); such a key has no `kid`.
-    x5c: [String; 1],
+#[serde(tag = "use")]
+enum Member {
+    #[serde(rename = "x509-svid")]
+    X509 {
+        #[serde(flatten)]
+        key: Key,
+        /// Exactly the one authority, no chain (X509-SVID §6.2); such a key has no `kid`.
+        x5c: [String; 1],
+    },
+    /// Such a key has a `kid` and no `x5c` (JWT-SVID §5.1).
+    #[serde(rename = "jwt-svid")]
+    Jwt {
+        #[serde(flatten)]
+        key: Map<String, Value>,
+        kid: String,
+    },
 }
 
 /// RFC 7518 §6.2, §6.3; RFC 8037 §2.
@@ -53,14 +68,18 @@ impl SpiffeBundle {
     /// Of a bundle.
     ///
     /// # Errors
-    /// For an authority that has no form in it.
+    /// For what has no form in it.
     pub fn of(bundle: &Bundle) -> Result<Self, UnknownAuthority> {
         let x509_svid = |(at, der): (usize, &Vec<u8>)| {
-            let key = key_of(der).ok_or(UnknownAuthority { at })?;
-            Ok(Jwk { key, use_: "x509-svid", x5c: [STANDARD.encode(der)] })
+            let key = key_of(der).ok_or(UnknownAuthority::Certificate(at))?;
+            Ok(Member::X509 { key, x5c: [STANDARD.encode(der)] })
         };
-        // Token-signing keys follow here once there are any: `use` jwt-svid, with a `kid` and without x5c.
-        let keys = bundle.authorities.iter().enumerate().map(x509_svid).collect::<Result<_, _>>()?;
+        let jwt_svid = |(at, spki): (usize, &Vec<u8>)| {
+            let key = model::PublicKey::from_spki(spki).map_err(|_| UnknownAuthority::TokenSigningKey(at))?;
+            Ok(Member::Jwt { key: jwk::Jwk::bare(&key).members().clone(), kid: jwk::Jwk::thumbprint(&key) })
+        };
+        let authorities = bundle.authorities.iter().enumerate().map(x509_svid);
+        let keys = authorities.chain(bundle.token_signing_keys.iter().enumerate().map(jwt_svid)).collect::<Result<_, _>>()?;
         Ok(Self { keys, spiffe_sequence: bundle.sequence, spiffe_refresh_hint: bundle.refresh_hint_seconds })
     }
 }
@@ -115,7 +134,7 @@ mod tests {
     }
 
     fn told(authorities: Vec<Vec<u8>>) -> Value {
-        let bundle = Bundle { authorities, sequence: u64::MAX, refresh_hint_seconds: 300 };
+        let bundle = Bundle { authorities, sequence: u64::MAX, refresh_hint_seconds: 300, token_signing_keys: Vec::new() };
         serde_json::to_value(SpiffeBundle::of(&bundle).unwrap()).unwrap()
     }
 
@@ -151,9 +170,25 @@ mod tests {
     }
 
     #[test]
-    fn an_authority_that_cannot_be_told_is_an_error_and_not_left_out() {
+    fn a_token_signing_key_is_told_by_its_name_and_without_a_certificate() {
+        use rcgen::PublicKeyData as _;
+        let key = rcgen::KeyPair::generate().unwrap();
+        let token_signing_keys = vec![key.subject_public_key_info()];
+        let bundle = Bundle { token_signing_keys, sequence: 2, ..Bundle::default() };
+        let told = serde_json::to_value(SpiffeBundle::of(&bundle).unwrap()).unwrap();
+        let [x, y] = [1..33, 33..65].map(|range| URL_SAFE_NO_PAD.encode(&key.der_bytes()[range]));
+        // RFC 7638 §3.
+        let named = format!(r#"{{"crv":"P-256","kty":"EC","x":"{x}","y":"{y}"}}"#);
+        let kid = URL_SAFE_NO_PAD.encode(model::Digest::of(named.as_bytes()).0);
+        assert_eq!(told["keys"], json!([{"kty": "EC", "use": "jwt-svid", "crv": "P-256", "x": x, "y": y, "kid": kid}]));
+    }
+
+    #[test]
+    fn what_cannot_be_told_is_an_error_and_not_left_out() {
         let (_, good) = authority(&rcgen::PKCS_ECDSA_P256_SHA256);
-        let bundle = Bundle { authorities: vec![good, b"no certificate".to_vec()], sequence: 1, refresh_hint_seconds: 300 };
-        assert_eq!(SpiffeBundle::of(&bundle).unwrap_err(), UnknownAuthority { at: 1 });
+        let bundle = Bundle { authorities: vec![good.clone(), b"no certificate".to_vec()], ..Bundle::default() };
+        assert_eq!(SpiffeBundle::of(&bundle).unwrap_err(), UnknownAuthority::Certificate(1));
+        let bundle = Bundle { authorities: vec![good.clone()], token_signing_keys: vec![good], ..Bundle::default() };
+        assert_eq!(SpiffeBundle::of(&bundle).unwrap_err(), UnknownAuthority::TokenSigningKey(0));
     }
 }

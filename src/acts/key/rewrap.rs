@@ -1,0 +1,318 @@
+//! Agents' wrapped keys follow their wrapping key. One that has been replaced is retired when nothing is under it any more: each key is wrapped
+//! under the active one, in the background; an object that the token has unwrapped stays what it is, so whoever signs notices nothing.
+//!
+//! A taint is another matter. Whoever has the wrapping key and any copy of a row, from a backup say, has the key in it, and no wrapping
+//! undoes that. So nothing that was ever under a tainted key is rewrapped: what may sign gets a new version at once, and the versions before
+//! are in the row no longer: they neither sign nor verify.
+//!
+//! Rows and the entry that tells of them are one transaction: after a crash each key is under the one wrapping key or the other, both of
+//! which are there, and the next pass goes on with those that are left.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::ledger::{KeyVersion, Rewrapped, StoredKey};
+use crate::model::{KeyId, Refusal};
+use crate::proto::{AuthorityState as State, KeyState, Purpose};
+
+use super::loaded::Loaded;
+use super::{Acts, KeyToken, hsm_refusal};
+
+/// Keys that one entry tells of, at most.
+const PAGE: u32 = 64;
+/// While others are served, each rewrapped key is followed by a rest of so many times what it took …
+const REST_TIMES: u32 = 3;
+/// … and of at least this.
+const REST_MIN: Duration = Duration::from_millis(1);
+/// The token says no to so many one after the other: it is asked again later.
+const FAILURES_MAX: usize = 8;
+
+/// What came of a pass over all keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rewrap {
+    /// There was nothing to do.
+    Idle,
+    /// What there was is done, or has changed meanwhile.
+    Done,
+    /// So many could not be rewrapped now.
+    Left(u64),
+}
+
+/// How far it has got. A start counts anew.
+#[derive(Default)]
+pub(super) struct Rewrapping(Mutex<Progress>);
+
+#[derive(Default)]
+struct Progress {
+    /// Wrapping keys that nothing is under any more; with a taint: that nothing was ever under.
+    freed: Vec<(KeyId, bool)>,
+    /// Keys still to be taken from under each.
+    left: BTreeMap<KeyId, u64>,
+}
+
+impl Rewrapping {
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Wrapping keys, and what is to become of what is under them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Task {
+    active: KeyId,
+    /// Those before it that are in the token still.
+    before: Vec<KeyId>,
+    tainted: Vec<KeyId>,
+    /// Those that are to be freed, and whether they are tainted.
+    open: Vec<(KeyId, bool)>,
+}
+
+impl Task {
+    fn is_exposed(&self, version: &KeyVersion) -> bool {
+        let mut under = version.wrapped.iter().map(|(_, by)| by).chain(&version.wrapped_before);
+        under.any(|by| self.tainted.contains(by))
+    }
+
+    /// Under a wrapping key that is not active any more.
+    fn is_stale(&self, version: &KeyVersion) -> bool {
+        version.wrapped.as_ref().is_some_and(|(_, by)| self.before.contains(by))
+    }
+
+    /// Which of the open ones hold anything of these versions.
+    fn held_by<'a>(&'a self, versions: &'a [KeyVersion]) -> impl Iterator<Item = KeyId> + 'a {
+        let holds = |(id, tainted): &(KeyId, bool)| {
+            versions.iter().any(|version| {
+                version.wrapped.as_ref().is_some_and(|(_, by)| by == id) || (*tainted && version.wrapped_before.contains(id))
+            })
+        };
+        self.open.iter().filter(move |one| holds(one)).map(|(id, _)| *id)
+    }
+}
+
+/// A blob as it was, and as it is to be.
+type Again = (Arc<[u8]>, Arc<[u8]>);
+
+/// One pass.
+struct Pass<'a> {
+    task: &'a Task,
+    token: Arc<KeyToken>,
+    /// Wrapped anew, not yet entered.
+    again: BTreeMap<KeyId, Again>,
+    failures: usize,
+}
+
+impl super::AgentKeys {
+    /// Wrapping keys that nothing is under any more, and whether that was so with their taint.
+    pub(in crate::acts) fn freed(&self) -> Vec<(KeyId, bool)> {
+        self.rewrapping.lock().freed.clone()
+    }
+}
+
+impl Acts {
+    /// Agents' keys still to be taken from under a wrapping key; zero also before they have been counted.
+    #[must_use]
+    pub fn keys_left_under(&self, wrapping: KeyId) -> u64 {
+        self.keys.rewrapping.lock().left.get(&wrapping).copied().unwrap_or_default()
+    }
+
+    /// The same of all of them together.
+    #[must_use]
+    pub fn keys_to_rewrap(&self) -> u64 {
+        self.keys.rewrapping.lock().left.values().sum()
+    }
+
+    /// What there is to do now.
+    fn rewrapping(&self) -> Option<Task> {
+        let (generations, _) = self.ledger.generations();
+        let wrapping = || generations.iter().filter(|found| found.purpose == Purpose::Wrapping);
+        let active = wrapping().find(|found| found.state == State::Active && !found.tainted)?.key_id;
+        let before: Vec<_> = wrapping().filter(|found| matches!(found.state, State::Retiring | State::Retired)).collect();
+        let (freed, paused) = (self.keys.freed(), self.is_rotation_paused());
+        let is_open = |found: &crate::ledger::Generation| {
+            let due = found.tainted || (found.state == State::Retiring && !paused);
+            due && !freed.contains(&(found.key_id, found.tainted))
+        };
+        let open: Vec<_> = before.iter().filter(|found| is_open(found)).map(|found| (found.key_id, found.tainted)).collect();
+        if open.is_empty() {
+            return None;
+        }
+        let tainted = wrapping().filter(|found| found.tainted).map(|found| found.key_id).collect();
+        Some(Task { active, before: before.iter().map(|found| found.key_id).collect(), tainted, open })
+    }
+
+    /// One pass over all keys, where a wrapping key has been replaced. Signing does not wait for it: while anybody is served it rests most of
+    /// the time.
+    ///
+    /// # Errors
+    /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`: the next pass goes on with what is left.
+    pub async fn rewrap_due(&self) -> Result<Rewrap, Refusal> {
+        let Some(task) = self.rewrapping() else { return Ok(Rewrap::Idle) };
+        self.count_under(&task).await?;
+        let mut pass = Pass { task: &task, token: self.keys.token()?, again: BTreeMap::new(), failures: 0 };
+        let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());
+        loop {
+            // An operator has held it up, or another one is active by now.
+            if self.rewrapping().as_ref() != Some(&task) {
+                return Ok(Rewrap::Done);
+            }
+            let generation = self.keys.loaded.generation();
+            let from = after.clone();
+            let mut page = self.read(move |reader| reader.all_agent_keys(from.as_ref(), PAGE)).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(last.of.clone());
+            page.retain(|key| task.held_by(&key.versions).next().is_some());
+            if page.is_empty() {
+                continue;
+            }
+            for (id, (was, is)) in self.rewrap_page(&mut pass, page, generation).await? {
+                let mut progress = self.keys.rewrapping.lock();
+                if let Some(left) = progress.left.get_mut(&id) {
+                    *left = left.saturating_sub(was - is);
+                }
+                *left.entry(id).or_default() += is;
+            }
+        }
+        let mut progress = self.keys.rewrapping.lock();
+        for (id, tainted) in &task.open {
+            let left = left.get(id).copied().unwrap_or_default();
+            progress.left.insert(*id, left);
+            if left == 0 {
+                progress.left.remove(id);
+                progress.freed.retain(|(freed, _)| freed != id);
+                progress.freed.push((*id, *tainted));
+            }
+        }
+        Ok(match left.values().sum() {
+            0 => Rewrap::Done,
+            left => Rewrap::Left(left),
+        })
+    }
+
+    async fn count_under(&self, task: &Task) -> Result<(), Refusal> {
+        let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());
+        loop {
+            let from = after.clone();
+            let page = self.read(move |reader| reader.all_agent_keys(from.as_ref(), PAGE)).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(last.of.clone());
+            for id in page.iter().flat_map(|key| task.held_by(&key.versions)) {
+                *left.entry(id).or_default() += 1;
+            }
+        }
+        self.keys.rewrapping.lock().left = left;
+        Ok(())
+    }
+
+    /// Gives for each wrapping key how many of the page it held before and holds now.
+    async fn rewrap_page(
+        &self,
+        pass: &mut Pass<'_>,
+        page: Vec<StoredKey>,
+        generation: u64,
+    ) -> Result<BTreeMap<KeyId, (u64, u64)>, Refusal> {
+        let mut held = BTreeMap::<KeyId, (u64, u64)>::new();
+        for id in page.iter().flat_map(|key| pass.task.held_by(&key.versions)) {
+            held.entry(id).or_default().0 += 1;
+        }
+        let names: Vec<_> = page.iter().map(|key| key.of.clone()).collect();
+        let keys = page.into_iter().map(|key| self.ledger.restore_key(key)).collect::<Result<_, _>>()?;
+        let mut passing = self.keys.loaded.pass(keys, generation);
+        for of in names {
+            if !passing.here.iter().any(|loaded| *loaded.key.of() == of) {
+                // Others came and went meanwhile: its row may be out of date.
+                passing.here.push(self.load_key(&of).await?);
+            }
+        }
+        for loaded in &passing.here {
+            self.rewrap_one(pass, loaded).await?;
+        }
+        self.enter_rewrapped(pass, &passing.here).await?;
+        for loaded in &passing.here {
+            for id in pass.task.held_by(&loaded.key.versions()) {
+                held.entry(id).or_default().1 += 1;
+            }
+        }
+        Ok(held)
+    }
+
+    /// What the token has to do for a key: nothing for one that never signs again.
+    async fn rewrap_one(&self, pass: &mut Pass<'_>, loaded: &Loaded) -> Result<(), Refusal> {
+        let Ok(newest) = loaded.key.newest() else { return Ok(()) };
+        if self.ledger.admits_key(&loaded.key).is_err() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let done = if pass.task.is_exposed(&newest) {
+            self.replace_version(loaded, &newest, self.trusted_now()?).await.map(drop)
+        } else if pass.task.is_stale(&newest)
+            && let Some((blob, by)) = newest.wrapped
+        {
+            let key = (newest.key_id, newest.public.algorithm());
+            let again = pass.token.hsm.rewrap_agent_key(key, Arc::clone(&blob), by, pass.task.active).await;
+            again.map(|again| drop(pass.again.insert(newest.key_id, (blob, again.into())))).map_err(hsm_refusal)
+        } else {
+            return Ok(());
+        };
+        match done {
+            Ok(()) => pass.failures = 0,
+            Err(refusal) => {
+                // Of one that stays where it is the others do not have to wait.
+                tracing::warn!(key = ?loaded.key, ?refusal, "an agent's key stays under the wrapping key before");
+                pass.failures += 1;
+                if pass.failures >= FAILURES_MAX {
+                    return Err(refusal);
+                }
+            }
+        }
+        if pass.token.hsm.is_busy() {
+            tokio::time::sleep((began.elapsed() * REST_TIMES).max(REST_MIN)).await;
+        }
+        Ok(())
+    }
+
+    /// One entry for all of them, with their rows. Each is held against what it is by now: who changes one meanwhile goes first.
+    async fn enter_rewrapped(&self, pass: &mut Pass<'_>, here: &[Arc<Loaded>]) -> Result<(), Refusal> {
+        let again = std::mem::take(&mut pass.again);
+        let (mut changed, mut changing) = (Vec::new(), Vec::new());
+        for loaded in here {
+            let Ok(alone) = Arc::clone(&loaded.changing).try_lock_owned() else { continue };
+            let signs = self.ledger.admits_key(&loaded.key).is_ok();
+            let one = rewrapped(pass.task, loaded, signs, &again);
+            if !one.is_empty() {
+                changed.push(one);
+                changing.push(alone);
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        // A crash before it is durable: the keys are where they were. What was wrapped anew is of use to nobody else.
+        self.ledger.rewrap_keys(pass.task.active, changed, changing).await.map(drop)
+    }
+}
+
+/// What becomes of a key's versions.
+fn rewrapped(task: &Task, loaded: &Loaded, signs: bool, again: &BTreeMap<KeyId, Again>) -> Rewrapped {
+    let versions = loaded.key.versions();
+    let newest = versions.last().map(|newest| newest.key_id);
+    let mut one = Rewrapped::new(Arc::clone(&loaded.key));
+    for version in versions.iter() {
+        let (is_newest, key_id) = (newest == Some(version.key_id), version.key_id);
+        match (task.is_exposed(version), task.is_stale(version)) {
+            // It is to be replaced first.
+            (true, _) if is_newest && signs => {}
+            // Expired, or its agent is denied: it verifies no more, and the next version follows upon its number.
+            (true, _) => one.end(key_id, is_newest && loaded.key.state() == KeyState::Active),
+            (false, true) if is_newest && signs => {
+                let was = |blob: &Arc<[u8]>| version.wrapped.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, blob));
+                if let Some((_, wrapped)) = again.get(&key_id).filter(|(before, _)| was(before)) {
+                    one.rewrap(key_id, Arc::clone(wrapped), task.active);
+                }
+            }
+            (false, true) => one.forget(key_id),
+            (false, false) => {}
+        }
+    }
+    one
+}

@@ -1,0 +1,2 @@
+-- The wrapping key is a generation, from the entry on with which the next start takes it up; a key's row may hold which wrapping keys it was
+-- under before. An earlier keyward would wrap new keys under any of them, and is told so by the schema.

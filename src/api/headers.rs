@@ -2,6 +2,8 @@
 //! its connection for as long as that lives. The date alone, left to the HTTP server, is a new entry every second in which something is
 //! answered, 14 KiB a connection in the end; a refusal's text and details are another.
 
+use std::sync::{Mutex, PoisonError};
+
 use http::header::{DATE, HeaderName};
 use http::{HeaderValue, Response};
 use time::OffsetDateTime;
@@ -9,18 +11,30 @@ use time::OffsetDateTime;
 /// What a refusal says (gRPC over HTTP/2, Responses; richer error model).
 const REFUSAL: [HeaderName; 2] = [HeaderName::from_static("grpc-message"), HeaderName::from_static("grpc-status-details-bin")];
 
+/// The second that was written last, and how.
+static WRITTEN: Mutex<(i64, HeaderValue)> = Mutex::new((i64::MIN, HeaderValue::from_static("")));
+
 /// The response with the time of now (RFC 9110 §6.6.1), and nothing in it that a connection would keep.
 pub(super) fn unindexed<B>(mut response: Response<B>) -> Response<B> {
     let headers = response.headers_mut();
-    if let Ok(date) = HeaderValue::try_from(text(OffsetDateTime::now_utc())) {
-        headers.insert(DATE, date);
-    }
+    headers.insert(DATE, date(OffsetDateTime::now_utc()));
     for name in REFUSAL.iter().chain([&DATE]) {
         if let Some(value) = headers.get_mut(name) {
             value.set_sensitive(true);
         }
     }
     response
+}
+
+/// Written once a second, not for each response.
+fn date(now: OffsetDateTime) -> HeaderValue {
+    let mut written = WRITTEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if written.0 != now.unix_timestamp()
+        && let Ok(value) = HeaderValue::try_from(text(now))
+    {
+        *written = (now.unix_timestamp(), value);
+    }
+    written.1.clone()
 }
 
 /// IMF-fixdate (RFC 9110 §5.6.7).
@@ -41,6 +55,13 @@ mod tests {
         let at = |seconds| text(OffsetDateTime::from_unix_timestamp(seconds).unwrap());
         assert_eq!(at(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
         assert_eq!(at(1_800_000_000), "Fri, 15 Jan 2027 08:00:00 GMT");
+    }
+
+    #[test]
+    fn the_date_moves_on_with_the_second() {
+        let at = |seconds| date(OffsetDateTime::from_unix_timestamp(seconds).unwrap());
+        assert_ne!(at(784_111_777), at(784_111_778));
+        assert_eq!(at(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
     }
 
     #[test]

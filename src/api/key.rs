@@ -14,6 +14,7 @@ use crate::proto::{self, content, signature, verify_request};
 
 use super::operator::{act, agent_id, checked_reason, operator};
 use super::refusal::status_of;
+use super::to_its_end::ToItsEnd;
 
 pub(super) struct Keys {
     acts: Arc<Acts>,
@@ -165,7 +166,6 @@ fn shown(shown: KeyShown) -> proto::Key {
 }
 
 impl Keys {
-    /// In a task of its own, so that it ends whether the caller waits or not.
     async fn signed(
         &self,
         connection: Arc<Connection>,
@@ -203,10 +203,9 @@ impl Keys {
     }
 }
 
-/// An agent's act in a task of its own.
+/// An agent's act.
 async fn own<T: Send + 'static>(work: impl Future<Output = Result<T, Refusal>> + Send + 'static) -> Result<T, Status> {
-    let done = tokio::spawn(work).await.unwrap_or_else(|error| Err(Refusal::internal(error)));
-    done.map_err(|refusal| status_of(&refusal))
+    told(ToItsEnd::of(work).await)
 }
 
 fn told<T>(result: Result<T, Refusal>) -> Result<T, Status> {

@@ -17,6 +17,8 @@ mod operator;
 mod refusal;
 mod shares;
 mod status;
+mod straight;
+mod to_its_end;
 
 use std::future::Future;
 use std::path::Path;
@@ -124,8 +126,8 @@ pub async fn serve_agents(
         .build_v1()?;
     server()
         .layer(gatekeeper::Gatekeeper::default())
+        .layer(straight::Straight::to(keys))
         .add_service(agents)
-        .add_service(keys)
         .add_service(health.service())
         .add_service(reflection)
         .serve_with_incoming_shutdown(connections, stop)

@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 
 use super::Failed;
 use super::disk;
-use super::figures::{Latency, percentile};
+use super::figures::{Latency, Paired, median, percentile};
 use super::fleet::{Fleet, Step};
 use super::house::{House, Running, Site, Wants};
 use super::phase::{Difference, Snapshot};
@@ -27,6 +27,10 @@ const BATCH: usize = 100;
 const LIMITS: [&str; 2] = ["signatures_per_second = 1000000", "key_changes_per_second = 100000"];
 /// Signatures, one after the other, whose latency tells what loading a key costs.
 const ALONE: usize = 1000;
+/// Rounds of each comparison: the figure is the median of their ratios.
+const ROUNDS: usize = 5;
+/// What all the other keys may add to a signature.
+const CACHED_RATIO_MAX: f64 = 1.1;
 
 type Signer = KeyServiceClient<Channel>;
 
@@ -50,7 +54,7 @@ pub struct SignPlan {
 /// One kind of call.
 #[derive(Debug, Clone, Serialize)]
 pub struct SignPhase {
-    /// recorded, counted, batch, create, cached, uncached.
+    /// recorded, counted, batch, create; few, few again and many: recorded signatures in turn beside few keys, and among all.
     pub name: &'static str,
     /// Signatures, or keys.
     pub count: usize,
@@ -94,8 +98,12 @@ pub struct SignReport {
     pub batch_fraction_of_floor: f64,
     /// Wrapped keys, each durable when it is answered.
     pub created_keys_per_second: f64,
-    /// Server CPU of a signature by a key in memory, while there are all the keys, to that before they were made.
+    /// Server CPU of a signature by a key in memory, by a daemon that has all the keys to one that has few, in turn.
     pub cached_cpu_ratio: f64,
+    /// Round by round.
+    pub cached: Paired,
+    /// As `cached_cpu_ratio`, of one C_Sign and one verification: the token's own share of it.
+    pub cached_floor_ratio: f64,
     /// p50 of signatures one after the other: by keys that are not in memory, less that by a key that is.
     pub uncached_added_ms: f64,
     /// The check of standing, epoch, state and expiry.
@@ -155,63 +163,91 @@ impl SignReport {
 pub async fn sign(plan: &SignPlan, mut progress: impl FnMut(&str)) -> Result<SignReport, Failed> {
     std::fs::create_dir_all(&plan.work)?;
     let site = Site::new(plan.work.clone(), plan.work.clone())?;
+    if plan.keys < plan.agents {
+        return Err("make at least as many keys as there are agents".into());
+    }
     let fsync_before = disk::fsync(&plan.work)?;
     let standing_check_ns = standing::check_ns(&plan.work).await?;
-    let house = House::build(&site, "sign", &std::env::current_exe()?, Wants { limits: &LIMITS, ..Wants::default() }).await?;
-    let mut running = house.start().await?;
-    let mut fleet = Fleet::enrol(&running.operator, plan.agents, 1).await?;
-    fleet.all(Step::Attest, plan.outstanding).await?;
-    let signers: Arc<[Signer]> = fleet.into_signers().await?.into();
-    for signer in signers.iter() {
-        for (name, accounting) in [("recorded", KeyAccounting::Recorded), ("counted", KeyAccounting::Counted)] {
-            create(signer.clone(), name.to_owned(), accounting).await?;
+    let mut few = Bench::start(plan, &site, "few").await?;
+    progress("one key each: recorded, counted, in batches of 100");
+    let batches = plan.signatures.div_ceil(BATCH);
+    let kinds = [("recorded", Call::Recorded), ("counted", Call::Counted), ("batch", Call::Batch)];
+    let mut kept: [Vec<SignPhase>; 3] = Default::default();
+    // A round before those that count: sessions, caches, lanes, what the allocator has at hand.
+    for round in 0..=ROUNDS {
+        for ((name, call), kept) in kinds.into_iter().zip(&mut kept) {
+            let (calls, weight) = if matches!(call, Call::Batch) { (batches, BATCH) } else { (plan.signatures, 1) };
+            let phase = few.measured(name, calls.div_ceil(ROUNDS), weight, call).await?;
+            if round > 0 {
+                kept.push(phase);
+            }
         }
     }
-    let mut bench = Bench { plan, house: &house, running: &mut running, signers, phases: Vec::new() };
-    progress("one key each: recorded, counted, in batches of 100");
-    // Once before it counts: sessions, caches, lanes.
-    bench.measured("warm", plan.signatures / 10, 1, Call::Recorded).await?;
-    bench.phases.clear();
-    let recorded = bench.measured("recorded", plan.signatures, 1, Call::Recorded).await?;
-    let counted = bench.measured("counted", plan.signatures, 1, Call::Counted).await?;
-    let batch = bench.measured("batch", plan.signatures.div_ceil(BATCH), BATCH, Call::Batch).await?;
+    let ratio_of = |phases: &[SignPhase]| median(&phases.iter().map(SignPhase::ratio).collect::<Vec<_>>());
+    let [recorded_ratio, counted_ratio, batch_ratio] = kept.each_ref().map(|phases| ratio_of(phases));
+    let per_second = median(&kept[0].iter().map(|phase| phase.per_second).collect::<Vec<_>>());
+    let mut many = Bench::start(plan, &site, "many").await?;
+    let rss_before_mib = super::mib(many.running.rss_kib()?);
     progress(&format!("{} wrapped keys are made", plan.keys));
-    let created = bench.measured("create", plan.keys, 1, Call::Create).await?;
-    progress("the keys of before, among all of them");
-    let cached = bench.measured("cached", plan.signatures, 1, Call::Recorded).await?;
-    let near = bench.alone(|_, _| "recorded".to_owned()).await?;
-    let each = plan.keys.div_ceil(plan.agents);
-    // A step that visits keys far from one another, each once.
-    let far = bench.alone(|turn, agent| format!("key-{}", (turn * 7919 + agent) % each.max(1))).await?;
-    let phases = std::mem::take(&mut bench.phases);
-    running.stop().await?;
+    let created = many.measured("create", plan.keys, 1, Call::Create).await?;
+    progress("keys in memory among all of them, and beside few");
+    let mut again = Bench::start(plan, &site, "few-again").await?;
+    let mut three = [(&mut few, "few"), (&mut again, "few again"), (&mut many, "many")];
+    for (bench, _) in &mut three {
+        bench.measured("warm", plan.signatures / 10, 1, Call::Recorded).await?;
+    }
+    let (mut rounds, mut floors, mut cached) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let (mut cost, mut floor) = ([0.0; 3], [0.0; 3]);
+        for turn in 0..three.len() {
+            let at = (round + turn) % three.len();
+            let (bench, name) = &mut three[at];
+            let phase = bench.measured(name, plan.signatures.div_ceil(ROUNDS), 1, Call::Recorded).await?;
+            (cost[at], floor[at]) = (phase.server_cpu_us, phase.floor_cpu_us);
+            cached.push(phase);
+        }
+        rounds.push((cost[0], cost[1], cost[2]));
+        floors.push((floor[0], floor[1], floor[2]));
+    }
+    let near = many.alone(|_, _| "recorded".to_owned()).await?;
+    // A step that visits keys far from one another, each once; as many as each agent has.
+    let each = (plan.keys / plan.agents).max(1);
+    let far = many.alone(|turn, agent| format!("key-{}", (turn * 7919 + agent) % each)).await?;
+    let ground = Ground::new((fsync_before, disk::fsync(&plan.work)?), &many.house.config, plan.revision.clone());
+    for bench in [few, again, many] {
+        bench.running.stop().await?;
+    }
     let p50 = |sorted: &[Duration]| percentile(sorted, 500).map_or(0.0, |value| value.as_secs_f64() * 1e3);
     let uncached_added_ms = p50(&far) - p50(&near);
-    let cached_cpu_ratio = cached.server_cpu_us / recorded.server_cpu_us;
-    let batch_fraction_of_floor = 1.0 / batch.ratio();
+    let among = Paired::of(&rounds);
+    let batch_fraction_of_floor = 1.0 / batch_ratio;
     let goals = vec![
-        Goal::at_most("recorded signatures: CPU to floor", recorded.ratio(), 1.7),
-        Goal::at_most("counted signatures: CPU to floor", counted.ratio(), 1.5),
+        Goal::at_most("recorded signatures: CPU to floor", recorded_ratio, 1.7),
+        Goal::at_most("counted signatures: CPU to floor", counted_ratio, 1.5),
         Goal::at_least("batches of 100: floor to CPU", batch_fraction_of_floor, 0.8),
         Goal::at_least("keys created per second", created.per_second, 1000.0),
-        Goal::at_most("keys in memory among many: CPU to that of few", cached_cpu_ratio, 1.1),
+        Goal {
+            met: among.meets(CACHED_RATIO_MAX),
+            ..Goal::at_most("keys in memory among many: CPU to that of few", among.ratio, CACHED_RATIO_MAX)
+        },
         Goal::at_most("keys not in memory: added p50, ms", uncached_added_ms, 1.0),
         Goal::at_most("check of standing, ns", standing_check_ns, 1000.0),
     ];
-    let ground = Ground::new((fsync_before, disk::fsync(&plan.work)?), &house.config, plan.revision.clone());
     Ok(SignReport {
-        signatures_per_second: recorded.per_second,
-        recorded_cpu_ratio: recorded.ratio(),
-        counted_cpu_ratio: counted.ratio(),
+        signatures_per_second: per_second,
+        recorded_cpu_ratio: recorded_ratio,
+        counted_cpu_ratio: counted_ratio,
         batch_fraction_of_floor,
         created_keys_per_second: created.per_second,
-        cached_cpu_ratio,
+        cached_cpu_ratio: among.ratio,
+        cached: among,
+        cached_floor_ratio: Paired::of(&floors).ratio,
         uncached_added_ms,
         standing_check_ns,
-        keys_rss_mib: created.rss_mib - batch.rss_mib,
+        keys_rss_mib: created.rss_mib - rss_before_mib,
         keys: plan.keys,
         outstanding: plan.outstanding,
-        phases,
+        phases: kept.into_iter().flatten().chain([created]).chain(cached).collect(),
         goals,
         limits: LIMITS,
         ground,
@@ -227,27 +263,41 @@ enum Call {
     Create,
 }
 
+/// One daemon, and its agents with a recorded and a counted key each.
 struct Bench<'a> {
     plan: &'a SignPlan,
-    house: &'a House,
-    running: &'a mut Running,
+    house: House,
+    running: Running,
     signers: Arc<[Signer]>,
-    phases: Vec<SignPhase>,
 }
 
-impl Bench<'_> {
+impl<'a> Bench<'a> {
+    async fn start(plan: &'a SignPlan, site: &Site, name: &str) -> Result<Self, Failed> {
+        let house = House::build(site, name, &std::env::current_exe()?, Wants { limits: &LIMITS, ..Wants::default() }).await?;
+        let running = house.start().await?;
+        let mut fleet = Fleet::enrol(&running.operator, plan.agents, 1).await?;
+        fleet.all(Step::Attest, plan.outstanding).await?;
+        let signers: Arc<[Signer]> = fleet.into_signers().await?.into();
+        for signer in signers.iter() {
+            for (name, accounting) in [("recorded", KeyAccounting::Recorded), ("counted", KeyAccounting::Counted)] {
+                create(signer.clone(), name.to_owned(), accounting).await?;
+            }
+        }
+        Ok(Self { plan, house, running, signers })
+    }
+
     /// `calls` of a kind, each of `weight` signatures or keys.
     #[expect(clippy::cast_precision_loss, reason = "figures, not accounts")]
     async fn measured(&mut self, name: &'static str, calls: usize, weight: usize, call: Call) -> Result<SignPhase, Failed> {
-        let before = Snapshot::take(self.house, self.running).await?;
+        let before = Snapshot::take(&self.house, &mut self.running).await?;
         let from = Instant::now();
         let latencies = self.all(calls, call).await?;
         let seconds = from.elapsed().as_secs_f64();
-        let after = Snapshot::take(self.house, self.running).await?;
+        let after = Snapshot::take(&self.house, &mut self.running).await?;
         let count = calls * weight;
         let cpu = Difference { before: &before.cpu, after: &after.cpu };
         let each = |nanos: u64| nanos as f64 / 1e3 / count.max(1) as f64;
-        let phase = SignPhase {
+        Ok(SignPhase {
             name,
             count,
             seconds,
@@ -260,9 +310,7 @@ impl Bench<'_> {
             commits_per_second: after.commits.saturating_sub(before.commits) as f64 / seconds,
             ledger_bytes: after.ledger_bytes.saturating_sub(before.ledger_bytes) as f64 / count.max(1) as f64,
             rss_mib: super::mib(self.running.rss_kib()?),
-        };
-        self.phases.push(phase.clone());
-        Ok(phase)
+        })
     }
 
     /// As many under way as planned, each agent as often as the next.

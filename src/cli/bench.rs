@@ -74,7 +74,7 @@ pub(super) struct Issue {
 #[derive(Debug, Args)]
 pub(super) struct Sign {
     /// Agents, each with a connection and keys of its own.
-    #[arg(long, default_value_t = 100, value_name = "N", value_parser = count(1, 1000))]
+    #[arg(long, default_value_t = 125, value_name = "N", value_parser = count(1, 1000))]
     agents: usize,
     /// Calls under way at once.
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = count(1, 256))]
@@ -83,7 +83,7 @@ pub(super) struct Sign {
     #[arg(long, default_value_t = 20_000, value_name = "N", value_parser = count(100, 10_000_000))]
     signatures: usize,
     /// Wrapped keys that are made, at most 990 for each agent.
-    #[arg(long, default_value_t = 99_000, value_name = "N", value_parser = count(100, 990_000))]
+    #[arg(long, default_value_t = 100_000, value_name = "N", value_parser = count(100, 990_000))]
     keys: usize,
     #[command(flatten)]
     run: Run,

@@ -24,12 +24,14 @@ pub(super) struct Queue<T> {
 struct State<T> {
     waiting: VecDeque<T>,
     term: Option<u64>,
+    /// Threads that wait for work. With none, nobody has to be woken, which is a system call.
+    idle: usize,
 }
 
 impl<T> Queue<T> {
     /// A shut queue of at most `bound` waiting.
     pub(super) fn new(bound: usize) -> Self {
-        Self { state: Mutex::new(State { waiting: VecDeque::new(), term: None }), ready: Condvar::new(), bound }
+        Self { state: Mutex::new(State { waiting: VecDeque::new(), term: None, idle: 0 }), ready: Condvar::new(), bound }
     }
 
     fn lock(&self) -> MutexGuard<'_, State<T>> {
@@ -64,8 +66,11 @@ impl<T> Queue<T> {
             return Err(Refused::Full);
         }
         state.waiting.push_back(work);
+        let idle = state.idle > 0;
         drop(state);
-        self.ready.notify_one();
+        if idle {
+            self.ready.notify_one();
+        }
         Ok(())
     }
 
@@ -79,7 +84,9 @@ impl<T> Queue<T> {
             if let Some(work) = state.waiting.pop_front() {
                 return Some(work);
             }
+            state.idle += 1;
             state = self.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.idle -= 1;
         }
     }
 

@@ -321,7 +321,7 @@ fn held(reader: &Reader, page: Vec<StoredKey>) -> Result<(Vec<StoredKey>, Vec<St
 fn rewrapped(task: &Task, loaded: &Loaded, never_signs: bool, again: &BTreeMap<KeyId, Again>) -> Rewrapped {
     let versions = loaded.key.versions();
     let newest = versions.last().map(|newest| newest.key_id);
-    let mut one = Rewrapped::new(Arc::clone(&loaded.key), &task.before);
+    let mut one = Rewrapped::new(Arc::clone(&loaded.key));
     for version in versions.iter() {
         let (is_newest, key_id) = (newest == Some(version.key_id), version.key_id);
         match (task.is_exposed(version), task.is_stale(version)) {

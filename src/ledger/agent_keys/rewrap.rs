@@ -17,14 +17,10 @@ pub struct Rewrapped {
 }
 
 impl Rewrapped {
-    /// A key as it is now. Whoever has this changes it alone. Of wrapping keys that are not `there` any more nothing is remembered: nobody
-    /// can taint them.
+    /// A key as it is now. Whoever has this changes it alone.
     #[must_use]
-    pub fn new(key: Arc<AgentKey>, there: &[KeyId]) -> Self {
-        let mut versions = key.versions().to_vec();
-        for version in &mut versions {
-            version.wrapped_before.retain(|before| there.contains(before));
-        }
+    pub fn new(key: Arc<AgentKey>) -> Self {
+        let versions = key.versions().to_vec();
         Self { key, versions, told: Vec::new() }
     }
 

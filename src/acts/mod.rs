@@ -47,7 +47,9 @@ pub use crl::Crl;
 pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer};
+pub use key::{
+    AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer, key_purpose_name,
+};
 pub use keys::Tokens;
 pub use reconcile::Stray;
 pub use unlock::unlock;

@@ -40,7 +40,11 @@ struct Fault {
 /// What was found out about a token when it was opened.
 #[derive(Serialize)]
 struct Capabilities {
+    algorithms: Vec<&'static str>,
     ed25519: bool,
+    p384: bool,
+    wrapped_keys: bool,
+    wrapped_ed25519: bool,
     session_keys: bool,
     read_only_sessions: bool,
     sessions_max: Option<u64>,
@@ -78,8 +82,14 @@ impl From<TokenStatus> for Token {
 
 impl From<TokenCapabilities> for Capabilities {
     fn from(told: TokenCapabilities) -> Self {
+        // Without the first no token is opened. By the names that `keyward key create --algorithm` has.
+        let algorithms = [(true, "es256"), (told.p384, "es384"), (told.ed25519, "eddsa")];
         Self {
+            algorithms: algorithms.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect(),
             ed25519: told.ed25519,
+            p384: told.p384,
+            wrapped_keys: told.wrapped_keys,
+            wrapped_ed25519: told.wrapped_ed25519,
             session_keys: told.session_keys,
             read_only_sessions: told.read_only_sessions,
             sessions_max: (told.sessions_max > 0).then_some(told.sessions_max),
@@ -95,9 +105,14 @@ impl Fault {
 
 impl Capabilities {
     fn text(&self) -> String {
-        let has =
-            [(self.ed25519, "Ed25519"), (self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
-        let mut words: Vec<String> = has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })).collect();
+        let wraps = match (self.wrapped_keys, self.wrapped_ed25519 || !self.ed25519) {
+            (true, true) => "wraps keys",
+            (true, false) => "wraps keys, but none of eddsa",
+            (false, _) => "wraps no keys",
+        };
+        let has = [(self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
+        let mut words = vec![self.algorithms.join(" "), wraps.to_owned()];
+        words.extend(has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })));
         words.push(self.sessions_max.map_or_else(|| "any number of sessions".into(), |most| format!("{most} sessions")));
         words.join(", ")
     }

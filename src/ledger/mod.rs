@@ -39,7 +39,7 @@ use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
 pub use agent_keys::{AgentKey, Ends, KeyOf, KeyTerms, KeyVersion, Reserved, Rewrapped, StoredKey, VERSIONS_MAX, key_not_found};
-pub use generation::{Generation, outside_id};
+pub use generation::{Generation, Pause, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};
 pub use recover::{Opened, create};
 pub use standing::Standing;

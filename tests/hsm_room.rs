@@ -51,6 +51,7 @@ impl House {
                 lanes: 2,
             },
             role: if label == "agents" { TokenRole::Agents } else { TokenRole::Authority },
+            for_agents: label == "agents",
             state,
             queue: 64,
             sign_deadline: Duration::from_secs(5),

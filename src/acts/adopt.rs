@@ -1,5 +1,7 @@
 //! An outside root: what it is asked to sign, and what it signed.
 
+use std::sync::Arc;
+
 use crate::authn::Operator;
 use crate::ledger::{Generation, outside_id};
 use crate::model::{KeyId, Reason, Refusal};
@@ -8,7 +10,7 @@ use crate::proto::{AuthorityState as State, AuthorityStepped, Purpose};
 use super::Acts;
 use super::certify::request_issuing;
 use super::files;
-use super::init::check_outside;
+use super::outside::check_outside;
 use super::rotate::{Wish, step};
 
 impl Acts {
@@ -20,25 +22,37 @@ impl Acts {
     }
 
     /// The issuing authority whose certificate an outside root has yet to sign.
-    fn awaiting_the_root(&self) -> Option<Generation> {
+    pub(super) fn awaiting_the_root(&self) -> Option<Generation> {
         let (all, _) = self.ledger.generations();
         let outside = all.iter().any(|root| root.state == State::Active && root.is_outside());
         let planned = |found: &Generation| found.purpose == Purpose::Issuing && found.state == State::Planned && !found.tainted;
         all.into_iter().find(|found| outside && planned(found))
     }
 
-    /// The request is there as long as it is waited for: in memory, and as `issuing.csr`. Signed anew by each daemon.
-    pub(super) async fn keep_request(&self) -> Result<(), Refusal> {
-        let Some(planned) = self.awaiting_the_root().filter(|_| self.request().is_none()) else { return Ok(()) };
-        let Some(key) = self.key_of(&planned).await? else { return Ok(()) };
+    /// The request, signed anew by each daemon, is there for as long as it is waited for.
+    pub(super) async fn ask_the_root(&self, planned: &Generation) -> Result<(), Refusal> {
+        if self.request().is_some() {
+            return Ok(());
+        }
+        let Some(key) = self.key_to_come(planned).await? else { return Ok(()) };
         let der = request_issuing(&self.ledger, &self.domain, &key, self.trusted_now()?).await?;
-        let text = pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", der.as_slice()));
-        let path = self.state.join("issuing.csr");
-        let kept = tokio::task::spawn_blocking(move || files::replace(&path, text.as_bytes(), 0o644)).await;
-        kept.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
-        self.request.store(Some(std::sync::Arc::new((planned.key_id, der))));
+        self.request.store(Some(Arc::new((planned.key_id, der))));
         tracing::warn!(key = %planned.key_id, "the outside root's turn: sign issuing.csr, and give it back with `keyward ca adopt`");
         Ok(())
+    }
+
+    /// `issuing.csr` is what is asked now, and gone when it is answered. A crash before leaves one that the next daemon removes.
+    pub(super) async fn keep_request_file(&self) {
+        let asked = self.request();
+        let told = asked.as_ref().map(|(key, _)| *key);
+        if *self.request_told.lock().await == Some(told) {
+            return;
+        }
+        let text = asked.map(|(_, der)| pem::encode(&pem::Pem::new("CERTIFICATE REQUEST", der)));
+        let path = self.state.join("issuing.csr");
+        let kept = files::blocking(move || files::keep(&path, text.as_ref().map(String::as_bytes))).await;
+        *self.request_told.lock().await = kept.is_ok().then_some(told);
+        self.behind.note(files::REQUEST, kept);
     }
 
     /// Takes what the outside root signed for the request; with a new root, that one as well. Gives the issuing authority's key.
@@ -50,7 +64,7 @@ impl Acts {
         let now = self.trusted_now()?;
         let nothing = || Refusal::new(Reason::NotFound, "no certificate is waited for; begin with `keyward ca rotate issuing`");
         let planned = self.awaiting_the_root().ok_or_else(nothing)?;
-        let key = self.key_of(&planned).await?.ok_or_else(nothing)?;
+        let key = self.key_to_come(&planned).await?.ok_or_else(nothing)?;
         let (all, _) = self.ledger.generations();
         let known = |certificate: &[u8]| {
             all.iter().find(|found| found.purpose == Purpose::Root && found.is_trusted() && found.certificate == certificate)
@@ -58,7 +72,7 @@ impl Acts {
         let active =
             all.iter().find(|found| found.purpose == Purpose::Root && found.state == State::Active).ok_or_else(nothing)?;
         let root = if root.is_empty() { active.certificate.clone() } else { root };
-        check_outside(&self.domain, &root, &issuing, key.public(), now)?;
+        check_outside(&self.domain, &root, &issuing, (key.id(), key.public()), now)?;
         let by = || Wish { by: Some(operator.signs(reason)), now: planned.now, cause: "signed outside" };
         let issuer = match known(&root) {
             Some(found) if found.state == State::Retiring || found.tainted => {
@@ -86,7 +100,7 @@ impl Acts {
             ..step(&planned, &by())
         };
         self.record_step(body).await?;
-        self.take_arrows().await?;
+        self.take_arrows().await?.of(&planned.key_id)?;
         Ok(planned.key_id)
     }
 }

@@ -28,7 +28,7 @@ pub struct Authorities {
     issuing: Vec<Arc<Authority>>,
     /// None with an outside root.
     root: Option<Arc<Authority>>,
-    /// The active one first, then those that sign beside it.
+    /// The active one first, then those that it follows.
     ledger_keys: Vec<SigningKey>,
     bundle: proto::Bundle,
 }
@@ -82,7 +82,9 @@ impl Authorities {
         let roots = sorted(Purpose::Root);
         let active_root = roots.first().filter(|root| root.state == State::Active).ok_or_else(unfinished)?;
         let root = authority(active_root)?;
-        let ledger_keys: Vec<_> = sorted(Purpose::Ledger).iter().filter_map(|found| keys.get(&found.key_id).cloned()).collect();
+        // One to come vouches for nothing yet, but in the checkpoint that it comes into service with.
+        let signing = sorted(Purpose::Ledger).into_iter().filter(|found| found.state != State::Prepublished);
+        let ledger_keys: Vec<_> = signing.filter_map(|found| keys.get(&found.key_id).cloned()).collect();
         if sorted(Purpose::Ledger).first().is_none_or(|first| first.state != State::Active) {
             return Err(unfinished());
         }
@@ -150,7 +152,7 @@ impl Authorities {
         &self.ledger_keys[0]
     }
 
-    /// All that sign checkpoints, the active one first.
+    /// All that sign checkpoints, the active one first, then those that it follows.
     #[must_use]
     pub fn ledger_keys(&self) -> &[SigningKey] {
         &self.ledger_keys
@@ -172,6 +174,12 @@ impl Authorities {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.missing.is_empty()
+    }
+
+    /// Whether it is no other than `before`.
+    #[must_use]
+    pub fn is_as(&self, before: &Self) -> bool {
+        self.generations == before.generations && self.missing == before.missing
     }
 
     /// What the ledger said when this was loaded.

@@ -4,8 +4,8 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::authn::Tls;
-use crate::ledger::{Settings, Token, create};
-use crate::model::{AGENT_EXTENSION_OID, AgentExtension, AgentId, Reason, TokenId, TrustDomain};
+use crate::ledger::{Decided, Evidence, Intention, Settings, Subject, Token, create};
+use crate::model::{AGENT_EXTENSION_OID, AgentExtension, AgentId, KeyId, PublicKey, Reason, Serial, TokenId, TrustDomain};
 
 /// What has to come within a second, on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -28,22 +28,25 @@ async fn house() -> House {
     create(&settings.state, &domain, [1; 16]).unwrap();
     let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
     let agent = AgentId::parse("builder/1").unwrap();
-    let leaf = leaf(&agent, &domain);
+    let (serial, key) = (Serial::random(), rcgen::KeyPair::generate().unwrap());
+    let leaf = leaf(&agent, &domain, &serial, &key);
     let tls = Tls::default();
     tls.trust(ledger.clock(), &[leaf.clone().into()]).unwrap();
     let connection = Arc::new(Connection::identify(Some(&leaf), "192.0.2.1".parse().unwrap(), &domain, &tls).unwrap());
     let house = House { ledger, bundles: Bundles::default(), connection, tls, agent, _directory: directory };
-    house.enrol(&house.agent).await;
+    let token = house.enrol(&house.agent).await;
+    house.certified(token, serial, &key).await;
     house
 }
 
-fn leaf(agent: &AgentId, domain: &TrustDomain) -> Vec<u8> {
+fn leaf(agent: &AgentId, domain: &TrustDomain, serial: &Serial, key: &rcgen::KeyPair) -> Vec<u8> {
     let extension = AgentExtension { epoch: 1, lineage_root: agent.clone(), appraisal_index: 1, policy_hash: None };
     let mut parameters = rcgen::CertificateParams::default();
+    parameters.serial_number = Some(rcgen::SerialNumber::from_slice(&serial.0));
     let name = agent.spiffe_id(domain).to_string();
     parameters.subject_alt_names = vec![rcgen::SanType::URI(name.try_into().unwrap())];
     parameters.custom_extensions = vec![rcgen::CustomExtension::from_oid_content(&AGENT_EXTENSION_OID, extension.to_der())];
-    parameters.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().der().to_vec()
+    parameters.self_signed(key).unwrap().der().to_vec()
 }
 
 fn bundle(sequence: u64, refresh_hint_seconds: u32) -> proto::Bundle {
@@ -56,11 +59,34 @@ impl House {
         self.bundles.follow(&self.connection, &self.ledger)
     }
 
-    async fn enrol(&self, agent: &AgentId) {
+    async fn enrol(&self, agent: &AgentId) -> TokenId {
         let expires = self.ledger.clock().reckoned().plus_seconds(3600);
         let token = Token { id: TokenId::random(), public_key: [7; 32], expires, spent_for: None };
-        let limits = proto::Limits { ttl_seconds_max: 600, rejoin_seconds: 600 };
+        let (id, limits) = (token.id, proto::Limits { ttl_seconds_max: 600, rejoin_seconds: 600 });
         self.ledger.enrol(agent, limits, proto::Operator::default(), token).await.unwrap();
+        id
+    }
+
+    /// The ledger tells of its certificate.
+    async fn certified(&self, token: TokenId, serial: Serial, key: &rcgen::KeyPair) {
+        let now = self.ledger.clock().reckoned();
+        let key = PublicKey::from_spki(&rcgen::PublicKeyData::subject_public_key_info(key)).unwrap();
+        let subject = Subject {
+            agent: self.agent.clone(),
+            epoch: 1,
+            evidence: Evidence::JoinToken(token),
+            fresh_until: now.plus_seconds(86_400),
+            request_hash: key.digest(),
+            idempotency_hash: [1; 16],
+            key,
+            serial,
+            not_before: now,
+            not_after: now.plus_seconds(600),
+        };
+        let (kind, key_id, tbs) = (proto::IntentKind::Attest, KeyId::random(), Arc::from(&b"tbs"[..]));
+        let intention = Intention { kind, key_id, tbs, subject: Some(subject) };
+        let Decided::Intent(intent) = self.ledger.intend(intention).await.unwrap() else { panic!("a new one") };
+        intent.release(b"signature").unwrap();
     }
 
     async fn quarantine(&self, agent: &AgentId) {

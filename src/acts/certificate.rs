@@ -7,6 +7,9 @@ use rcgen::{
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber, SignatureAlgorithm,
 };
 use rustls::pki_types::CertificateDer;
+use x509_parser::certificate::TbsCertificate;
+use x509_parser::extensions::ParsedExtension;
+use x509_parser::prelude::FromDer as _;
 
 use crate::attest::{Appraisal, Ask};
 use crate::hsm::{Admitted, SignError, SigningKey};
@@ -60,6 +63,7 @@ impl PublicKeyData for Certified<'_> {
 pub struct Authority {
     key: SigningKey,
     certificate: Vec<u8>,
+    not_after: UnixTime,
     template: Mutex<Issuer<'static, Capture>>,
 }
 
@@ -74,10 +78,15 @@ impl Authority {
         if parsed.public_key().raw != key.public().spki() {
             return Err(Refusal::internal("an authority's certificate is not for its key"));
         }
-        let capture = Capture { key: key.public().clone(), bytes: Mutex::default() };
-        let template =
-            Issuer::from_ca_cert_der(&CertificateDer::from(certificate.as_slice()), capture).map_err(Refusal::internal)?;
-        Ok(Self { key, certificate, template: Mutex::new(template) })
+        let not_after = UnixTime::from_seconds(u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default());
+        let template = template(&certificate, key.public())?;
+        Ok(Self { key, certificate, not_after, template: Mutex::new(template) })
+    }
+
+    /// Until when it is in force: nothing under it is for longer.
+    #[must_use]
+    pub fn not_after(&self) -> UnixTime {
+        self.not_after
     }
 
     /// DER.
@@ -102,6 +111,35 @@ impl Authority {
         let bytes = std::mem::take(&mut *issuer.key().bytes.lock().unwrap_or_else(PoisonError::into_inner));
         Ok(bytes.into())
     }
+}
+
+/// Stands for an authority where something is to be signed by it.
+fn template(certificate: &[u8], key: &PublicKey) -> Result<Issuer<'static, Capture>, Refusal> {
+    let capture = Capture { key: key.clone(), bytes: Mutex::default() };
+    Issuer::from_ca_cert_der(&CertificateDer::from(certificate), capture).map_err(Refusal::internal)
+}
+
+/// Whether a certificate under this authority names it as it names itself, byte for byte (RFC 5280 §6.1.3), and by its key identifier.
+pub(super) fn is_named_alike(domain: &TrustDomain, certificate: &[u8], key: &PublicKey) -> bool {
+    let made = || {
+        let issuer = template(certificate, key).ok()?;
+        let (from, until) = (UnixTime::from_seconds(0), UnixTime::from_seconds(1));
+        let leaf = leaf(&domain.server(), &Serial::random(), from, until).ok()?;
+        leaf.signed_by(&Certified(key), &issuer).ok()?;
+        let tbs = std::mem::take(&mut *issuer.key().bytes.lock().unwrap_or_else(PoisonError::into_inner));
+        let (_, tbs) = TbsCertificate::from_der(&tbs).ok()?;
+        let (_, authority) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        let named = tbs.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::AuthorityKeyIdentifier(found) => found.key_identifier.as_ref().map(|id| id.0.to_vec()),
+            _ => None,
+        });
+        let own = authority.extensions().iter().find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::SubjectKeyIdentifier(id) => Some(id.0.to_vec()),
+            _ => None,
+        });
+        Some(tbs.issuer.as_raw() == authority.subject().as_raw() && named == own)
+    };
+    made() == Some(true)
 }
 
 /// The bytes of a certificate that its own key will sign.
@@ -183,6 +221,9 @@ pub(super) fn leaf(
     Ok(params)
 }
 
+/// O of every authority.
+pub(super) const ORGANIZATION: &str = "keyward";
+
 /// An authority's certificate: SPIFFE ID without a path, keyCertSign and cRLSign, a path length (X509-SVID §4.1).
 pub(super) fn authority(
     domain: &TrustDomain,
@@ -193,7 +234,7 @@ pub(super) fn authority(
     not_after: UnixTime,
 ) -> Result<CertificateParams, Refusal> {
     let mut params = params(serial, not_before, not_after)?;
-    params.distinguished_name.push(DnType::OrganizationName, "keyward");
+    params.distinguished_name.push(DnType::OrganizationName, ORGANIZATION);
     params.distinguished_name.push(DnType::CommonName, name);
     params.subject_alt_names = vec![SanType::URI(domain.id().as_str().try_into().map_err(Refusal::internal)?)];
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];

@@ -4,7 +4,7 @@ use rcgen::CertificateParams;
 
 use crate::hsm::SigningKey;
 use crate::ledger::Ledger;
-use crate::model::{Refusal, Serial, TrustDomain, UnixTime, hex};
+use crate::model::{KeyId, Refusal, Serial, TrustDomain, UnixTime, hex};
 use crate::proto::IntentKind;
 
 use super::certificate::{self, Authority, assemble, leaf_to_be_signed, request_to_be_signed, self_to_be_signed, sign_own};
@@ -58,7 +58,16 @@ pub(super) async fn request_issuing(
     Ok(assemble(&tbs, &signature))
 }
 
-/// The subject is of its own for each generation: a chain has one way to be built.
+/// The common name, of its own for each generation: a chain has one way to be built, and a CRL is one authority's.
+fn name(domain: &TrustDomain, what: &str, key: KeyId) -> String {
+    format!("{domain} {what} {}", hex(&key.0[..4]))
+}
+
+/// O and CN of an issuing authority.
+pub(super) fn issuing_subject(domain: &TrustDomain, key: KeyId) -> [String; 2] {
+    [certificate::ORGANIZATION.to_owned(), name(domain, "issuing", key)]
+}
+
 fn params(
     domain: &TrustDomain,
     what: &str,
@@ -67,8 +76,7 @@ fn params(
     now: UnixTime,
     until: UnixTime,
 ) -> Result<CertificateParams, Refusal> {
-    let name = format!("{domain} {what} {}", hex(&key.id().0[..4]));
-    certificate::authority(domain, &name, path_length, &Serial::random(), now.minus_seconds(30), until)
+    certificate::authority(domain, &name(domain, what, key.id()), path_length, &Serial::random(), now.minus_seconds(30), until)
 }
 
 /// notBefore and notAfter of a certificate; none where it does not parse.

@@ -14,8 +14,8 @@ use crate::ledger::Generation;
 use crate::model::{KeyId, Refusal, Serial, UnixTime, hex};
 use crate::proto::{AuthorityState as State, IntentKind, Purpose};
 
-use super::Acts;
 use super::certificate::{Authority, assemble, offset, sign_own};
+use super::{Acts, files};
 
 /// The newest CRL of each trusted issuing authority, in memory and beside the ledger: `crl.der` of the active one, `crl-<key id>.der` of
 /// the others. Each lists all that is denied, whichever of them signed it: serials are random, none is another's.
@@ -32,6 +32,10 @@ const ACTIVE: &str = "crl.der";
 /// That of another one.
 fn beside(key: &KeyId) -> String {
     format!("crl-{}.der", hex(&key.0[..4]))
+}
+
+fn name_of(authority: &Generation) -> String {
+    if authority.state == State::Active { ACTIVE.to_owned() } else { beside(&authority.key_id) }
 }
 
 /// Whether a file is one that is called so by us.
@@ -63,27 +67,27 @@ impl Crl {
         })
     }
 
-    /// Blocking. The files of all that are not among `trusted` go.
+    /// Blocking. The files of all that are not among `trusted` go. One that cannot be written holds up no other; the first is the error.
     fn keep(&self, trusted: &[Generation]) -> std::io::Result<()> {
-        let mut names = HashSet::new();
+        let (mut names, mut kept) = (HashSet::new(), Ok(()));
         for authority in trusted {
-            let name = if authority.state == State::Active { ACTIVE.to_owned() } else { beside(&authority.key_id) };
-            let path = self.state.join(&name);
-            if let Some(der) = self.of(authority)
-                && std::fs::read(&path).ok().as_ref() != Some(&der)
-            {
-                super::files::replace(&path, &der, 0o644)?;
-            }
-            names.insert(name);
+            kept = kept.and(self.keep_one(authority));
+            names.insert(name_of(authority));
         }
         for entry in std::fs::read_dir(&self.state)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
             if is_beside(&name) && !names.contains(&name) {
-                std::fs::remove_file(entry.path())?;
+                kept = kept.and(files::keep(&entry.path(), None));
             }
         }
-        Ok(())
+        kept
+    }
+
+    /// Blocking.
+    fn keep_one(&self, authority: &Generation) -> std::io::Result<()> {
+        let der = self.of(authority);
+        der.map_or(Ok(()), |der| files::keep(&self.state.join(name_of(authority)), Some(&der)))
     }
 }
 
@@ -142,32 +146,34 @@ impl Acts {
         }
         tracing::info!(authorities = newest.len(), "a CRL was published");
         self.crl.newest.store(Arc::new(newest));
-        self.write_crls().await?;
+        self.write_crls().await;
         Ok(Duration::from_secs(u64::from(self.limits.crl_seconds) / 2))
     }
 
-    /// The first CRL of an authority that is about to sign: who goes by CRLs has it before a certificate.
+    /// The first CRL of an authority that is about to sign: who goes by CRLs has it before a certificate, also as a file.
     ///
     /// # Errors
-    /// As `publish_crl`.
+    /// As `publish_crl`; `INTERNAL` when its file cannot be written.
     pub(super) async fn publish_first_crl(&self, issuing: &Authority) -> Result<(), Refusal> {
         let _one = self.publishing.lock().await;
         let der = self.sign_crl(issuing, self.trusted_now()?).await?;
         let mut newest = BTreeMap::clone(&self.crl.newest.load());
-        newest.insert(issuing.key().id(), der);
+        let key = issuing.key().id();
+        newest.insert(key, der);
         self.crl.newest.store(Arc::new(newest));
-        self.write_crls().await
+        let (crl, own) = (Arc::clone(&self.crl), self.issuing_generations().into_iter().find(|found| found.key_id == key));
+        files::blocking(move || own.map_or(Ok(()), |own| crl.keep_one(&own))).await.map_err(Refusal::internal)
     }
 
     /// The files are what is in memory, under the names that fit who is active now.
-    pub(super) async fn keep_crls(&self) -> Result<(), Refusal> {
+    pub(super) async fn keep_crls(&self) {
         let _one = self.publishing.lock().await;
-        self.write_crls().await
+        self.write_crls().await;
     }
 
-    async fn write_crls(&self) -> Result<(), Refusal> {
+    async fn write_crls(&self) {
         let (crl, trusted) = (Arc::clone(&self.crl), self.issuing_generations());
-        tokio::task::spawn_blocking(move || crl.keep(&trusted)).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+        self.behind.note(files::CRLS, files::blocking(move || crl.keep(&trusted)).await);
     }
 
     /// Its number is the tree's size when it was prepared, so it grows; a serial is on it until one period after its notAfter.

@@ -44,7 +44,7 @@ pub struct Arrow {
     pub at: Option<UnixTime>,
     /// It follows from a taint.
     pub urgent: bool,
-    /// It is taken with another's: nothing is to be done for it.
+    /// It is taken with another's, or after it: nothing is to be done for it now.
     pub passive: bool,
 }
 
@@ -104,13 +104,12 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         Purpose::Root | Purpose::TokenSigning => PREPUBLISH_SECONDS,
         _ => 0,
     };
+    // At most two sign checkpoints: it follows when the one before them is retired.
+    let retiring = |found: &&Generation| found.purpose == Purpose::Ledger && found.state == State::Retiring;
+    let before = all.iter().find(retiring).filter(|_| of.purpose == Purpose::Ledger && !urgent);
     let at = match of.purpose {
         _ if urgent => Some(of.since),
-        // At most two sign checkpoints.
-        Purpose::Ledger => {
-            let before = all.iter().find(|found| found.purpose == Purpose::Ledger && found.state == State::Retiring);
-            before.map_or(Some(of.since), |before| retirement(before, all, terms).at)
-        }
+        Purpose::Ledger => before.map_or(Some(of.since), |before| retirement(before, all, terms).at),
         // What is under the one before comes under the active one, and not under one after the other.
         Purpose::Wrapping if all.iter().any(|found| found.purpose == of.purpose && found.state == State::Retiring) => None,
         _ => Some(of.since.plus_seconds(overlap)),
@@ -120,7 +119,7 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         _ => at,
     };
     let root_is_coming = root_of(of, all).is_some_and(Generation::is_coming);
-    arrow(State::Active, at.filter(|_| !root_is_coming), urgent)
+    Arrow { passive: before.is_some(), ..arrow(State::Active, at.filter(|_| !root_is_coming), urgent) }
 }
 
 fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {

@@ -129,6 +129,10 @@ fn at_most_two_ledger_keys_sign() {
         generation(3, Purpose::Ledger, State::Prepublished),
     ];
     assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW.plus_seconds(OVERLAP_SECONDS)));
+    let now = NOW.plus_seconds(2 * OVERLAP_SECONDS);
+    let late = Terms { rotation: &rotation, ttl_seconds_longest: 600, paused: false, now, freed: Vec::new() };
+    assert!(next_of(&all, 0, &rotation).is_due(&late));
+    assert!(!next_of(&all, 2, &rotation).is_due(&late), "not before the first of them is retired");
     all.remove(0);
     assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW));
 }

@@ -2,15 +2,14 @@
 
 use std::path::Path;
 
-use x509_parser::oid_registry;
-
 use crate::ledger::Ledger;
-use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal, TrustDomain, UnixTime};
+use crate::model::{KeyId, Reason, Refusal, TrustDomain, UnixTime};
 use crate::proto::{self, AuthorityState, Purpose, TokenRole, entry::Body};
 
 use super::certificate::Authority;
 use super::certify::{certify_issuing, certify_root, request_issuing};
 use super::keys::{Tokens, ensure, reconcile};
+use super::outside::check_outside;
 use super::{files, verifier_key};
 
 /// Where the root comes from.
@@ -107,7 +106,7 @@ pub async fn initialise(
                 return Ok(Initialised::AwaitsRoot { csr });
             }
             Root::Signed { root, issuing } => {
-                check_outside(domain, &root, &issuing, issuing_key.public(), now)?;
+                check_outside(domain, &root, &issuing, (issuing_key.id(), issuing_key.public()), now)?;
                 match known.iter().find(|found| found.purpose == Purpose::Root) {
                     None => activate(ledger, Purpose::Root, None, &root, 0).await?,
                     Some(found) if found.certificate == root => {}
@@ -144,67 +143,4 @@ async fn activate(ledger: &Ledger, purpose: Purpose, key_id: Option<KeyId>, der:
         intent,
     };
     ledger.record(Body::AuthorityActivated(body)).await.map(drop)
-}
-
-/// An outside root has to be dedicated to this trust domain: the issuing certificate is for our key, a CA of path length 0 that may sign
-/// certificates and CRLs, names the trust domain if anything, is in force, and is the root's.
-pub(super) fn check_outside(
-    domain: &TrustDomain,
-    root: &[u8],
-    issuing: &[u8],
-    key: &PublicKey,
-    now: UnixTime,
-) -> Result<(), Refusal> {
-    let bad = |why: &str| Refusal::new(Reason::CertificateUnfit, format!("the outside certificates do not fit: {why}"));
-    let parse = |der| x509_parser::parse_x509_certificate(der).map(|(_, parsed)| parsed).map_err(|_| bad("one does not parse"));
-    let (root, issuing) = (parse(root)?, parse(issuing)?);
-    let root_key = PublicKey::from_spki(root.public_key().raw).ok().filter(|key| key.algorithm() == Algorithm::P256);
-    let root_key = root_key.ok_or_else(|| bad("the root's key is not P-256"))?;
-    if !root_key.verifies(issuing.tbs_certificate.as_ref(), &issuing.signature_value.data) || issuing.issuer() != root.subject() {
-        return Err(bad("the issuing certificate is not signed by the root"));
-    }
-    if !root_key.verifies(root.tbs_certificate.as_ref(), &root.signature_value.data) || root.issuer() != root.subject() {
-        return Err(bad("the root is not self-signed"));
-    }
-    let root_usage = root.key_usage().map_err(|_| bad("the root's KeyUsage"))?;
-    let root_length = root.basic_constraints().map_err(|_| bad("the root's BasicConstraints"))?;
-    let may_sign = root_usage.is_some_and(|usage| usage.value.key_cert_sign());
-    if !may_sign || root_length.is_none_or(|found| found.value.path_len_constraint == Some(0)) {
-        return Err(bad("the root may not sign an issuing certificate"));
-    }
-    if issuing.public_key().raw != key.spki() {
-        return Err(bad("the issuing certificate is not for the key of the CSR"));
-    }
-    let at = i64::try_from(now.seconds()).unwrap_or(i64::MAX);
-    for certificate in [&root, &issuing] {
-        let valid = certificate.validity().not_before.timestamp() <= at && at < certificate.validity().not_after.timestamp();
-        if !valid || !certificate.is_ca() {
-            return Err(bad("one is not a CA, or not in force"));
-        }
-    }
-    // What every leaf and CRL names as its authority.
-    if issuing.get_extension_unique(&oid_registry::OID_X509_EXT_SUBJECT_KEY_IDENTIFIER).ok().flatten().is_none() {
-        return Err(bad("the issuing certificate has no SubjectKeyIdentifier"));
-    }
-    let usage = issuing.key_usage().map_err(|_| bad("its KeyUsage"))?.ok_or_else(|| bad("it has no KeyUsage"))?;
-    if !usage.value.key_cert_sign() || !usage.value.crl_sign() {
-        return Err(bad("the issuing certificate may not sign certificates and CRLs"));
-    }
-    let constraints =
-        issuing.basic_constraints().map_err(|_| bad("its BasicConstraints"))?.ok_or_else(|| bad("no BasicConstraints"))?;
-    if constraints.value.path_len_constraint != Some(0) {
-        return Err(bad("the issuing certificate's path length is not 0"));
-    }
-    for certificate in [&root, &issuing] {
-        let Some(names) = certificate.subject_alternative_name().map_err(|_| bad("its SubjectAltName"))? else { continue };
-        let expected = domain.id();
-        let fits = names.value.general_names.iter().all(|name| match name {
-            x509_parser::extensions::GeneralName::URI(uri) => *uri == expected.as_str(),
-            _ => false,
-        });
-        if !fits {
-            return Err(bad("one of them names another trust domain"));
-        }
-    }
-    Ok(())
 }

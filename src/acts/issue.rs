@@ -111,6 +111,7 @@ impl Acts {
         grant: &Grant,
     ) -> Result<Issued, Refusal> {
         let authority = self.authorities()?.issuing();
+        let grant = &grant.within(authority.not_after())?;
         let size = self.ledger.progress().borrow().size;
         // Everything but the signature.
         let prepared = self

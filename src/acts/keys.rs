@@ -2,10 +2,11 @@
 
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger};
-use crate::model::{Algorithm, KeyId, PublicKey, Refusal, hex};
+use crate::model::{Algorithm, KeyId, PublicKey, Refusal};
 use crate::proto::{self, AuthorityState, KeyAlgorithm, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
+use super::label::label;
 
 /// The two tokens, by role. One for both is allowed: then they are the same.
 #[derive(Clone)]
@@ -54,7 +55,8 @@ pub(super) async fn give_up(ledger: &Ledger, tokens: &Tokens, row: &KeyRow) -> R
     abandon(ledger, row.id, "its making was interrupted", destroyed).await
 }
 
-async fn being_destroyed(ledger: &Ledger) -> Result<Vec<KeyId>, Refusal> {
+/// Agents' resident keys that have ended, and whose objects may be there yet.
+pub(super) async fn being_destroyed(ledger: &Ledger) -> Result<Vec<KeyId>, Refusal> {
     let ledger = ledger.clone();
     let read = tokio::task::spawn_blocking(move || ledger.reader().keys_being_destroyed()).await;
     read.map_err(Refusal::internal)?.map_err(Refusal::internal)
@@ -105,8 +107,7 @@ pub(super) async fn make(
         proto::KeyIntended { key_id: id.0.to_vec(), purpose: purpose.into(), algorithm: named.into(), token: role.into() };
     ledger.record(Body::KeyIntended(intent)).await?;
     // A crash from here on leaves objects with this id, which the next start destroys.
-    let label = format!("keyward/{}/{}", name(purpose), hex(&id.0[..4]));
-    let public = match hsm.generate(id, algorithm, &label).await {
+    let public = match hsm.generate(id, algorithm, &label(purpose, ledger.deployment(), id)).await {
         Ok(public) => public,
         Err(error) => {
             let destroyed = hsm.destroy(id).await.map_err(hsm_refusal)?;
@@ -154,7 +155,7 @@ pub(super) async fn make_wrapping(ledger: &Ledger, tokens: &Tokens, id: KeyId) -
     };
     ledger.record(Body::KeyIntended(intent)).await?;
     // A crash from here on leaves an object with this id, which the next start destroys.
-    let label = format!("keyward/{}/{}", name(Purpose::Wrapping), hex(&id.0[..4]));
+    let label = label(Purpose::Wrapping, ledger.deployment(), id);
     if let Err(error) = tokens.agents.generate_wrapping(id, &label).await {
         let destroyed = tokens.agents.destroy(id).await.map_err(hsm_refusal)?;
         abandon(ledger, id, "the token could not make it", destroyed).await?;

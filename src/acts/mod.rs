@@ -19,6 +19,8 @@ mod init;
 mod issue;
 mod key;
 mod keys;
+mod label;
+mod outside;
 mod quarantine;
 mod reconcile;
 mod release;
@@ -37,7 +39,7 @@ use crate::authn::Tls;
 use crate::config::{Config, Limits, Rotation};
 use crate::hsm;
 use crate::ledger::Ledger;
-use crate::model::{Clock, KeyId, Reason, Refusal, TrustDomain};
+use crate::model::{Clock, KeyId, Outage, Reason, Refusal, TrustDomain};
 
 pub use authorities::Authorities;
 pub use bundle::BundleWatch;
@@ -51,7 +53,7 @@ pub use key::{
     AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer, key_purpose_name,
 };
 pub use keys::Tokens;
-pub use reconcile::Stray;
+pub use reconcile::{Stray, Unwanted};
 pub use unlock::unlock;
 
 /// Everything an act needs. Built once by the daemon.
@@ -59,6 +61,8 @@ pub struct Acts {
     pub(crate) ledger: Ledger,
     domain: TrustDomain,
     limits: Limits,
+    /// Hosts that agents dial: DNS names and IP addresses.
+    names: Vec<String>,
     /// Addresses for join files, `host:port`; known once TCP is bound.
     addresses: ArcSwap<Vec<String>>,
     /// Absent while the token is.
@@ -75,6 +79,12 @@ pub struct Acts {
     rotating: Mutex<()>,
     /// What the outside root is asked to sign for a planned issuing authority: its key, PKCS#10 in DER.
     request: ArcSwapOption<(KeyId, Vec<u8>)>,
+    /// Which request `issuing.csr` is, or that there is none; `None` where that is not known.
+    request_told: Mutex<Option<Option<KeyId>>>,
+    /// Files that could not be written.
+    behind: files::Behind,
+    /// Checkpoints go without a signature that they should have.
+    unsigned: std::sync::Mutex<Outage>,
     crl: Arc<Crl>,
     /// One set of CRLs at a time.
     publishing: Mutex<()>,
@@ -91,6 +101,7 @@ impl Acts {
             ledger,
             domain: config.trust_domain.clone(),
             limits: config.limits.clone(),
+            names: config.listen.names.clone(),
             addresses: ArcSwap::default(),
             authorities: ArcSwapOption::empty(),
             bundles: bundle::Bundles::default(),
@@ -100,6 +111,9 @@ impl Acts {
             rotation: config.rotation.clone(),
             rotating: Mutex::new(()),
             request: ArcSwapOption::empty(),
+            request_told: Mutex::new(None),
+            behind: files::Behind::default(),
+            unsigned: std::sync::Mutex::default(),
             crl: Arc::new(crl),
             publishing: Mutex::new(()),
             state: config.paths.state.clone(),

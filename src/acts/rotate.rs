@@ -16,13 +16,36 @@ use super::authorities::Authorities;
 use super::certify::{certify_issuing, certify_root};
 use super::due::{self, Arrow, Terms};
 use super::keys::Tokens;
-use super::{files, hsm_refusal, keys};
+use super::{hsm_refusal, keys};
+
+/// An operator has no further one made while so many of a purpose are trusted: each signs a CRL at every denial, and is tried at every
+/// handshake.
+const TRUSTED_MAX: usize = 16;
 
 /// Who wants an authority replaced, and how soon.
 pub(super) struct Wish<'a> {
     pub by: Option<proto::Operator>,
     pub now: bool,
     pub cause: &'a str,
+}
+
+/// What came of one look at all that is due.
+#[derive(Default)]
+pub(super) struct Looked {
+    taken: bool,
+    failed: BTreeMap<KeyId, Refusal>,
+}
+
+impl Looked {
+    /// Whether an arrow was taken; the first that failed is the error.
+    fn whole(self) -> Result<bool, Refusal> {
+        self.failed.into_values().next().map_or(Ok(self.taken), Err)
+    }
+
+    /// The same of one generation, whatever became of the others.
+    pub(super) fn of(mut self, key_id: &KeyId) -> Result<(), Refusal> {
+        self.failed.remove(key_id).map_or(Ok(()), Err)
+    }
 }
 
 impl Acts {
@@ -32,26 +55,35 @@ impl Acts {
     /// The first that failed: `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`, `CLOCK_UNTRUSTED`. It is due again at the next look.
     pub async fn rotate_due(&self) -> Result<bool, Refusal> {
         let _one = self.rotating.lock().await;
+        self.catch_up_files().await;
         let served = self.keep_server_trusted().await;
-        let taken = self.take_arrows().await?;
+        let taken = self.take_arrows().await?.whole()?;
         served.map(|()| taken)
     }
 
-    pub(super) async fn take_arrows(&self) -> Result<bool, Refusal> {
-        let (mut taken, mut failed) = (false, BTreeMap::new());
+    pub(super) async fn take_arrows(&self) -> Result<Looked, Refusal> {
+        let mut looked = Looked::default();
         // What could not be made is given up, and its purpose due again at once: not before the next look.
         let mut failed_purposes = Vec::new();
         loop {
             let now = self.trusted_now()?;
             self.follow_the_ledger().await?;
-            self.keep_request().await?;
+            if let Some(planned) = self.awaiting_the_root().filter(|planned| !looked.failed.contains_key(&planned.key_id))
+                && !failed_purposes.contains(&planned.purpose)
+                && let Err(refusal) = self.ask_the_root(&planned).await
+            {
+                tracing::warn!(key = %planned.key_id, ?refusal, "the outside root could not be asked");
+                looked.failed.insert(planned.key_id, refusal);
+                failed_purposes.push(planned.purpose);
+            }
+            self.keep_request_file().await;
             // Looked at anew after each: one arrow decides on the next.
             let (all, _) = self.ledger.generations();
             let terms = self.terms(now);
-            let due = all.iter().filter(|of| !failed.contains_key(&of.key_id)).find_map(|of| {
+            let due = all.iter().filter(|of| !looked.failed.contains_key(&of.key_id)).find_map(|of| {
                 let arrow = due::next(of, &all, &terms)?;
-                let plans_again = arrow.to == State::Retiring && failed_purposes.contains(&of.purpose);
-                if plans_again {
+                let again = arrow.to == State::Retiring || of.state == State::Planned;
+                if again && failed_purposes.contains(&of.purpose) {
                     return None;
                 }
                 arrow.is_due(&terms).then_some((of, arrow.to))
@@ -59,21 +91,22 @@ impl Acts {
             let Some((of, to)) = due else {
                 let kept_from = self.is_rotation_paused() || failed_purposes.contains(&Purpose::TokenSigning);
                 if kept_from || !due::lacks_token_signing(&all) {
-                    break;
+                    return Ok(looked);
                 }
                 self.plan(Purpose::TokenSigning, Wish { by: None, now: false, cause: "there is none" }).await?;
                 continue;
             };
             match self.take(of, to, &all).await {
-                Ok(()) => taken = true,
+                Ok(()) => looked.taken = true,
                 Err(refusal) => {
                     tracing::warn!(purpose = keys::name(of.purpose), key = %of.key_id, ?to, ?refusal, "an arrow was not taken");
-                    failed.insert(of.key_id, refusal);
-                    failed_purposes.push(of.purpose);
+                    looked.failed.insert(of.key_id, refusal);
+                    if of.is_coming() || to == State::Retiring {
+                        failed_purposes.push(of.purpose);
+                    }
                 }
             }
         }
-        failed.into_values().next().map_or(Ok(taken), Err)
     }
 
     fn terms(&self, now: UnixTime) -> Terms<'_> {
@@ -105,7 +138,7 @@ impl Acts {
             }
             State::Prepublished => self.prepublish(of).await,
             State::Active => self.activate(of).await,
-            State::Retired => self.retire(of).await,
+            State::Retired => self.retire(of, "").await,
             State::Destroyed => self.destroy(of).await,
             State::Planned | State::Unspecified => Ok(()),
         }
@@ -133,8 +166,8 @@ impl Acts {
     /// as soon as this before.
     ///
     /// # Errors
-    /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY` without
-    /// `now`, and those of the arrows: what was planned stays planned.
+    /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY` (without `now`,
+    /// or for too many), and those of its own arrows: what was planned stays planned, but one whose key the token has lost (`KEY_LOST`).
     pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<(KeyId, bool), Refusal> {
         use Purpose::{Issuing, Ledger, Root, TokenSigning, Wrapping};
         if !matches!(purpose, Root | Issuing | Ledger | TokenSigning | Wrapping) {
@@ -155,6 +188,10 @@ impl Acts {
                 "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
+        if all.iter().filter(|found| found.purpose == purpose && found.is_trusted()).count() >= TRUSTED_MAX {
+            let advice = format!("{TRUSTED_MAX} of this purpose are in service already; wait until the oldest has retired");
+            return Err(Refusal::new(Reason::RotationUnderWay, advice));
+        }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
         let (key_id, already) = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
             Some(coming) if now && coming.now => (coming.key_id, true),
@@ -164,7 +201,7 @@ impl Acts {
             }
             _ => (self.plan(purpose, wish).await?, false),
         };
-        self.take_arrows().await?;
+        self.take_arrows().await?.of(&key_id)?;
         Ok((key_id, already))
     }
 
@@ -177,7 +214,7 @@ impl Acts {
         let tainted = proto::AuthorityTainted { by: Some(operator.signs(reason)), key_id: key_id.to_vec() };
         let index = self.ledger.record(Body::AuthorityTainted(tainted)).await?;
         tracing::warn!(index, key = hex(key_id), "an authority is tainted");
-        self.take_arrows().await?;
+        self.take_arrows().await?.whole()?;
         Ok(index)
     }
 
@@ -245,6 +282,34 @@ impl Acts {
         tokens.of(TokenRole::Authority).key(of.key_id, public).await.map(Some).map_err(hsm_refusal)
     }
 
+    /// Its key, looked for in the token now. One that the token has lost for certain never signs: its generation is given up, which is the
+    /// error, and another one planned.
+    pub(super) async fn key_to_come(&self, of: &Generation) -> Result<Option<SigningKey>, Refusal> {
+        match self.key_of(of).await {
+            Ok(key) => Ok(key),
+            Err(refusal) => Err(self.given_up_if_gone(of, refusal).await?),
+        }
+    }
+
+    /// What is to be told of a key to come that could not be had. Away is not gone: of a token that cannot be asked nothing is given up.
+    async fn given_up_if_gone(&self, of: &Generation, refusal: Refusal) -> Result<Refusal, Refusal> {
+        let token = self.authorities()?.tokens().of(keys::role_of(of.purpose)).clone();
+        if !token.is_gone(of.key_id).await.unwrap_or(false) {
+            return Ok(refusal);
+        }
+        let cause = "its key is not in the token any more";
+        tracing::error!(purpose = keys::name(of.purpose), key = %of.key_id, "an authority that was to come is given up: {cause}");
+        if of.state == State::Planned {
+            let wish = Wish { by: None, now: of.now, cause };
+            self.record_step(AuthorityStepped { to: State::Destroyed.into(), ..step(of, &wish) }).await?;
+        } else {
+            self.retire(of, cause).await?;
+        }
+        // A crash before this: what is due by age is planned again by itself, what was asked for is asked for again.
+        self.plan(of.purpose, Wish { by: None, now: of.now, cause: "the token lost the key of the one before" }).await?;
+        Ok(Refusal::new(Reason::KeyLost, "the token has lost its key; another one is planned, see `keyward ca list`"))
+    }
+
     /// The same of a wrapping key, which signs nothing: whether it is there.
     async fn has_wrapping_key(&self, of: &Generation) -> Result<bool, Refusal> {
         let authorities = self.authorities()?;
@@ -269,7 +334,7 @@ impl Acts {
             let made = step(of, &Wish { by: None, now: of.now, cause: "" });
             return self.record_step(AuthorityStepped { to: State::Prepublished.into(), ..made }).await;
         }
-        let Some(key) = self.key_of(of).await? else { return Ok(()) };
+        let Some(key) = self.key_to_come(of).await? else { return Ok(()) };
         let now = self.trusted_now()?;
         let (certificate, intent, issuer) = match of.purpose {
             Purpose::Root => {
@@ -297,11 +362,19 @@ impl Acts {
     /// From this entry on it signs, and the one before it does not.
     async fn activate(&self, of: &Generation) -> Result<(), Refusal> {
         let authorities = self.authorities()?;
-        // Lost since it was made: what is active has to be there at every start.
+        // Looked for anew: what is active has to be there at every start.
         if of.purpose == Purpose::Wrapping {
-            authorities.tokens().agents.find_wrapping(of.key_id).await.map_err(hsm_refusal)?;
-        } else if !of.is_outside() && authorities.key(&of.key_id).is_none() {
-            return Err(Refusal::new(Reason::HsmUnavailable, "the token cannot find its key now"));
+            if let Err(error) = authorities.tokens().agents.find_wrapping(of.key_id).await {
+                return Err(self.given_up_if_gone(of, hsm_refusal(error)).await?);
+            }
+        } else if !of.is_outside() {
+            let found = authorities.tokens().of(TokenRole::Authority).find(of.key_id).await.map_err(hsm_refusal)?;
+            if !found.iter().any(|object| object.private) {
+                self.key_to_come(of).await?;
+            }
+            if authorities.key(&of.key_id).is_none() {
+                return Err(Refusal::new(Reason::HsmUnavailable, "the token could not find its key; it is looked for again"));
+            }
         }
         let checkpoint = match of.purpose {
             // Who follows CRLs has one of it before a certificate.
@@ -323,35 +396,38 @@ impl Acts {
             ..step(of, &Wish { by: None, now: of.now, cause: "" })
         };
         self.record_step(body).await?;
-        if of.purpose == Purpose::Issuing { self.keep_crls().await } else { Ok(()) }
+        if of.purpose == Purpose::Issuing {
+            self.keep_crls().await;
+        }
+        Ok(())
     }
 
     /// It is not trusted any more; nothing that it signed is in force.
-    async fn retire(&self, of: &Generation) -> Result<(), Refusal> {
+    async fn retire(&self, of: &Generation, cause: &str) -> Result<(), Refusal> {
         if of.purpose == Purpose::Root {
             // Nobody would know the server any more.
             self.keep_server_trusted().await?;
         }
-        self.record_step(AuthorityStepped { to: State::Retired.into(), ..step(of, &Wish { by: None, now: false, cause: "" }) })
+        self.record_step(AuthorityStepped { to: State::Retired.into(), ..step(of, &Wish { by: None, now: false, cause }) })
             .await?;
         if of.purpose != Purpose::Issuing {
             return Ok(());
         }
         // A crash here, or a failure: the next start has another one signed in any case, the next look tries again.
         let served = self.keep_server_trusted().await;
-        self.keep_crls().await?;
+        self.keep_crls().await;
         served
     }
 
     /// The server's certificate is of an authority that is trusted, and in force, or another one is put into service: before its root can go.
     async fn keep_server_trusted(&self) -> Result<(), Refusal> {
         let Some(served) = self.served.load_full() else { return Ok(()) };
-        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server().key().id());
+        let (now, next) = (self.clock().reckoned(), self.authorities()?.issuing_for_server());
         let (all, _) = self.ledger.generations();
         let issuer = all.iter().find(|found| found.key_id == served.issuer && found.is_trusted());
         // The clock was set, or its authority did not last: another one may do better.
         let in_force = served.not_before <= now && now < served.not_after;
-        let well = in_force && issuer.is_some_and(|found| next == served.issuer || due::is_in_force(found, now));
+        let well = in_force && issuer.is_some_and(|found| next.key().id() == served.issuer || due::is_in_force(found, now));
         if well { Ok(()) } else { self.serve_certificate().await.map(drop) }
     }
 
@@ -385,39 +461,12 @@ impl Acts {
             return Ok(());
         }
         let next = Authorities::load(&self.ledger, current.tokens().clone(), Some(&current)).await?;
+        if next.is_as(&current) {
+            return Ok(());
+        }
         self.set_authorities(next)?;
-        self.write_authority_files().await
-    }
-
-    /// `bundle.pem`, `issuing.pem` and `ledger.vkey` say what is in force. A crash before leaves the old ones, which the next start replaces.
-    ///
-    /// # Errors
-    /// `INTERNAL`: the state directory cannot be written.
-    pub async fn keep_authority_files(&self) -> Result<(), Refusal> {
-        let _one = self.rotating.lock().await;
-        self.write_authority_files().await
-    }
-
-    async fn write_authority_files(&self) -> Result<(), Refusal> {
-        let authorities = self.authorities()?;
-        let pem = |der: &[u8]| pem::encode(&pem::Pem::new("CERTIFICATE", der));
-        let vkey = super::verifier_key(&self.domain, authorities.ledger_key().public().clone())?;
-        let texts = [
-            ("bundle.pem", authorities.bundle().authorities.iter().map(|der| pem(der)).collect::<String>()),
-            ("issuing.pem", pem(authorities.issuing().certificate())),
-            ("ledger.vkey", format!("{vkey}\n")),
-        ];
-        let state = self.state.clone();
-        let kept = tokio::task::spawn_blocking(move || {
-            for (name, text) in texts {
-                let path = state.join(name);
-                if std::fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
-                    files::replace(&path, text.as_bytes(), 0o644)?;
-                }
-            }
-            Ok::<_, std::io::Error>(())
-        });
-        kept.await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+        self.write_authority_files().await;
+        Ok(())
     }
 
     /// All generations, for people, with what each waits for.

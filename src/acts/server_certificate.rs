@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rcgen::SanType;
 use rustls::pki_types::PrivatePkcs8KeyDer;
 
 use crate::model::{KeyId, PublicKey, Refusal, Serial, UnixTime};
@@ -33,8 +34,13 @@ impl Acts {
         let issuing = self.authorities()?.issuing_for_server();
         let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(Refusal::internal)?;
         let key = PublicKey::from_spki(&rcgen::PublicKeyData::subject_public_key_info(&pair)).map_err(Refusal::internal)?;
-        let (not_before, not_after) = (now.minus_seconds(30), now.plus_seconds(LIFETIME_SECONDS));
-        let params = leaf(&self.domain.server(), &Serial::random(), not_before, not_after)?;
+        let until = now.plus_seconds(LIFETIME_SECONDS);
+        // Under one that has ended nobody takes it anyway, and the daemon serves: what is to follow is made then.
+        let not_after = if issuing.not_after() > now { until.min(issuing.not_after()) } else { until };
+        let not_before = now.minus_seconds(30);
+        let mut params = leaf(&self.domain.server(), &Serial::random(), not_before, not_after)?;
+        // Stock TLS libraries look for the host that they dialled (RFC 9525 §6); SPIFFE ones for the one URI (X509-SVID §2).
+        params.subject_alt_names.extend(self.names.iter().map(|name| host(name)).collect::<Result<Vec<_>, _>>()?);
         let tbs = leaf_to_be_signed(&issuing, &params, &key)?;
         let (index, signature) = sign_own(&self.ledger, IntentKind::Server, issuing.key(), tbs.clone()).await?;
         let chain = vec![assemble(&tbs, &signature).into(), issuing.certificate().to_vec().into()];
@@ -43,5 +49,12 @@ impl Acts {
         self.served.store(Some(Arc::new(Served { issuer: issuing.key().id(), not_before, not_after })));
         tracing::info!(index, "the server has a new certificate");
         Ok(Duration::from_secs(LIFETIME_SECONDS / 3))
+    }
+}
+
+fn host(name: &str) -> Result<SanType, Refusal> {
+    match name.parse() {
+        Ok(address) => Ok(SanType::IpAddress(address)),
+        Err(_) => Ok(SanType::DnsName(name.try_into().map_err(Refusal::internal)?)),
     }
 }

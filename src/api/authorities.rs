@@ -48,5 +48,6 @@ pub(super) fn stray(stray: Stray) -> proto::Stray {
         objects: stray.objects,
         purpose: stray.purpose.into(),
         destroyed: stray.destroyed,
+        finding: stray.finding.into(),
     }
 }

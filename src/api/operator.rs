@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use crate::acts::Acts;
+use crate::acts::{Acts, Unwanted};
 use crate::authn::Operator;
 use crate::ledger::Reader;
 use crate::model::{AgentId, Reason, Refusal};
@@ -242,8 +242,13 @@ impl OperatorService for Operators {
     async fn reconcile(&self, request: Request<proto::ReconcileRequest>) -> Result<Response<proto::ReconcileResponse>, Status> {
         let operator = operator(&request)?;
         let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
-        let (destroy, reason) = (ask.destroy_orphans, checked_reason(ask.reason)?);
-        let strays = act(async move { acts.reconcile(&operator, destroy, &reason).await }).await?;
+        let reason = checked_reason(ask.reason)?;
+        let unwanted = match (ask.destroy_orphans, ask.destroy_key_id) {
+            (true, _) => Unwanted::Strays,
+            (false, id) if id.is_empty() => Unwanted::Nothing,
+            (false, id) => Unwanted::Stray(id),
+        };
+        let strays = act(async move { acts.reconcile(&operator, unwanted, &reason).await }).await?;
         Ok(Response::new(proto::ReconcileResponse { strays: strays.into_iter().map(authorities::stray).collect() }))
     }
 

@@ -80,6 +80,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::ClockUntrusted
         | Reason::Draining
         | Reason::AuthoritySuperseded
+        | Reason::AuthorityExpired
         | Reason::SignatureUnknown => Code::Unavailable,
         Reason::Internal | Reason::Unspecified => Code::Internal,
     }

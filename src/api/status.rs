@@ -140,6 +140,7 @@ impl Readiness {
             config_hash: self.0.config_hash.0.to_vec(),
             listen,
             not_on_crl: acts.not_on_crl(),
+            files_behind: acts.files_behind(),
             keys_to_rewrap: acts.keys_to_rewrap(),
         }
     }
@@ -198,6 +199,8 @@ fn token(status: TokenState) -> proto::TokenStatus {
             p384: status.capabilities.p384,
             wrapped_keys: status.capabilities.wrapped_keys,
             wrapped_ed25519: status.capabilities.wrapped_ed25519,
+            ps256: status.capabilities.ps256,
+            wrapped_ps256: status.capabilities.wrapped_ps256,
             sessions_max: status.capabilities.sessions_max.map_or(0, |most| most as u64),
         }),
     }

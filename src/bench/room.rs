@@ -68,6 +68,7 @@ pub fn sign(asked: &Asked<'_>) -> Result<RoomSignatures, Failed> {
             lanes: asked.lanes,
         },
         role: TokenRole::Authority,
+        for_agents: false,
         queue: asked.outstanding.max(16),
         sign_deadline: SIGN_DEADLINE,
     };

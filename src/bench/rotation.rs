@@ -23,7 +23,7 @@ use super::{Failed, Goal, Ground, disk};
 use crate::ledger::Reader;
 use crate::model::SecretBytes;
 use crate::proto::entry::Body;
-use crate::proto::{self, AuthorityState, EnrolRequest, Entry, Purpose, ReconcileRequest, RotateRequest};
+use crate::proto::{self, AuthorityState, EnrolRequest, Entry, Finding, Purpose, ReconcileRequest, RotateRequest};
 
 /// What the preload library reads the clock's offset from.
 const CONTROL: &str = "KEYWARD_PRELOAD_CONTROL";
@@ -66,7 +66,7 @@ pub struct RotationReport {
     pub failed_issues: usize,
     /// Certificates that some bundle of the last refresh does not verify, at any moment of their lives.
     pub rejected: usize,
-    /// Objects without a row and rows without an object.
+    /// Strays in the tokens, and keys that are missing there.
     pub orphans: usize,
     /// What `keyward ledger verify` found wrong, by the ledger key of the beginning.
     pub violations: usize,
@@ -198,7 +198,8 @@ pub async fn rotation(plan: &RotationPlan, mut progress: impl FnMut(&str)) -> Re
     }
     let seconds = from.elapsed().as_secs_f64();
     progress("the tokens are held against the ledger, the ledger against what it promises");
-    let strays = running.operator.reconcile(ReconcileRequest::default()).await?.into_inner().strays;
+    let mut strays = running.operator.reconcile(ReconcileRequest::default()).await?.into_inner().strays;
+    strays.retain(|stray| matches!(stray.finding(), Finding::Stray | Finding::Missing));
     running.stop().await?;
     let found = violations(&house, &pinned).await?;
     let (violations, mut complaints) = (found.len(), judge.complaints());

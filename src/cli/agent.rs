@@ -43,7 +43,7 @@ pub(super) enum Verb {
     /// Run a command with credentials that are kept fresh; kill it when the agent is quarantined.
     ///
     /// The command finds the paths of its files in KEYWARD_SVID, KEYWARD_KEY and KEYWARD_BUNDLE. It runs in a process group
-    /// of its own, which is killed as a whole. Its exit code is passed on; 3 tells of a quarantine. The bundle is followed as
+    /// of its own, which ends with it. Told to restart, it has ten seconds. Its exit code is passed on; 3 tells of a quarantine. The bundle is followed as
     /// it changes, so that a new authority is known before it signs, and a quarantine is heard of at once.
     #[command(
         after_help = "Example:\n  keyward agent run --join coder-7.join --out /run/coder --on-renew signal:HUP --on-bundle restart -- ./coder --serve"

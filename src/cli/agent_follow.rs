@@ -1,15 +1,22 @@
 //! The bundle beside the credentials of `keyward agent run`: followed, so that a new authority is known before it signs.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::sync::mpsc::Sender;
-use tokio::time::sleep;
+use tokio::time::timeout;
 
 use super::agent_run::{BackOff, is_contained};
+use crate::client::store::holding_in;
 use crate::client::{AgentDir, Client, Error};
 
 /// In a row, of which the last is worth a word: a stream ends with each certificate, and with each restart of the daemon.
 const FAILURES_TOLD: u32 = 3;
+/// With a rejected certificate it is not tried again sooner, unless there is another.
+const REJECTED_WAIT: Duration = Duration::from_secs(300);
 
 /// What came of it.
 pub(super) enum Heard {
@@ -19,32 +26,58 @@ pub(super) enum Heard {
     Sequence(u64),
     /// Everything was taken back from this agent.
     Contained(Error),
+    /// The certificate of this ledger entry is not taken any more.
+    Rejected(Error, u64),
     /// The bundle has not been heard of for a while; renewals bring it as well.
     Silence(Error),
 }
 
-/// Follows the bundle until the agent is contained or nobody listens.
-pub(super) async fn follow(out: PathBuf, heard: Sender<Heard>) {
+/// Follows the bundle until the agent is contained or nobody listens. With each certificate that is `renewed` it is tried again at once.
+pub(super) async fn follow(out: PathBuf, heard: Sender<Heard>, renewed: Arc<Notify>) {
     let mut back_off = BackOff::default();
     loop {
-        let Err(error) = follow_once(&out, &heard, &mut back_off).await else { return };
+        let mut certificate = None;
+        let Err(error) = follow_once(&out, &heard, &mut back_off, &mut certificate).await else { return };
+        // From here on none is missed.
+        let mut another = pin!(renewed.notified());
+        another.as_mut().enable();
         if is_contained(&error) {
             let _ = heard.send(Heard::Contained(error)).await;
             return;
         }
-        let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
-        if back_off.failures() == FAILURES_TOLD && heard.send(Heard::Silence(error)).await.is_err() {
+        let mut wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
+        let told = match certificate {
+            // Thousands are rejected in the same moment: what they do next is spread, where renewals are.
+            Some(certificate) if error.is_of_the_certificate() => {
+                wait = if is_held(&out, certificate) { REJECTED_WAIT } else { wait };
+                Some(Heard::Rejected(error, certificate))
+            }
+            _ => (back_off.failures() == FAILURES_TOLD).then_some(Heard::Silence(error)),
+        };
+        if let Some(told) = told
+            && heard.send(told).await.is_err()
+        {
             return;
         }
-        sleep(wait).await;
+        let _ = timeout(wait, another).await;
     }
 }
 
-/// One stream, to its end. `Ok`: nobody listens.
-async fn follow_once(out: &Path, heard: &Sender<Heard>, back_off: &mut BackOff) -> Result<(), Error> {
-    // The directory is free again at once: renewals need it.
-    let holding = AgentDir::open(out, false)?.holding()?;
+fn is_held(out: &Path, certificate: u64) -> bool {
+    holding_in(out).is_ok_and(|holding| holding.card.ledger_index == certificate)
+}
+
+/// One stream, to its end, by the `certificate` that is held. `Ok`: nobody listens.
+async fn follow_once(
+    out: &Path,
+    heard: &Sender<Heard>,
+    back_off: &mut BackOff,
+    certificate: &mut Option<u64>,
+) -> Result<(), Error> {
+    let holding = holding_in(out)?;
+    *certificate = Some(holding.card.ledger_index);
     let mut watch = Client::watch_bundle(&holding).await?;
+    drop(holding);
     *back_off = BackOff::default();
     loop {
         let bundle = watch.newer().await?;

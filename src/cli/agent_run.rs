@@ -3,12 +3,13 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{ExitCode, ExitStatus};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -22,8 +23,8 @@ use crate::model::{Reason, UnixTime};
 
 /// A wall clock that jumps or a suspended machine is noticed within this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// A certificate whose authority went is replaced within this time.
-const SOON_MAX: Duration = Duration::from_secs(180);
+/// A certificate whose authority went is replaced within this time, or a tenth of its life where that is less.
+const SOON_MAX_MICROS: u64 = 180_000_000;
 /// Between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
@@ -63,6 +64,16 @@ pub(super) struct Supervisor {
     on_bundle: Reaction,
     program: OsString,
     arguments: Vec<OsString>,
+    grace: Duration,
+}
+
+/// The command as it runs.
+struct Running {
+    child: Child,
+    /// It leads a group of its own.
+    group: Option<Pid>,
+    /// It was told to end, to be started again, and is killed at this moment.
+    restarts: Option<Instant>,
 }
 
 /// What became of a turn of the supervisor's work.
@@ -76,6 +87,8 @@ enum Turn {
 /// What ended a wait.
 enum Event<T> {
     Exited(ExitStatus),
+    /// Its grace is over.
+    Overdue,
     Told(Signal),
     Done(T),
 }
@@ -96,10 +109,13 @@ impl Signals {
         })
     }
 
-    /// Waits for `work`, the end of `child` or a signal, whichever comes first; `work` is dropped in the latter cases.
-    async fn or<T>(&mut self, child: &mut Child, work: impl Future<Output = T>) -> std::io::Result<Event<T>> {
+    /// Waits for `work`, the end of the command, the end of its grace or a signal, whichever comes first; `work` is dropped in the latter
+    /// cases.
+    async fn or<T>(&mut self, running: &mut Running, work: impl Future<Output = T>) -> std::io::Result<Event<T>> {
+        let overdue = running.restarts;
         Ok(tokio::select! {
-            status = child.wait() => Event::Exited(status?),
+            status = running.child.wait() => Event::Exited(status?),
+            () = at(overdue) => Event::Overdue,
             _ = self.terminate.recv() => Event::Told(Signal::TERM),
             _ = self.interrupt.recv() => Event::Told(Signal::INT),
             _ = self.hang_up.recv() => Event::Told(Signal::HUP),
@@ -122,43 +138,57 @@ impl Supervisor {
         }
         let program = command.remove(0);
         let on_bundle = on_bundle.unwrap_or(on_renew);
-        Ok(Self { out, join, ttl_seconds, on_renew, on_bundle, program, arguments: command })
+        Ok(Self { out, join, ttl_seconds, on_renew, on_bundle, program, arguments: command, grace: GRACE })
     }
 
     pub(super) async fn run(self, output: &mut Output) -> Result<ExitCode, Failure> {
-        let card = self.first_credentials(output).await?;
+        let mut card = self.first_credentials(output).await?;
         let mut signals = Signals::listen()?;
-        let mut child = self.start()?;
-        let mut due = due(&card, UnixTime::wall());
+        let mut running = self.start()?;
+        let mut due = due(&card, UnixTime::wall(), random());
         let mut bundle = card.bundle_sequence;
         let mut back_off = BackOff::default();
         let (tell, mut heard) = mpsc::channel(1);
+        let renewed = Arc::new(Notify::new());
         // Ends when dropped.
         let mut following = JoinSet::new();
-        following.spawn(follow(self.out.clone(), tell));
+        following.spawn(follow(self.out.clone(), tell, Arc::clone(&renewed)));
         loop {
             let event = if UnixTime::wall() < due {
-                signals.or(&mut child, wait(due, &mut heard)).await?
+                signals.or(&mut running, wait(due, &mut heard)).await?
             } else {
                 // Dropped by a signal, it is repeated with the same bytes.
-                signals.or(&mut child, async { Turn::Renewed(refresh(&self.out, self.ttl_seconds).await) }).await?
+                signals.or(&mut running, async { Turn::Renewed(refresh(&self.out, self.ttl_seconds).await) }).await?
             };
             match event {
-                Event::Exited(status) => return Ok(exit_code(status)),
-                Event::Told(Signal::HUP) => send(&child, Signal::HUP),
+                Event::Exited(status) => {
+                    // What it has spawned would go on with credentials that nobody takes away.
+                    running.send(Signal::KILL);
+                    if running.restarts.is_none() {
+                        return Ok(exit_code(status));
+                    }
+                    running = self.start()?;
+                }
+                Event::Overdue => {
+                    running.send(Signal::KILL);
+                    running.restarts = Some(Instant::now() + self.grace);
+                }
+                Event::Told(Signal::HUP) => running.send(Signal::HUP),
                 Event::Told(told) => {
-                    send(&child, told);
-                    return Ok(exit_code(end(&mut child).await?));
+                    running.send(told);
+                    return Ok(exit_code(running.end(self.grace).await?));
                 }
                 Event::Done(Turn::Waited) => {}
-                Event::Done(Turn::Renewed(Ok(card))) => {
+                Event::Done(Turn::Renewed(Ok(new))) => {
+                    card = new;
                     output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
-                    due = self::due(&card, UnixTime::wall());
+                    due = self::due(&card, UnixTime::wall(), random());
                     back_off = BackOff::default();
+                    renewed.notify_waiters();
                     // Where the bundle could not be followed, the renewal has brought it.
                     let newer = card.bundle_sequence > bundle;
                     bundle = bundle.max(card.bundle_sequence);
-                    self.react(&mut child, &[Some(self.on_renew), newer.then_some(self.on_bundle)]).await?;
+                    self.react(&mut running, &[Some(self.on_renew), newer.then_some(self.on_bundle)])?;
                 }
                 Event::Done(Turn::Renewed(Err(error))) if error.is_passing() => {
                     let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
@@ -166,7 +196,7 @@ impl Supervisor {
                     due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
                 }
                 Event::Done(Turn::Renewed(Err(error)) | Turn::Heard(Heard::Contained(error))) => {
-                    return self.give_up(child, error).await;
+                    return self.give_up(running, error).await;
                 }
                 // Else a renewal brought it, and the command was told.
                 Event::Done(Turn::Heard(Heard::Bundle(sequence))) if sequence > bundle => {
@@ -174,11 +204,17 @@ impl Supervisor {
                     bundle = sequence;
                     if !holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle()) {
                         output.say("keyward: its authority is not trusted any more; there will be another certificate soon");
-                        due = due.min(soon(UnixTime::wall()));
+                        due = due.min(soon(&card, UnixTime::wall(), random()));
                     }
-                    self.react(&mut child, &[Some(self.on_bundle)]).await?;
+                    self.react(&mut running, &[Some(self.on_bundle)])?;
                 }
                 Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
+                // Else it is of a certificate that has been replaced meanwhile.
+                Event::Done(Turn::Heard(Heard::Rejected(error, certificate))) if certificate == card.ledger_index => {
+                    output.say(&format!("keyward: {error}; there will be another certificate soon"));
+                    due = due.min(soon(&card, UnixTime::wall(), random()));
+                }
+                Event::Done(Turn::Heard(Heard::Rejected(..))) => {}
                 // Nothing that the command reads has changed.
                 Event::Done(Turn::Heard(Heard::Sequence(sequence))) => bundle = bundle.max(sequence),
                 Event::Done(Turn::Heard(Heard::Silence(error))) => {
@@ -221,17 +257,17 @@ impl Supervisor {
                 return Client::new(dir).attest(join, self.ttl_seconds).await;
             }
         }
-        let card = dir.holding()?.card;
-        if card.half_life() > UnixTime::wall() {
-            return Ok(card);
+        let holding = dir.holding()?;
+        if holding.card.half_life() > UnixTime::wall() && holding.ends_in_the_bundle() {
+            return Ok(holding.card);
         }
         drop(dir);
         refresh(&self.out, self.ttl_seconds).await
     }
 
-    fn start(&self) -> Result<Child, Failure> {
+    fn start(&self) -> Result<Running, Failure> {
         let out = std::path::absolute(&self.out)?;
-        Command::new(&self.program)
+        let child = Command::new(&self.program)
             .args(&self.arguments)
             .env("KEYWARD_SVID", out.join("svid.pem"))
             .env("KEYWARD_KEY", out.join("key.pem"))
@@ -240,33 +276,38 @@ impl Supervisor {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
-            .map_err(|error| Failure::error(format!("{}: {error}", self.program.display())))
+            .map_err(|error| Failure::error(format!("{}: {error}", self.program.display())))?;
+        let group = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        Ok(Running { child, group, restarts: None })
     }
 
-    /// Once, where several ask for the same; a restart leaves nothing to be told.
-    async fn react(&self, child: &mut Child, asked: &[Option<Reaction>]) -> Result<(), Failure> {
+    /// Once, where several ask for the same; a restart leaves nothing to be told. Of a command that has ended by itself the end counts: it is
+    /// not done again.
+    fn react(&self, running: &mut Running, asked: &[Option<Reaction>]) -> Result<(), Failure> {
+        if running.restarts.is_some() || running.child.try_wait()?.is_some() {
+            return Ok(());
+        }
         if asked.contains(&Some(Reaction::Restart)) {
-            send(child, Signal::TERM);
-            end(child).await?;
-            *child = self.start()?;
+            running.send(Signal::TERM);
+            running.restarts = Some(Instant::now() + self.grace);
             return Ok(());
         }
         for (at, reaction) in asked.iter().enumerate() {
             if let Some(Reaction::Signal(signal)) = reaction
                 && !asked[..at].contains(reaction)
             {
-                send(child, *signal);
+                running.send(*signal);
             }
         }
         Ok(())
     }
 
     /// There will be no further certificate. A quarantined agent gets no time to say goodbye.
-    async fn give_up(&self, mut child: Child, error: client::Error) -> Result<ExitCode, Failure> {
+    async fn give_up(&self, mut running: Running, error: client::Error) -> Result<ExitCode, Failure> {
         let contained = is_contained(&error);
         let last = if contained { Signal::KILL } else { Signal::TERM };
-        send(&child, last);
-        end(&mut child).await?;
+        running.send(last);
+        running.end(self.grace).await?;
         let failure = Failure::from(error).and_then_said(&format!("{} was ended", self.program.display()));
         Err(if contained { failure.with_code(EXIT_REFUSED) } else { failure })
     }
@@ -279,29 +320,23 @@ pub(super) fn is_contained(error: &client::Error) -> bool {
     })
 }
 
-/// Waits for the end of what was told to end; past the grace it is killed.
-async fn end(child: &mut Child) -> Result<ExitStatus, Failure> {
-    let ended = timeout(GRACE, child.wait()).await;
-    // The group may have members that outlived their leader.
-    if let (Some(pid), Err(_)) = (child.id(), &ended) {
-        kill_group(pid, Signal::KILL);
+impl Running {
+    /// To the whole group.
+    fn send(&self, signal: Signal) {
+        if let Some(group) = self.group {
+            // It may be gone already, which is what was wanted.
+            let _ = kill_process_group(group, signal);
+        }
     }
-    Ok(match ended {
-        Ok(status) => status?,
-        Err(_) => child.wait().await?,
-    })
-}
 
-fn send(child: &Child, signal: Signal) {
-    if let Some(pid) = child.id() {
-        kill_group(pid, signal);
-    }
-}
-
-fn kill_group(pid: u32, signal: Signal) {
-    if let Some(group) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // The group may be gone already, which is what was wanted.
-        let _ = kill_process_group(group, signal);
+    /// Waits for the end of what was told to end; past the grace it is killed, and so is what it leaves behind.
+    async fn end(&mut self, grace: Duration) -> Result<ExitStatus, Failure> {
+        let ended = timeout(grace, self.child.wait()).await;
+        self.send(Signal::KILL);
+        Ok(match ended {
+            Ok(status) => status?,
+            Err(_) => self.child.wait().await?,
+        })
     }
 }
 
@@ -315,22 +350,35 @@ fn exit_code(status: ExitStatus) -> ExitCode {
 /// Half-life, but not before a third of what is left has passed: `notBefore` lies some time before the issuance, and the
 /// half-life of a certificate shorter than that is over when it arrives. Give or take a tenth of what is left: agents that
 /// started together do not renew together.
-fn due(card: &Card, now: UnixTime) -> UnixTime {
+fn due(card: &Card, now: UnixTime, random: u32) -> UnixTime {
     let left_micros = UnixTime::from_seconds(card.not_after_unix_seconds).0.saturating_sub(now.0);
     let middle = card.half_life().0.max(now.0.saturating_add(left_micros / 3));
-    UnixTime(middle.saturating_sub(left_micros / 10) + left_micros / 5 / 256 * u64::from(random_byte()))
+    UnixTime(middle.saturating_sub(left_micros / 10).saturating_add(spread(left_micros / 5, random)))
 }
 
-/// Within [`SOON_MAX`]: all that hear of the same bundle do not renew at once.
-fn soon(now: UnixTime) -> UnixTime {
-    UnixTime(now.0.saturating_add(u64::try_from(SOON_MAX.as_micros()).unwrap_or(u64::MAX) / 256 * u64::from(random_byte())))
+/// All that hear of the same bundle, or are rejected by the same daemon, do not renew at once.
+fn soon(card: &Card, now: UnixTime, random: u32) -> UnixTime {
+    let life_micros = card.not_after_unix_seconds.saturating_sub(card.not_before_unix_seconds).saturating_mul(1_000_000);
+    UnixTime(now.0.saturating_add(spread((life_micros / 10).min(SOON_MAX_MICROS), random)))
 }
 
-fn random_byte() -> u8 {
-    let mut byte = [0];
+/// Evenly over `range`, from 0 to just below it.
+fn spread(range: u64, random: u32) -> u64 {
+    u64::try_from((u128::from(range) * u128::from(random)) >> 32).unwrap_or(range)
+}
+
+fn random() -> u32 {
+    let mut bytes = [0; 4];
     // Without randomness the renewal is merely not spread.
-    let _ = aws_lc_rs::rand::fill(&mut byte);
-    byte[0]
+    let _ = aws_lc_rs::rand::fill(&mut bytes);
+    u32::from_be_bytes(bytes)
+}
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a machine is suspended; or until something is heard.
@@ -342,7 +390,8 @@ async fn wait(due: UnixTime, heard: &mut mpsc::Receiver<Heard>) -> Turn {
     }
 }
 
-/// Doubling waits, spread by up to a half.
+/// Doubling waits, spread by up to a half, over which what the daemon asks for counts: never less than that, and spread as well, because
+/// it asks the same of everybody.
 #[derive(Default)]
 pub(super) struct BackOff {
     failures: u32,
@@ -355,10 +404,16 @@ impl BackOff {
     }
 
     pub(super) fn next(&mut self, asked: Option<Duration>) -> Duration {
-        let doubled = BACK_OFF_FIRST.saturating_mul(1 << self.failures.min(6)).min(BACK_OFF_MAX);
+        let wait = self.next_of(asked, random());
         self.failures += 1;
-        let spread = doubled.mul_f64(0.5 + f64::from(random_byte()) / 512.0);
-        asked.map_or(spread, |asked| asked.min(BACK_OFF_MAX).max(spread))
+        wait
+    }
+
+    fn next_of(&self, asked: Option<Duration>, random: u32) -> Duration {
+        let doubled = BACK_OFF_FIRST.saturating_mul(1 << self.failures.min(6)).min(BACK_OFF_MAX);
+        let least = asked.map_or(doubled / 2, |asked| asked.min(BACK_OFF_MAX).max(doubled / 2));
+        let range = u64::try_from((least.max(doubled) / 2).as_micros()).unwrap_or(u64::MAX);
+        least + Duration::from_micros(spread(range, random))
     }
 }
 

@@ -22,19 +22,46 @@ fn card(not_before: u64, not_after: u64) -> Card {
     }
 }
 
+/// Numbers as even as random ones are.
+fn randoms(count: u32) -> impl Iterator<Item = u32> {
+    (0..count).map(move |n| u32::MAX / count * n)
+}
+
 #[test]
 fn a_renewal_is_due_around_half_life() {
-    for _ in 0..100 {
-        let due = due(&card(1_000, 2_000), UnixTime::from_seconds(1_000)).seconds();
+    for random in randoms(100).chain([u32::MAX]) {
+        let due = due(&card(1_000, 2_000), UnixTime::from_seconds(1_000), random).seconds();
         assert!((1_400..=1_600).contains(&due), "{due}");
     }
 }
 
 #[test]
 fn a_certificate_shorter_than_it_is_backdated_is_not_renewed_again_at_once() {
-    for _ in 0..100 {
-        let due = due(&card(970, 1_010), UnixTime::from_seconds(1_000)).0;
+    for random in randoms(100).chain([u32::MAX]) {
+        let due = due(&card(970, 1_010), UnixTime::from_seconds(1_000), random).0;
         assert!((1_002_000_000..=1_005_000_000).contains(&due), "{due}");
+    }
+}
+
+/// How many of `agents` do it in the busiest tenth of a second.
+fn busiest(agents: u32, moment: impl Fn(u32) -> u64) -> usize {
+    let mut tenths = std::collections::BTreeMap::new();
+    for random in randoms(agents) {
+        *tenths.entry(moment(random) / 100_000).or_insert(0) += 1;
+    }
+    tenths.into_values().max().unwrap_or_default()
+}
+
+#[test]
+fn ten_thousand_agents_do_not_renew_in_the_same_moment() {
+    let (now, hour, ten_minutes) = (UnixTime::from_seconds(1_000), card(1_000, 4_600), card(1_000, 1_600));
+    // Certified together; or told of the same bundle, or rejected, in the same moment.
+    assert!(busiest(10_000, |random| due(&hour, now, random).0) <= 2, "over twelve minutes");
+    assert!(busiest(10_000, |random| due(&ten_minutes, now, random).0) <= 10, "over two minutes");
+    assert!(busiest(10_000, |random| soon(&hour, now, random).0) <= 7, "over three minutes");
+    assert!(busiest(10_000, |random| soon(&ten_minutes, now, random).0) <= 18, "over a minute");
+    for random in [0, u32::MAX] {
+        assert!((1_000..1_180).contains(&soon(&card(1_000, 90_000), now, random).seconds()));
     }
 }
 
@@ -43,7 +70,14 @@ fn waits_grow_and_stay_below_a_minute_and_heed_what_the_daemon_asks() {
     let mut back_off = BackOff::default();
     let waits: Vec<_> = (0..40).map(|_| back_off.next(None)).collect();
     assert!(waits[0] <= BACK_OFF_FIRST && waits[39] >= BACK_OFF_MAX / 2 && waits.iter().all(|wait| *wait <= BACK_OFF_MAX));
-    assert_eq!(BackOff::default().next(Some(Duration::from_secs(20))), Duration::from_secs(20));
+    // It asks the same of thousands: none comes sooner, and they do not come together.
+    for (asked, most) in [(1, 75), (20, 11)] {
+        let asked = Duration::from_secs(asked);
+        let wait = |random| BackOff::default().next_of(Some(asked), random);
+        assert!(randoms(100).all(|random| (asked..asked * 3 / 2).contains(&wait(random))));
+        let busiest = busiest(1_000, |random| u64::try_from(wait(random).as_micros()).unwrap());
+        assert!(busiest <= most * 3, "{busiest} of a thousand");
+    }
 }
 
 #[test]
@@ -190,4 +224,138 @@ async fn a_bundle_that_a_renewal_brought_is_told_as_well() {
     let mut output = output();
     let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
     assert_eq!(code.expect("ran"), ExitCode::from(8));
+}
+
+/// Of the certificate that is held nothing is left but its key: that still does.
+#[tokio::test]
+async fn a_certificate_whose_authority_has_left_the_bundle_is_replaced_long_before_its_half_life() {
+    let script = r#"trap 'exit 7' USR1; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised_for(60, (Reaction::Signal(Signal::USR1), Some(Reaction::Nothing)), script).await;
+    seen.lock().expect("not poisoned").certify_by_another();
+    let (ready, out) = (root.path().join("ready"), root.path().join("agent"));
+    let change = async {
+        appears(&ready).await;
+        assert!(holding_in(&out).expect("held").ends_in_the_bundle());
+        seen.lock().expect("not poisoned").distrust_the_other();
+        Instant::now()
+    };
+    let mut output = output();
+    let (code, from) = tokio::join!(supervisor.run(&mut output), change);
+    assert_eq!(code.expect("ran"), ExitCode::from(7));
+    assert!(from.elapsed() < Duration::from_secs(12), "{:?}: half-life is not before 18 s", from.elapsed());
+    assert!(holding_in(&out).expect("held").ends_in_the_bundle());
+}
+
+#[tokio::test]
+async fn a_command_is_not_started_with_a_certificate_whose_authority_has_left_the_bundle() {
+    let (root, supervisor, seen) = supervised(600, Reaction::Nothing, "exit 0").await;
+    let join = JoinFile::read(&root.path().join("join")).expect("read");
+    seen.lock().expect("not poisoned").certify_by_another();
+    let dir = || AgentDir::open(&root.path().join("agent"), true).expect("opened");
+    Client::new(dir()).attest(&join, 0).await.expect("attested");
+    seen.lock().expect("not poisoned").distrust_the_other();
+    let bundle = seen.lock().expect("not poisoned").bundle.borrow().clone();
+    assert!(dir().keep_bundle(&bundle).expect("kept"));
+    supervisor.run(&mut output()).await.expect("ran");
+    assert!(dir().holding().expect("held").ends_in_the_bundle());
+}
+
+/// So a daemon ends the streams under an authority that it trusts no more, before it could tell the bundle without it.
+#[tokio::test]
+async fn a_certificate_that_is_rejected_where_the_bundle_is_followed_is_replaced_and_the_next_one_follows_at_once() {
+    let script = r#"trap 'exit 7' USR1; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised_for(60, (Reaction::Nothing, Some(Reaction::Signal(Signal::USR1))), script).await;
+    let ready = root.path().join("ready");
+    let refuse = |reason| {
+        let mut seen = seen.lock().expect("not poisoned");
+        seen.refuse_watches = reason;
+        seen.bundle.send_modify(|_| ());
+    };
+    let asked = |what: fn(&Seen) -> usize, wanted| {
+        let seen = &seen;
+        async move {
+            while what(&seen.lock().expect("not poisoned")) < wanted {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    };
+    let change = async {
+        appears(&ready).await;
+        timeout(Duration::from_secs(10), asked(|seen| seen.watches, 1)).await.expect("followed");
+        refuse(Some("UNAUTHENTICATED"));
+        timeout(Duration::from_secs(12), asked(|seen| seen.asks.len(), 2)).await.expect("half-life is not before 18 s");
+        refuse(None);
+        let seen = seen.lock().expect("not poisoned");
+        assert_eq!(seen.watches_before, [0, 1], "with what was rejected it is not tried again");
+        seen.one_more_authority();
+    };
+    let mut output = output();
+    let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
+    assert_eq!(code.expect("ran"), ExitCode::from(7));
+}
+
+#[tokio::test]
+async fn a_command_that_ignores_its_end_is_killed_and_started_again() {
+    let script = r#"
+        trap "" TERM; echo >> "$1/starts"; test "$(wc -l < "$1/starts")" = 2 && exit 5
+        touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, mut supervisor, seen) = supervised_for(600, (Reaction::Nothing, Some(Reaction::Restart)), script).await;
+    supervisor.grace = Duration::from_millis(200);
+    let ready = root.path().join("ready");
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").one_more_authority();
+    };
+    let mut output = output();
+    let (code, ()) = tokio::join!(supervisor.run(&mut output), change);
+    assert_eq!(code.expect("ran"), ExitCode::from(5));
+}
+
+#[tokio::test]
+async fn a_quarantine_does_not_wait_for_a_command_that_takes_its_time_to_end() {
+    let script = r#"trap "touch $1/told" TERM; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, mut supervisor, seen) = supervised_for(600, (Reaction::Nothing, Some(Reaction::Restart)), script).await;
+    supervisor.grace = Duration::from_secs(600);
+    let (ready, told) = (root.path().join("ready"), root.path().join("told"));
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").one_more_authority();
+        appears(&told).await;
+        let mut seen = seen.lock().expect("not poisoned");
+        seen.refuse_watches = Some("AGENT_QUARANTINED");
+        seen.bundle.send_modify(|_| ());
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (ended, ()) = timeout(Duration::from_secs(20), both).await.expect("at once");
+    assert_eq!(ended.expect_err("quarantined").exit_code(), ExitCode::from(EXIT_REFUSED));
+}
+
+/// It may have done its work: that is not done twice.
+#[tokio::test]
+async fn a_command_that_has_ended_by_itself_is_not_started_again_for_what_comes_in_the_same_moment() {
+    let (_root, supervisor, _seen) = supervised(600, Reaction::Restart, "exit 6").await;
+    supervisor.first_credentials(&mut output()).await.expect("held");
+    let mut running = supervisor.start().expect("started");
+    let pid = Pid::from_raw(i32::try_from(running.child.id().expect("it runs")).expect("small")).expect("a pid");
+    // Its end is there, and nobody has taken note of it.
+    let look = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+    let ended = tokio::task::spawn_blocking(move || rustix::process::waitid(rustix::process::WaitId::Pid(pid), look).is_ok());
+    assert!(ended.await.expect("looked"));
+    supervisor.react(&mut running, &[Some(Reaction::Restart)]).expect("nothing was done");
+    assert!(running.restarts.is_none());
+    assert_eq!(running.child.wait().await.expect("ended").code(), Some(6));
+}
+
+#[tokio::test]
+async fn what_a_command_leaves_behind_ends_with_it() {
+    let script = r#"trap "" TERM HUP; sleep 1000 & echo $! > "$1/pid"; exit 4"#;
+    let (root, supervisor, _seen) = supervised(600, Reaction::Nothing, script).await;
+    assert_eq!(supervisor.run(&mut output()).await.expect("ran"), ExitCode::from(4));
+    let gone = async {
+        while is_running(&root.path().join("pid")) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), gone).await.expect("it is gone");
 }

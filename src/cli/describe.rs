@@ -280,6 +280,7 @@ pub(super) fn algorithm_name(algorithm: KeyAlgorithm) -> &'static str {
         KeyAlgorithm::P256 => "p256",
         KeyAlgorithm::Ed25519 => "ed25519",
         KeyAlgorithm::P384 => "p384",
+        KeyAlgorithm::Ps256 => "ps256",
     }
 }
 

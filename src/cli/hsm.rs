@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::agents::Daemon;
 use super::describe::purpose_name;
 use super::failure::EXIT_UNAVAILABLE;
+use super::hsm_reconcile::Unwanted;
 use super::hsm_status::{Token, role};
 use super::render::table;
 use super::{Failure, Global, Output, hsm_reconcile, hsm_unlock, quarantine, status};
@@ -45,12 +46,20 @@ pub(super) enum Verb {
     },
     /// Hold the tokens against the ledger: objects that it knows nothing of, keys that a token does not have.
     ///
-    /// Nothing is deleted unasked. Exit code 5 if there is anything to tell that was not destroyed.
-    #[command(after_help = "Examples:\n  keyward hsm reconcile\n  keyward hsm reconcile --destroy-orphans --yes")]
+    /// in the making, being destroyed: on their way; what a crash left so the next start puts in order. stray: by its label this
+    /// deployment's, and not in the ledger. missing: in use, and not in the token. foreign: of another deployment, or not keyward's.
+    ///
+    /// Nothing is destroyed unasked, and nothing but strays ever. Exit code 5 if one is left, or a key is missing.
+    #[command(
+        after_help = "Examples:\n  keyward hsm reconcile\n  keyward hsm reconcile --destroy 0f3a9c11\n  keyward hsm reconcile --destroy-orphans --yes"
+    )]
     Reconcile {
-        /// Destroy objects that keyward made (their label says keyward/PURPOSE/...) and that the ledger knows nothing of.
+        /// Destroy all strays.
         #[arg(long)]
         destroy_orphans: bool,
+        /// Destroy one stray: its key id, or the first eight digits or more.
+        #[arg(long, value_name = "KEY_ID", conflicts_with = "destroy_orphans", value_parser = key_id_start)]
+        destroy: Option<String>,
         /// Destroy them without asking first.
         #[arg(long)]
         yes: bool,
@@ -83,6 +92,11 @@ pub(super) enum Which {
     All,
 }
 
+fn key_id_start(text: &str) -> Result<String, String> {
+    let hexadecimal = text.len() >= 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    hexadecimal.then(|| text.to_ascii_lowercase()).ok_or_else(|| "eight hexadecimal digits or more".to_owned())
+}
+
 pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Status => {
@@ -94,7 +108,14 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Verb::Slots { module } => slots(module, global, output).await,
         Verb::Test { signatures } => test(signatures, global, output).await,
         Verb::Unlock { token, reason } => hsm_unlock::run(token, &reason.unwrap_or_default(), global, output).await,
-        Verb::Reconcile { destroy_orphans, yes } => hsm_reconcile::run(destroy_orphans, yes, global, output).await,
+        Verb::Reconcile { destroy_orphans, destroy, yes } => {
+            let unwanted = match destroy {
+                Some(key_id) => Unwanted::Stray(key_id),
+                None if destroy_orphans => Unwanted::Strays,
+                None => Unwanted::Nothing,
+            };
+            hsm_reconcile::run(unwanted, yes, global, output).await
+        }
     }
     .map(|()| ExitCode::SUCCESS)
 }

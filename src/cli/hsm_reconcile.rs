@@ -7,9 +7,17 @@ use super::describe::purpose_name;
 use super::failure::EXIT_UNAVAILABLE;
 use super::hsm_status::role;
 use super::render::table;
-use super::{Failure, Global, Output};
+use super::{EXIT_NOT_FOUND, Failure, Global, Output};
 use crate::model::hex;
-use crate::proto::{self, ReconcileRequest};
+use crate::proto::{self, Finding, ReconcileRequest};
+
+/// What is to be destroyed.
+pub(super) enum Unwanted {
+    Nothing,
+    Strays,
+    /// The one whose CKA_ID begins so.
+    Stray(String),
+}
 
 /// Something that is in a token and not in the ledger, or the other way round; as JSON has it.
 #[derive(Serialize)]
@@ -23,12 +31,19 @@ struct Stray {
     purpose: Option<&'static str>,
 }
 
+const STRAY: &str = "stray";
+const MISSING: &str = "missing";
+
 impl From<proto::Stray> for Stray {
     fn from(stray: proto::Stray) -> Self {
-        let found = match (stray.objects, stray.destroyed) {
-            (0, _) => "row without an object",
-            (_, true) => "destroyed",
-            (_, false) => "object without a row",
+        let found = match stray.finding() {
+            _ if stray.destroyed => "destroyed",
+            Finding::InTheMaking => "in the making",
+            Finding::BeingDestroyed => "being destroyed",
+            Finding::Stray => STRAY,
+            Finding::Missing => MISSING,
+            Finding::Foreign => "foreign",
+            Finding::Unspecified => "unknown",
         };
         Self {
             token: role(stray.role()),
@@ -42,25 +57,37 @@ impl From<proto::Stray> for Stray {
     }
 }
 
-pub(super) async fn run(destroy: bool, yes: bool, global: &Global, output: &mut Output) -> Result<(), Failure> {
+pub(super) async fn run(unwanted: Unwanted, yes: bool, global: &Global, output: &mut Output) -> Result<(), Failure> {
     let mut daemon = Daemon::connect(global).await?;
-    if destroy && !yes {
-        let strays = ask(&mut daemon, false).await?;
-        output.say(&text(&strays));
-        if !output.confirms("Destroy the objects that keyward made and the ledger knows nothing of?") {
-            return Err(Failure::usage("nothing was done; add --yes to do it without being asked"));
+    let mut request = ReconcileRequest { reason: "keyward hsm reconcile".into(), ..ReconcileRequest::default() };
+    if !matches!(unwanted, Unwanted::Nothing) {
+        let mut strays = ask(&mut daemon, request.clone()).await?;
+        strays.retain(|stray| stray.found == STRAY);
+        if let Unwanted::Stray(start) = &unwanted {
+            strays.retain(|stray| stray.key_id.starts_with(start));
+            match &strays[..] {
+                [one] => request.destroy_key_id = crate::model::unhex(&one.key_id).unwrap_or_default(),
+                [] => return Err(Failure::new(EXIT_NOT_FOUND, format!("no stray has a key id {start}"))),
+                _ => return Err(Failure::usage("more than one stray's key id begins so: give more digits")),
+            }
+        }
+        request.destroy_orphans = request.destroy_key_id.is_empty();
+        if !yes {
+            output.say(&text(&strays));
+            if !output.confirms("Destroy these objects, of which the ledger knows nothing?") {
+                return Err(Failure::usage("nothing was done; add --yes to do it without being asked"));
+            }
         }
     }
-    let strays = ask(&mut daemon, destroy).await?;
+    let strays = ask(&mut daemon, request).await?;
     output.show(&strays, |strays| text(strays))?;
-    match strays.iter().filter(|stray| stray.found != "destroyed").count() {
+    match strays.iter().filter(|stray| [STRAY, MISSING].contains(&stray.found)).count() {
         0 => Ok(()),
         left => Err(Failure::new(EXIT_UNAVAILABLE, format!("{left} not as the ledger says"))),
     }
 }
 
-async fn ask(daemon: &mut Daemon, destroy_orphans: bool) -> Result<Vec<Stray>, Failure> {
-    let request = ReconcileRequest { destroy_orphans, reason: "keyward hsm reconcile".into() };
+async fn ask(daemon: &mut Daemon, request: ReconcileRequest) -> Result<Vec<Stray>, Failure> {
     let answer = daemon.service.reconcile(request).await.map_err(|status| daemon.failed(&status))?;
     Ok(answer.into_inner().strays.into_iter().map(Stray::from).collect())
 }

@@ -44,7 +44,7 @@ struct Capabilities {
     ed25519: bool,
     p384: bool,
     wrapped_keys: bool,
-    wrapped_ed25519: bool,
+    wrapped_algorithms: Vec<&'static str>,
     session_keys: bool,
     read_only_sessions: bool,
     sessions_max: Option<u64>,
@@ -83,13 +83,15 @@ impl From<TokenStatus> for Token {
 impl From<TokenCapabilities> for Capabilities {
     fn from(told: TokenCapabilities) -> Self {
         // Without the first no token is opened. By the names that `keyward key create --algorithm` has.
-        let algorithms = [(true, "es256"), (told.p384, "es384"), (told.ed25519, "eddsa")];
+        let algorithms = [(true, "es256"), (told.p384, "es384"), (told.ed25519, "eddsa"), (told.ps256, "ps256")];
+        let wrapped = [true, told.p384, told.ed25519 && told.wrapped_ed25519, told.ps256 && told.wrapped_ps256];
+        let wrapped = algorithms.iter().zip(wrapped).filter(|(_, wrapped)| *wrapped && told.wrapped_keys);
         Self {
+            wrapped_algorithms: wrapped.map(|((_, name), _)| *name).collect(),
             algorithms: algorithms.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect(),
             ed25519: told.ed25519,
             p384: told.p384,
             wrapped_keys: told.wrapped_keys,
-            wrapped_ed25519: told.wrapped_ed25519,
             session_keys: told.session_keys,
             read_only_sessions: told.read_only_sessions,
             sessions_max: (told.sessions_max > 0).then_some(told.sessions_max),
@@ -105,13 +107,13 @@ impl Fault {
 
 impl Capabilities {
     fn text(&self) -> String {
-        let wraps = match (self.wrapped_keys, self.wrapped_ed25519 || !self.ed25519) {
-            (true, true) => "wraps keys",
-            (true, false) => "wraps keys, but none of eddsa",
-            (false, _) => "wraps no keys",
+        let wraps = match () {
+            () if !self.wrapped_keys => "wraps no keys".to_owned(),
+            () if self.wrapped_algorithms == self.algorithms => "wraps keys".to_owned(),
+            () => format!("wraps keys of {} alone", self.wrapped_algorithms.join(" ")),
         };
         let has = [(self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
-        let mut words = vec![self.algorithms.join(" "), wraps.to_owned()];
+        let mut words = vec![self.algorithms.join(" "), wraps];
         words.extend(has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })));
         words.push(self.sessions_max.map_or_else(|| "any number of sessions".into(), |most| format!("{most} sessions")));
         words.join(", ")

@@ -288,6 +288,8 @@ pub(super) enum Algorithm {
     Es384,
     /// Ed25519.
     Eddsa,
+    /// RSA-PSS on 2048 bits, for those who know nothing else: slow to make and to sign with.
+    Ps256,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -318,6 +320,7 @@ impl From<Algorithm> for KeyAlgorithm {
             Algorithm::Es256 => Self::P256,
             Algorithm::Es384 => Self::P384,
             Algorithm::Eddsa => Self::Ed25519,
+            Algorithm::Ps256 => Self::Ps256,
         }
     }
 }

@@ -87,7 +87,10 @@ pub(super) fn run(against: &Against, output: &mut Output) -> Result<(), Failure>
     let count = checkpoints.len();
 
     let followers: Vec<_> = keys.iter().skip(1).zip(&vouchers).map(|(key, voucher)| (key.key().clone(), voucher.size)).collect();
-    let mut verifier = Verifier::new(checkpoints.into_iter().chain(vouchers), against.signatures);
+    let seals: Vec<_> = checkpoints.iter().map(|(checkpoint, key)| (key.key().clone(), checkpoint.size)).collect();
+    let checkpoints = checkpoints.into_iter().map(|(checkpoint, _)| checkpoint);
+    let mut verifier = Verifier::new(checkpoints.chain(vouchers), against.signatures);
+    seals.into_iter().for_each(|(key, size)| verifier.expect_in_service(key, size));
     followers.into_iter().for_each(|(key, size)| verifier.expect_follower(key, size));
     let mut from = 0;
     loop {
@@ -129,15 +132,16 @@ fn follow(reader: &Reader, pinned: VerifierKey) -> Result<(Vec<VerifierKey>, Vec
     Ok((keys, vouchers))
 }
 
-/// The newest one in the file, and those kept elsewhere. Without any the ledger is not verified, whatever it says.
-fn checkpoints(against: &Against, reader: &Reader, keys: &[VerifierKey]) -> Result<Vec<Checkpoint>, Failure> {
+/// The newest one in the file, and those kept elsewhere, each with the newest key that has signed it. Without any the ledger is not
+/// verified, whatever it says.
+fn checkpoints(against: &Against, reader: &Reader, keys: &[VerifierKey]) -> Result<Vec<(Checkpoint, VerifierKey)>, Failure> {
     let unverified = |place: &Path, error: &dyn std::fmt::Display| {
         Failure::new(EXIT_VERIFICATION_FAILED, format!("the checkpoint of {}: {error}", place.display()))
     };
     // By whichever of them; what is told of a note that none has signed is told of the pinned one.
     let verified = |note: &str| {
-        let signed = keys.iter().rev().find_map(|key| note::verify(note, key).ok());
-        signed.map_or_else(|| note::verify(note, &keys[0]), Ok)
+        let signed = keys.iter().rev().find_map(|key| Some((note::verify(note, key).ok()?, key.clone())));
+        signed.map_or_else(|| note::verify(note, &keys[0]).map(|note| (note, keys[0].clone())), Ok)
     };
     let mut checkpoints = Vec::new();
     let own = reader.fact("checkpoint").map_err(|error| Failure::error(format!("{}: {error}", against.file.display())))?;

@@ -24,6 +24,7 @@ struct Status {
     agents: u64,
     quarantined: u64,
     not_on_crl: u64,
+    files_behind: Vec<String>,
     rotation: Option<Rotation>,
     keys_to_rewrap: u64,
     ledger: Ledger,
@@ -104,6 +105,7 @@ impl From<StatusResponse> for Status {
             agents: status.agents,
             quarantined: status.quarantined,
             not_on_crl: status.not_on_crl,
+            files_behind: status.files_behind,
             rotation: None,
             keys_to_rewrap: status.keys_to_rewrap,
             ledger: Ledger {
@@ -167,6 +169,7 @@ impl Status {
             ("clock", self.clock.text()),
             ("configuration", format!("SHA-256 {}", self.config_hash)),
         ]);
+        lines.extend(self.files_behind.iter().map(|file| ("NOT WRITTEN", file.clone())));
         let mut text = pairs(&lines);
         for token in &self.tokens {
             text.push('\n');

@@ -9,7 +9,7 @@ use tonic::transport::Channel;
 
 use super::request::{self, Key};
 use super::store::{AgentDir, Card, Holding, Pending, StoreError, key_of};
-use super::{BundleWatch, Error, JoinFile, tls};
+use super::{BundleWatch, Error, JoinFile, Place, tls};
 use crate::model::{AgentId, Digest, TrustDomain, UnixTime, attest_binder, join_sign, renew_binder};
 use crate::proto::agent_service_client::AgentServiceClient;
 use crate::proto::ask::Claim;
@@ -24,7 +24,7 @@ const ANSWER_BYTES_MAX: usize = 256 * 1024;
 /// An open connection to the daemon's agent face.
 pub struct Connection {
     service: AgentServiceClient<Channel>,
-    place: String,
+    place: Place,
     trust_domain: TrustDomain,
 }
 
@@ -58,7 +58,7 @@ impl Connection {
         prove: impl FnOnce(&Digest) -> Result<Vec<u8>, Error>,
     ) -> Result<Credential, Error> {
         let place = self.place.clone();
-        let late = |_| Error::Unreachable { place, cause: "no answer within 15 s".into() };
+        let late = |_| Error::Unreachable { place: place.address().to_owned(), cause: "no answer within 15 s".into() };
         timeout(ATTEST_TIMEOUT, self.attest_untimed(ask, spki, prove)).await.map_err(late)?
     }
 
@@ -69,7 +69,7 @@ impl Connection {
         prove: impl FnOnce(&Digest) -> Result<Vec<u8>, Error>,
     ) -> Result<Credential, Error> {
         let place = self.place.clone();
-        let failed = |status: tonic::Status| Error::of_status(&status, &place);
+        let failed = |status: tonic::Status| place.failed(&status);
         let against = |what: &str| Error::Answer(what.into());
         let (answers, requests) = mpsc::channel(1);
         let mut steps = self.service.attest(ReceiverStream::new(requests)).await.map_err(failed)?.into_inner();
@@ -92,7 +92,7 @@ impl Connection {
     /// A refusal, a broken connection, or an answer without a credential.
     pub async fn renew(&mut self, ask: Vec<u8>, proof: Vec<u8>) -> Result<Credential, Error> {
         let answer = self.service.renew(RenewRequest { ask, proof }).await;
-        let answer = answer.map_err(|status| Error::of_status(&status, &self.place))?.into_inner();
+        let answer = answer.map_err(|status| self.place.failed(&status))?.into_inner();
         answer.credential.ok_or_else(|| Error::Answer("no credential".into()))
     }
 
@@ -102,7 +102,7 @@ impl Connection {
     /// A refusal or a broken connection.
     pub async fn watch_bundle(mut self, sequence: u64) -> Result<BundleWatch, Error> {
         let answers = self.service.watch_bundle(WatchBundleRequest {}).await;
-        let answers = answers.map_err(|status| Error::of_status(&status, &self.place))?.into_inner();
+        let answers = answers.map_err(|status| self.place.failed(&status))?.into_inner();
         Ok(BundleWatch::new(answers, self.place, sequence))
     }
 }

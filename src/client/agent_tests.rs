@@ -30,6 +30,13 @@ pub(crate) struct Seen {
     lose: u32,
     /// The bundle is told in answers alone: a daemon from before.
     pub(crate) mute: bool,
+    /// Who follows is refused with this reason, whoever follows already with the next bundle.
+    pub(crate) refuse_watches: Option<&'static str>,
+    /// How often it was asked to be followed; and how often before each ask.
+    pub(crate) watches: usize,
+    pub(crate) watches_before: Vec<usize>,
+    /// What certifies agents, where it is not what certifies the server.
+    other: Option<Issuer<'static, KeyPair>>,
     /// What is told of authorities, in answers and to who follows it.
     pub(crate) bundle: watch::Sender<Bundle>,
 }
@@ -63,18 +70,23 @@ fn certificate(issuer: &Issuer<'static, KeyPair>, key: &PublicKey, uri: &str, li
     parameters.signed_by(&Subject(key.clone()), issuer).expect("a certificate").der().to_vec()
 }
 
+fn refusal(reason: &str) -> Status {
+    let details = tonic_types::ErrorDetails::with_error_info(reason, "keyward", std::collections::HashMap::new());
+    Status::with_error_details(tonic::Code::PermissionDenied, "ask the operator", details)
+}
+
 impl Server {
     fn answer(&self, bytes: &[u8], proof: &[u8], binder: impl Fn(&Digest) -> Digest) -> Result<Credential, Status> {
         let mut seen = self.seen.lock().expect("not poisoned");
         let ask = Ask::decode(bytes).expect("an ask");
         let key = Csr::parse(&ask.csr, &Meter::default()).expect("a CSR").key().clone();
         if seen.quarantined_after.is_some_and(|after| seen.asks.len() >= after) {
-            let details =
-                tonic_types::ErrorDetails::with_error_info("AGENT_QUARANTINED", "keyward", std::collections::HashMap::new());
-            return Err(Status::with_error_details(tonic::Code::PermissionDenied, "ask the operator", details));
+            return Err(refusal("AGENT_QUARANTINED"));
         }
         let repeated = seen.asks.contains(&bytes.to_vec());
         seen.asks.push(bytes.to_vec());
+        let watches = seen.watches;
+        seen.watches_before.push(watches);
         let prover = match ask.claim.expect("a claim") {
             Claim::Join(_) => self.token.clone(),
             Claim::BoundKey(claim) => {
@@ -94,7 +106,8 @@ impl Server {
             seen.lose -= 1;
             return Err(Status::unavailable("the answer was lost"));
         }
-        let chain = vec![certificate(&self.issuer, &key, "spiffe://example.org/agent/coder/7", seen.lifetime_seconds)];
+        let issuer = seen.other.as_ref().unwrap_or(&self.issuer);
+        let chain = vec![certificate(issuer, &key, "spiffe://example.org/agent/coder/7", seen.lifetime_seconds)];
         let bundle = Some(seen.bundle.borrow().clone());
         Ok(Credential { chain, bundle, epoch: 1, next_sequence: seen.sequence, ..Default::default() })
     }
@@ -137,15 +150,22 @@ impl AgentService for Server {
 
     async fn watch_bundle(&self, _: Request<WatchBundleRequest>) -> Result<Response<Self::WatchBundleStream>, Status> {
         let mut bundles = {
-            let seen = self.seen.lock().expect("not poisoned");
+            let mut seen = self.seen.lock().expect("not poisoned");
+            seen.watches += 1;
             if seen.mute {
                 return Err(Status::unimplemented("WatchBundle"));
             }
             seen.bundle.subscribe()
         };
         let (sender, receiver) = mpsc::channel(1);
+        let seen = Arc::clone(&self.seen);
         tokio::spawn(async move {
             loop {
+                let refused = seen.lock().expect("not poisoned").refuse_watches;
+                if let Some(reason) = refused {
+                    let _ = sender.send(Err(refusal(reason))).await;
+                    return;
+                }
                 let bundle = Some(bundles.borrow_and_update().clone());
                 if sender.send(Ok(WatchBundleResponse { bundle })).await.is_err() || bundles.changed().await.is_err() {
                     return;
@@ -175,6 +195,28 @@ impl Seen {
         let authority = parameters.self_signed(&KeyPair::generate().expect("a key")).expect("a certificate");
         self.bundle.send_modify(|bundle| {
             bundle.authorities.push(authority.der().to_vec());
+            bundle.sequence += 1;
+        });
+    }
+
+    /// Agents are certified by an authority of their own, from here on.
+    pub(crate) fn certify_by_another(&mut self) {
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let authority = parameters.self_signed(&key).expect("a certificate").der().to_vec();
+        self.other = Some(Issuer::new(parameters, key));
+        self.bundle.send_modify(|bundle| {
+            bundle.authorities.push(authority);
+            bundle.sequence += 1;
+        });
+    }
+
+    /// That authority is not trusted any more.
+    pub(crate) fn distrust_the_other(&mut self) {
+        self.other = None;
+        self.bundle.send_modify(|bundle| {
+            bundle.authorities.pop();
             bundle.sequence += 1;
         });
     }
@@ -213,6 +255,10 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
         sequence: 0,
         lose: 0,
         mute: false,
+        refuse_watches: None,
+        watches: 0,
+        watches_before: Vec::new(),
+        other: None,
         bundle: watch::Sender::new(bundle.clone()),
     }));
     let service = Server { issuer, authority, domain, token, seen: Arc::clone(&seen) };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 use tonic::Streaming;
 
-use super::{Error, tls};
+use super::{Error, Place, tls};
 use crate::proto::{Bundle, WatchBundleResponse};
 
 /// Until the daemon has said its refresh hint.
@@ -16,14 +16,14 @@ const REFRESH_HINT_SECONDS_MAX: u32 = 3600;
 /// A `WatchBundle` stream. Ends with an error, always: the daemon speaks for as long as the connection's certificate lasts.
 pub struct BundleWatch {
     answers: Streaming<WatchBundleResponse>,
-    place: String,
+    place: Place,
     sequence: u64,
     silent_until: Instant,
 }
 
 impl BundleWatch {
     /// `sequence`: of the bundle that is known already.
-    pub(super) fn new(answers: Streaming<WatchBundleResponse>, place: String, sequence: u64) -> Self {
+    pub(super) fn new(answers: Streaming<WatchBundleResponse>, place: Place, sequence: u64) -> Self {
         Self { answers, place, sequence, silent_until: Instant::now() + PATIENCE_FIRST }
     }
 
@@ -34,10 +34,10 @@ impl BundleWatch {
     /// twice the refresh hint. `Answer`: against the protocol, or authorities that could not be used.
     pub async fn newer(&mut self) -> Result<Bundle, Error> {
         loop {
-            let unreachable = |cause: &str| Error::Unreachable { place: self.place.clone(), cause: cause.into() };
+            let unreachable = |cause: &str| Error::Unreachable { place: self.place.address().to_owned(), cause: cause.into() };
             let said = timeout_at(self.silent_until, self.answers.message()).await;
             let said = said.map_err(|_| unreachable("it fell silent about the bundle"))?;
-            let said = said.map_err(|status| Error::of_status(&status, &self.place))?;
+            let said = said.map_err(|status| self.place.failed(&status))?;
             let Some(said) = said else { return Err(unreachable("it says nothing more about the bundle")) };
             let bundle = said.bundle.ok_or_else(|| Error::Answer("no bundle".into()))?;
             let hint = bundle.refresh_hint_seconds.clamp(1, REFRESH_HINT_SECONDS_MAX);

@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
+use rustls::AlertDescription;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
@@ -14,8 +15,6 @@ use crate::model::{Reason, UnixTime};
 const DOMAIN: &str = "keyward";
 /// The ErrorInfo metadata key that names the ledger entry.
 const LEDGER_INDEX: &str = "ledger_index";
-/// How rustls begins to tell of a peer that broke off.
-const ALERT: &str = "received fatal alert";
 
 /// The daemon said no, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +65,7 @@ impl Refused {
                 | Reason::RequestInProgress
                 | Reason::ChallengeExpired
                 | Reason::AuthoritySuperseded
+                | Reason::AuthorityExpired
                 | Reason::Internal
         )
     }
@@ -162,10 +162,12 @@ impl Error {
         }
         let broken = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled);
         if broken || status.source().is_some() {
+            // A channel that has lost its connection makes another one.
+            if let Some(verdict) = status.source().and_then(rustls_error) {
+                return Self::of_tls(verdict, place);
+            }
             let cause = status.source().map_or_else(|| status.message().to_owned(), chain);
-            let place = place.to_owned();
-            // The server is heard of last in a TLS 1.3 handshake, after ours has ended. HTTP/2 keeps no more of it than the text.
-            return if cause.contains(ALERT) { Self::Rejected { place, cause } } else { Self::Unreachable { place, cause } };
+            return Self::Unreachable { place: place.to_owned(), cause };
         }
         Self::Answer(format!("{}: {}", status.code(), status.message()))
     }
@@ -173,11 +175,31 @@ impl Error {
     /// Sorts a failed connection: TLS saying no is not the same as nobody being there.
     #[must_use]
     pub fn of_connection(error: &(dyn StdError + 'static), place: &str) -> Self {
-        let place = place.to_owned();
         match rustls_error(error) {
-            Some(cause) => Self::Untrusted { place, cause: cause.to_string() },
+            Some(verdict) => Self::of_tls(verdict, place),
             // tonic's own "transport error" says nothing.
-            None => Self::Unreachable { place, cause: chain(error.source().unwrap_or(error)) },
+            None => Self::Unreachable { place: place.to_owned(), cause: chain(error.source().unwrap_or(error)) },
+        }
+    }
+
+    /// Who said no to whom: we to the server, or it to us, and whether for our certificate (RFC 8446 §6.2).
+    pub(super) fn of_tls(verdict: &rustls::Error, place: &str) -> Self {
+        let (place, cause) = (place.to_owned(), verdict.to_string());
+        match verdict {
+            rustls::Error::AlertReceived(
+                // Another key under the name of its issuer makes a signature that does not verify.
+                AlertDescription::DecryptError
+                | AlertDescription::BadCertificate
+                | AlertDescription::UnsupportedCertificate
+                | AlertDescription::CertificateRevoked
+                | AlertDescription::CertificateExpired
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::UnknownCA
+                | AlertDescription::CertificateRequired,
+            ) => Self::Rejected { place, cause },
+            // Its own trouble, told by whoever is there: no verdict on anybody.
+            rustls::Error::AlertReceived(_) => Self::Unreachable { place, cause },
+            _ => Self::Untrusted { place, cause },
         }
     }
 
@@ -226,17 +248,14 @@ fn chain(error: &(dyn StdError + 'static)) -> String {
 }
 
 /// The verdict of TLS within `error`, if that is what it is. An `io::Error` hides its payload from `source`.
-fn rustls_error<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e rustls::Error> {
+pub(super) fn rustls_error<'e>(error: &'e (dyn StdError + 'static)) -> Option<&'e rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
-        let payload = error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref());
-        if let Some(verdict) = payload.and_then(|payload| payload.downcast_ref::<rustls::Error>()) {
-            return Some(verdict);
-        }
         if let Some(verdict) = error.downcast_ref::<rustls::Error>() {
             return Some(verdict);
         }
-        next = error.source();
+        let payload = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = payload.map(|payload| payload as &(dyn StdError + 'static)).or_else(|| error.source());
     }
     None
 }
@@ -267,6 +286,30 @@ mod tests {
         let details = ErrorDetails::with_error_info("FROM_THE_FUTURE", DOMAIN, HashMap::new());
         let refused = Refused::of(&Status::with_error_details(Code::Aborted, "wait", details)).expect("a refusal");
         assert_eq!((refused.reason, refused.code.as_str()), (Reason::Unspecified, "FROM_THE_FUTURE"));
+    }
+
+    /// As it comes from a connection: within an `io::Error`, within what the transport makes of that.
+    fn said(verdict: rustls::Error) -> std::io::Error {
+        std::io::Error::other(std::io::Error::new(std::io::ErrorKind::InvalidData, verdict))
+    }
+
+    #[test]
+    fn a_rejected_certificate_is_known_by_the_alert_and_not_by_its_text() {
+        for alert in [AlertDescription::UnknownCA, AlertDescription::CertificateExpired, AlertDescription::BadCertificate] {
+            let error = said(rustls::Error::AlertReceived(alert));
+            assert!(matches!(Error::of_connection(&error, "here"), Error::Rejected { .. }), "{alert:?}");
+            assert!(Error::of_status(&Status::from_error(Box::new(error)), "here").is_of_the_certificate(), "{alert:?}");
+        }
+        // Trouble of the server's own says nothing about anybody's certificate.
+        for alert in [AlertDescription::InternalError, AlertDescription::HandshakeFailure, AlertDescription::AccessDenied] {
+            let error = Error::of_connection(&said(rustls::Error::AlertReceived(alert)), "here");
+            assert!(matches!(error, Error::Unreachable { .. }), "{alert:?}");
+        }
+        let ours = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        assert!(matches!(Error::of_connection(&said(ours), "here"), Error::Untrusted { .. }));
+        // Words prove nothing.
+        let status = Status::unavailable("received fatal alert: UnknownCA");
+        assert!(matches!(Error::of_status(&status, "here"), Error::Unreachable { .. }));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use tonic::transport::Channel;
 
 use super::store::holding_in;
-use super::{Error, StoreError, operator, tls};
+use super::{Error, Place, StoreError, operator, tls};
 use crate::model::TrustDomain;
 use crate::proto::key_service_client::KeyServiceClient;
 
@@ -16,7 +16,7 @@ const ANSWER_BYTES_MAX: usize = 8 << 20;
 pub struct Keys {
     /// The service.
     pub service: KeyServiceClient<Channel>,
-    place: String,
+    place: Place,
 }
 
 impl Keys {
@@ -40,12 +40,12 @@ impl Keys {
     /// `Unreachable`.
     pub async fn of_operator(socket: &Path) -> Result<Self, Error> {
         let service = KeyServiceClient::new(operator::channel(socket).await?).max_decoding_message_size(ANSWER_BYTES_MAX);
-        Ok(Self { service, place: socket.display().to_string() })
+        Ok(Self { service, place: Place::new(&socket.display().to_string()) })
     }
 
     /// Sorts what a call ended in.
     #[must_use]
     pub fn failed(&self, status: &tonic::Status) -> Error {
-        Error::of_status(status, &self.place)
+        self.place.failed(status)
     }
 }

@@ -17,8 +17,8 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
 use x509_parser::extensions::GeneralName;
 
-use super::Error;
 use super::request::Key;
+use super::{Error, Place};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// From the first packet to the end of the handshake.
@@ -77,16 +77,17 @@ fn unusable(error: rustls::Error) -> Error {
 }
 
 /// Connects to the first of `addresses` (`host:port`) that answers. An impostor ends the search: the next address is not
-/// tried as if nothing had been seen.
+/// tried as if nothing had been seen. What becomes of a call is sorted by the [`Place`].
 ///
 /// # Errors
 /// `Unreachable` with the last cause, or `Untrusted`.
-pub async fn connect(addresses: &[String], config: ClientConfig) -> Result<(Channel, String), Error> {
+pub async fn connect(addresses: &[String], config: ClientConfig) -> Result<(Channel, Place), Error> {
     let config = Arc::new(config);
     let mut last = Error::Unreachable { place: "no address".into(), cause: "none is known".into() };
     for address in addresses {
-        match connect_one(address, Arc::clone(&config)).await {
-            Ok(channel) => return Ok((channel, address.clone())),
+        let place = Place::new(address);
+        match connect_one(&place, Arc::clone(&config)).await {
+            Ok(channel) => return Ok((channel, place)),
             Err(impostor @ Error::Untrusted { .. }) => return Err(impostor),
             Err(error) => last = error,
         }
@@ -94,7 +95,8 @@ pub async fn connect(addresses: &[String], config: ClientConfig) -> Result<(Chan
     Err(last)
 }
 
-async fn connect_one(address: &str, config: Arc<ClientConfig>) -> Result<Channel, Error> {
+async fn connect_one(place: &Place, config: Arc<ClientConfig>) -> Result<Channel, Error> {
+    let address = place.address();
     let unusable = |cause: String| Error::Unreachable { place: address.to_owned(), cause };
     let uri: Uri = format!("http://{address}").parse().map_err(|_| unusable("not host:port".into()))?;
     // Servers behind a router are found by name; the name proves nothing here.
@@ -107,24 +109,24 @@ async fn connect_one(address: &str, config: Arc<ClientConfig>) -> Result<Channel
         .timeout(CALL_TIMEOUT)
         .http2_keep_alive_interval(Duration::from_secs(30))
         .tcp_nodelay(true);
-    let place = address.to_owned();
+    let place = place.clone();
     let connector = tower::service_fn(move |_: Uri| {
         let (config, name, place) = (Arc::clone(&config), name.clone(), place.clone());
         async move {
             let handshake = async {
-                let tcp = TcpStream::connect(&place).await?;
+                let tcp = TcpStream::connect(place.address()).await?;
                 tcp.set_nodelay(true)?;
                 TlsConnector::from(config).connect(name, tcp).await
             };
             let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
-            timeout(CONNECT_TIMEOUT, handshake).await.map_err(late)?.map(TokioIo::new)
+            timeout(CONNECT_TIMEOUT, handshake).await.map_err(late)?.map(|tls| TokioIo::new(place.listen(tls)))
         }
     });
     endpoint.connect_with_connector(connector).await.map_err(|error| Error::of_connection(&error, address))
 }
 
-/// Accepts the keyward server of one trust domain: a chain to the pinned authorities, and as its only name the URI
-/// `spiffe://<td>/keyward/server` (X509-SVID §5.2).
+/// Accepts the keyward server of one trust domain: a chain to the pinned authorities, and as its only URI
+/// `spiffe://<td>/keyward/server` (X509-SVID §5.2). Hosts that it names are for clients that know nothing else.
 #[derive(Debug)]
 struct ServerIdentity {
     roots: RootCertStore,
@@ -173,16 +175,15 @@ impl ServerCertVerifier for ServerIdentity {
     }
 }
 
-/// The subject alternative names of a certificate, if all of them are URIs; a name of any other kind is kept as an empty
-/// one, so that it counts.
+/// The URIs among the subject alternative names of a certificate: of an SVID there is one (X509-SVID §2), whatever else it names.
 pub(super) fn uri_names(der: &[u8]) -> Option<Vec<String>> {
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let extension = certificate.subject_alternative_name().ok()??;
     let uri = |name: &GeneralName<'_>| match name {
-        GeneralName::URI(uri) => (*uri).to_owned(),
-        _ => String::new(),
+        GeneralName::URI(uri) => Some((*uri).to_owned()),
+        _ => None,
     };
-    Some(extension.value.general_names.iter().map(uri).collect())
+    Some(extension.value.general_names.iter().filter_map(uri).collect())
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::client::agent::Connection;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType, string::Ia5String};
 
 struct Authority {
@@ -7,10 +8,14 @@ struct Authority {
 }
 
 fn authority() -> Authority {
+    named("authority")
+}
+
+fn named(name: &str) -> Authority {
     let key = KeyPair::generate().expect("a key");
     let mut parameters = CertificateParams::default();
     parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    parameters.distinguished_name.push(DnType::CommonName, "authority");
+    parameters.distinguished_name.push(DnType::CommonName, name);
     let der = parameters.self_signed(&key).expect("a certificate").der().to_vec();
     Authority { der, issuer: Issuer::new(parameters, key) }
 }
@@ -62,6 +67,14 @@ async fn the_server_of_the_trust_domain_is_taken_whatever_its_host() {
 }
 
 #[tokio::test]
+async fn a_server_that_names_hosts_beside_its_identity_is_taken() {
+    let ours = authority();
+    let host = SanType::DnsName(Ia5String::try_from("any.host.example").expect("ASCII"));
+    let (certificate, key) = leaf(&ours, vec![uri("spiffe://example.org/keyward/server"), host]);
+    assert!(handshake(&ours.der, certificate, &key, TLS13).await);
+}
+
+#[tokio::test]
 async fn nobody_else_is_taken() {
     let ours = authority();
     let server = || uri("spiffe://example.org/keyward/server");
@@ -72,7 +85,6 @@ async fn nobody_else_is_taken() {
         vec![uri("spiffe://example.org/agent/coder/7")],
         vec![uri("spiffe://example.com/keyward/server")],
         vec![uri("spiffe://example.org/keyward/server/")],
-        vec![server(), host()],
         vec![server(), uri("spiffe://example.org/agent/coder/7")],
     ] {
         let (certificate, key) = leaf(&ours, names.clone());
@@ -100,4 +112,54 @@ async fn tls_1_2_is_not_spoken() {
 fn a_bundle_without_authorities_trusts_nobody() {
     assert!(config(&[], &domain(), None).is_err());
     assert!(config(&[vec![1, 2, 3]], &domain(), None).is_err());
+}
+
+/// A server on a free port that takes clients of `trusted` alone.
+async fn demanding(ours: &Authority, trusted: &Authority) -> String {
+    let (certificate, key) = leaf(ours, vec![uri("spiffe://example.org/keyward/server")]);
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(trusted.der.clone())).expect("an authority");
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
+    let server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(TLS13)
+        .expect("versions")
+        .with_client_cert_verifier(clients.build().expect("a verifier"))
+        .with_single_cert(vec![CertificateDer::from(certificate)], key.to_rustls().into())
+        .expect("a server");
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address").to_string();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            // Whoever is taken hears nothing.
+            let _ = acceptor.accept(tcp).await;
+        }
+    });
+    address
+}
+
+/// The client's handshake ends before the server has looked at its certificate, and HTTP/2 tells no more than words.
+#[tokio::test]
+async fn a_server_that_does_not_take_our_certificate_is_told_from_one_that_is_not_there() {
+    let ours = authority();
+    let (rejects, hangs_up) = (demanding(&ours, &named("another")).await, demanding(&ours, &ours).await);
+    let namesake = demanding(&ours, &authority()).await;
+    let (certificate, key) = leaf(&ours, vec![uri("spiffe://example.org/agent/coder/7")]);
+    let call = async |address: &String, identity| {
+        let authorities = [ours.der.clone()];
+        let connection = Connection::open(std::slice::from_ref(address), &authorities, &domain(), identity).await;
+        connection.expect("connected").watch_bundle(0).await.err().expect("no answer")
+    };
+    let identity = Some((std::slice::from_ref(&certificate), &key));
+    for _ in 0..20 {
+        let error = call(&rejects, identity).await;
+        assert!(matches!(&error, Error::Rejected { place, .. } if *place == rejects), "{error}");
+    }
+    for (address, identity) in [(&namesake, identity), (&rejects, None)] {
+        let error = call(address, identity).await;
+        assert!(matches!(error, Error::Rejected { .. }), "{error}");
+    }
+    let error = call(&hangs_up, identity).await;
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
 }

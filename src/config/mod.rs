@@ -132,7 +132,8 @@ pub struct Limits {
     pub keys_per_agent: usize,
     /// Of them, objects in the token, 1 to 10,000. Default 16.
     pub resident_keys_per_agent: usize,
-    /// Signing keys held in memory, and unwrapped keys in sessions of the token, 16 to 1,000,000 (about 2 KiB each). Default 4,096.
+    /// Signing keys held in memory, and unwrapped keys in sessions of the token, 16 to 1,000,000 (about 2 KiB each, of
+    /// RSA 4). Default 4,096.
     pub keys_cached: usize,
     /// Signatures and other calls about keys that an agent may ask for in a second, 1 to 1,000,000. Default 10,000.
     pub signatures_per_second: u32,

@@ -339,6 +339,7 @@ pub(super) fn token_settings(config: &Config, role: TokenRole) -> hsm::Settings 
     hsm::Settings {
         token: token.clone(),
         role,
+        for_agents: role == TokenRole::Agents || config.agents == config.authority,
         state: config.paths.state.clone(),
         queue: config.limits.hsm_queue,
         sign_deadline: Duration::from_millis(config.limits.sign_deadline_ms),
@@ -368,7 +369,7 @@ async fn prepare(rooms: &Rooms, tokens: &Tokens) -> Result<(), String> {
     }
     let authorities = Authorities::load(acts.ledger(), tokens.clone(), None).await.map_err(told)?;
     acts.set_authorities(authorities).map_err(told)?;
-    acts.keep_authority_files().await.map_err(told)?;
+    acts.keep_authority_files().await;
     // Certificates do not wait for it: without it agents' keys live in sessions or in the token, visibly.
     let wrapping = acts.ensure_wrapping(tokens).await.unwrap_or_else(|refusal| {
         tracing::warn!(?refusal, "there is no wrapping key until the next start");

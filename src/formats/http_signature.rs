@@ -7,7 +7,7 @@ use sfv::{BareItem, DictSerializer, Dictionary, InnerList, Item, ItemSerializer,
 
 use super::signing::{Assembly, Profile, SigningInput};
 use super::{PAYLOAD_BYTES_MAX, algorithm, check_name, malformed, too_large};
-use crate::model::{Algorithm, Refusal, UnixTime};
+use crate::model::{Algorithm, Reason, Refusal, UnixTime};
 
 /// Most components that one signature covers.
 pub const COMPONENTS_MAX: usize = 64;
@@ -43,7 +43,7 @@ pub struct Parameters<'a> {
 ///
 /// # Errors
 /// `MALFORMED_REQUEST` for no component, an unknown or repeated one, or a value that is not one line of ASCII;
-/// `REQUEST_TOO_LARGE`.
+/// `REQUEST_TOO_LARGE`; `ALGORITHM_REFUSED` for a PS256 key, whose signatures have no name there.
 pub fn prepare(
     algorithm: Algorithm,
     kid: &str,
@@ -52,6 +52,7 @@ pub fn prepare(
     parameters: &Parameters<'_>,
     now: UnixTime,
 ) -> Result<SigningInput, Refusal> {
+    let named = algorithm::http_name(algorithm).ok_or_else(without_a_name)?;
     let covered = Covered::of(components)?;
     let label = KeyRef::from_str(check_name("label", label)?)
         .map_err(|error| malformed("give a label of a-z, 0-9, _, -, . and *, starting with a letter").because(error))?;
@@ -65,7 +66,7 @@ pub fn prepare(
         set("expires", integer(now.seconds().saturating_add(lifetime))?)?;
     }
     set("keyid", string("kid", kid)?)?;
-    set("alg", string("alg", algorithm::http_name(algorithm))?)?;
+    set("alg", string("alg", named)?)?;
     if let Some(nonce) = parameters.nonce {
         set("nonce", string("nonce", nonce)?)?;
     }
@@ -76,6 +77,11 @@ pub fn prepare(
     let base = covered.base(&member);
     let assembly = Assembly::Http { label: label.as_str().to_owned(), member };
     Ok(SigningInput::of_message(Profile::HttpMessageSignature, algorithm, base.as_bytes(), assembly))
+}
+
+pub(super) fn without_a_name() -> Refusal {
+    let advice = "use a P-256, P-384 or Ed25519 key for HTTP message signatures: RFC 9421 knows RSA-PSS with SHA-512 alone";
+    Refusal::new(Reason::AlgorithmRefused, advice)
 }
 
 fn integer(seconds: u64) -> Result<BareItem, Refusal> {

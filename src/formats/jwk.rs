@@ -1,4 +1,4 @@
-//! A public key as JSON (RFC 7517, RFC 7518 §6.2, RFC 8037 §2), and its name (RFC 7638).
+//! A public key as JSON (RFC 7517, RFC 7518 §6.2 and §6.3, RFC 8037 §2), and its name (RFC 7638).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -8,25 +8,34 @@ use super::signing::Profile;
 use super::{algorithm, json, malformed};
 use crate::model::{Algorithm, Digest, PublicKey, Reason, Refusal};
 
+/// The exponent 65537.
+const EXPONENT: &str = "AQAB";
+
 /// A public key as a JSON Web Key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Jwk(Map<String, Value>);
 
 impl Jwk {
-    /// The members that make the key, and no others: `kty`, `crv`, `x`, `y`. This is what a DPoP proof carries.
+    /// The members that make the key, and no others: `kty`, `crv`, `x`, `y`, or `kty`, `n`, `e`. This is what a DPoP proof carries.
     #[must_use]
     pub fn bare(key: &PublicKey) -> Self {
         let (kty, crv) = algorithm::key_type(key.algorithm());
         let mut members = Map::new();
         members.insert("kty".into(), kty.into());
-        members.insert("crv".into(), crv.into());
         let raw = key.raw();
+        if !crv.is_empty() {
+            members.insert("crv".into(), crv.into());
+        }
         match key.algorithm() {
+            Algorithm::Ps256 => {
+                members.insert("n".into(), URL_SAFE_NO_PAD.encode(raw).into());
+                members.insert("e".into(), EXPONENT.into());
+            }
             Algorithm::Ed25519 => {
                 members.insert("x".into(), URL_SAFE_NO_PAD.encode(raw).into());
             }
             // An uncompressed point: 4, x, y.
-            _ => {
+            Algorithm::P256 | Algorithm::P384 => {
                 let (x, y) = raw[1..].split_at((raw.len() - 1) / 2);
                 members.insert("x".into(), URL_SAFE_NO_PAD.encode(x).into());
                 members.insert("y".into(), URL_SAFE_NO_PAD.encode(y).into());
@@ -60,7 +69,7 @@ impl Jwk {
         if ["d", "p", "q", "dp", "dq", "qi", "oth", "k"].iter().any(|private| members.contains_key(*private)) {
             return Err(malformed("send the public key alone; this private key is no secret any more"));
         }
-        let unsupported = || Refusal::new(Reason::KeyUnsupported, "use a JWK on P-256, P-384 or Ed25519");
+        let unsupported = || Refusal::new(Reason::KeyUnsupported, "use a JWK on P-256, P-384 or Ed25519, or RSA of 2048 bits");
         let named = (json::text(members, "kty")?.unwrap_or_default(), json::text(members, "crv")?.unwrap_or_default());
         let algorithm = algorithm::ALL.into_iter().find(|known| algorithm::key_type(*known) == named).ok_or_else(unsupported)?;
         let coordinate = |name| -> Result<Vec<u8>, Refusal> {
@@ -69,7 +78,9 @@ impl Jwk {
         };
         let raw = match algorithm {
             Algorithm::Ed25519 => coordinate("x")?,
-            _ => {
+            Algorithm::Ps256 if json::text(members, "e")? != Some(EXPONENT) => return Err(unsupported()),
+            Algorithm::Ps256 => coordinate("n")?,
+            Algorithm::P256 | Algorithm::P384 => {
                 let (x, y) = (coordinate("x")?, coordinate("y")?);
                 if x.len() != y.len() {
                     return Err(unsupported());
@@ -91,7 +102,7 @@ impl Jwk {
     pub fn thumbprint(key: &PublicKey) -> String {
         // RFC 7638 §3.3: the required members alone, in lexicographic order, without white space. None needs escaping.
         let members = Self::bare(key).0;
-        let ordered: Vec<String> = ["crv", "kty", "x", "y"]
+        let ordered: Vec<String> = ["crv", "e", "kty", "n", "x", "y"]
             .iter()
             .filter_map(|name| Some(format!("\"{name}\":\"{}\"", members.get(*name)?.as_str()?)))
             .collect();

@@ -59,9 +59,9 @@ pub enum Signed {
     },
     /// The value of the field DPoP.
     Dpop(String),
-    /// ECDSA-Sig-Value in DER.
+    /// ECDSA-Sig-Value in DER, or RSA's 256 bytes.
     RawDigest(Vec<u8>),
-    /// The `signature` of CertificateVerify: ECDSA-Sig-Value in DER, or Ed25519's 64 bytes.
+    /// The `signature` of CertificateVerify: ECDSA-Sig-Value in DER, Ed25519's 64 bytes, or RSA's 256 (`rsa_pss_rsae_sha256`).
     Tls(Vec<u8>),
 }
 
@@ -100,7 +100,7 @@ impl SigningInput {
         self.algorithm
     }
 
-    /// What the token is given: SHA-256 for ES256, SHA-384 for ES384, the message itself for EdDSA.
+    /// What the token is given: SHA-256 for ES256 and PS256, SHA-384 for ES384, the message itself for EdDSA.
     #[must_use]
     pub fn for_token(&self) -> Arc<[u8]> {
         Arc::clone(&self.for_token)
@@ -112,7 +112,7 @@ impl SigningInput {
         Arc::clone(&self.recorded)
     }
 
-    /// Puts the signature (`r ‖ s`, or Ed25519's 64 bytes) into the form of the profile.
+    /// Puts the signature (`r ‖ s`, or Ed25519's 64 or RSA's 256 bytes) into the form of the profile.
     ///
     /// # Errors
     /// `INTERNAL` for a signature of another length than the algorithm's: the HSM room never gives one.
@@ -149,8 +149,11 @@ pub(super) use tests::Signer;
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::digest::Digest as Hashed;
+    use aws_lc_rs::encoding::AsDer as _;
+    use aws_lc_rs::rsa::KeySize;
     use aws_lc_rs::signature::{
         ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _,
+        RSA_PSS_SHA256, RsaKeyPair,
     };
 
     use super::*;
@@ -161,14 +164,16 @@ mod tests {
     pub(in crate::formats) enum Signer {
         Ecdsa(Algorithm, EcdsaKeyPair),
         Ed25519(Ed25519KeyPair),
+        Rsa(RsaKeyPair),
     }
 
     impl Signer {
         pub(in crate::formats) fn new(algorithm: Algorithm) -> Self {
-            match algorithm::hash(algorithm).map(|hash| hash.output_len()) {
-                None => Self::Ed25519(Ed25519KeyPair::generate().unwrap()),
-                Some(32) => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap()),
-                Some(_) => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P384_SHA384_FIXED_SIGNING).unwrap()),
+            match algorithm {
+                Algorithm::Ed25519 => Self::Ed25519(Ed25519KeyPair::generate().unwrap()),
+                Algorithm::P256 => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap()),
+                Algorithm::P384 => Self::Ecdsa(algorithm, EcdsaKeyPair::generate(&ECDSA_P384_SHA384_FIXED_SIGNING).unwrap()),
+                Algorithm::Ps256 => Self::Rsa(RsaKeyPair::generate(KeySize::Rsa2048).unwrap()),
             }
         }
 
@@ -176,6 +181,7 @@ mod tests {
             match self {
                 Self::Ecdsa(algorithm, pair) => PublicKey::from_raw(*algorithm, pair.public_key().as_ref()).unwrap(),
                 Self::Ed25519(pair) => PublicKey::from_raw(Algorithm::Ed25519, pair.public_key().as_ref()).unwrap(),
+                Self::Rsa(pair) => PublicKey::from_spki(pair.public_key().as_der().unwrap().as_ref()).unwrap(),
             }
         }
 
@@ -187,7 +193,7 @@ mod tests {
             VerifyingKey::new(profile, self.public())
         }
 
-        /// As the token signs: a digest for ECDSA, a message for Ed25519.
+        /// As the token signs: a digest for ECDSA and RSA, a message for Ed25519.
         pub(in crate::formats) fn raw(&self, input: &[u8]) -> Vec<u8> {
             match self {
                 Self::Ecdsa(algorithm, pair) => {
@@ -195,6 +201,12 @@ mod tests {
                     pair.sign_digest(&digest).unwrap().as_ref().to_vec()
                 }
                 Self::Ed25519(pair) => pair.sign(input).as_ref().to_vec(),
+                Self::Rsa(pair) => {
+                    let digest = Hashed::import_less_safe(input, algorithm::hash(Algorithm::Ps256).unwrap()).unwrap();
+                    let mut signature = vec![0; pair.public_modulus_len()];
+                    pair.sign_digest(&RSA_PSS_SHA256, &digest, &mut signature).unwrap();
+                    signature
+                }
             }
         }
 

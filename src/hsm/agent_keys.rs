@@ -14,11 +14,11 @@ use super::error::{Error, SignError};
 use super::faults::Outcome;
 use super::keyring::Bound;
 use super::objects::{self, Wanted};
-use super::owners::{Blob, SESSIONS_MIN};
+use super::owners::{self, Blob, SESSIONS_MIN};
 use super::token::Token;
 use super::wrapping::{self, BLOB_BYTES_MAX, Wrapping};
 use super::{ADMIN_DEADLINE, Admitted, Hsm, der, lanes};
-use crate::model::{Algorithm, KeyId, PublicKey, hex};
+use crate::model::{Algorithm, KeyId, PublicKey};
 use crate::proto::KeyStorage;
 
 /// How CKA_LABEL of every resident agent key begins, and of no other key.
@@ -49,7 +49,11 @@ impl Hsm {
     pub fn storages(&self, algorithm: Algorithm) -> Vec<KeyStorage> {
         let able = self.capabilities();
         let enough = able.sessions_max.is_none_or(|most| most >= SESSIONS_MIN);
-        let wrapped = able.wrapped_keys && (able.wrapped_ed25519 || algorithm != Algorithm::Ed25519);
+        let wrapped = match algorithm {
+            Algorithm::P256 | Algorithm::P384 => able.wrapped_keys,
+            Algorithm::Ed25519 => able.wrapped_ed25519,
+            Algorithm::Ps256 => able.wrapped_ps256,
+        };
         let classes = [
             (able.session_keys && enough, KeyStorage::Session),
             (wrapped && enough, KeyStorage::Wrapped),
@@ -59,7 +63,7 @@ impl Hsm {
         classes.into_iter().filter(|(class, _)| has && *class).map(|(_, storage)| storage).collect()
     }
 
-    /// How many unwrapped keys stay in sessions of this token; 4,096 if nobody says so.
+    /// How many unwrapped keys stay in sessions of this token, and half as many RSA keys beside them; 4,096 if nobody says so.
     pub fn set_unwrapped_max(&self, most: usize) {
         self.0.owners.set_unwrapped_max(most);
     }
@@ -96,7 +100,7 @@ impl Hsm {
     }
 
     /// Makes an agent's key pair. `session`: dies with its session. `wrapped`: the same, and handed out wrapped under the key `wrapping`.
-    /// `resident`: a token object, as [`Hsm::generate`] makes it.
+    /// `resident`: a token object, as [`Hsm::generate`] makes it, with this CKA_LABEL, which begins with `keyward/agent/`.
     ///
     /// # Errors
     /// `Incapable` for a class or an algorithm that the token lacks. After any error, also [`Error::Deadline`], the key may exist:
@@ -107,18 +111,22 @@ impl Hsm {
         algorithm: Algorithm,
         storage: KeyStorage,
         wrapping: Option<KeyId>,
+        label: &str,
     ) -> Result<MadeKey, Error> {
         self.check_usable()?;
         self.check_free(id, None)?;
         let params = self.params(algorithm)?;
+        let deadline = Instant::now() + ADMIN_DEADLINE;
+        let _turn = if owners::is_slow(algorithm) { Some(self.0.owners.turn(deadline).await?) } else { None };
         if storage == KeyStorage::Resident {
-            let label = format!("{LABEL}{}", hex(&id.0[..8]));
-            let public = self.generate_as(id, algorithm, &label, |id, public| Bound::agents(id, public, None)).await?;
+            if !label.starts_with(LABEL) {
+                return Err(Error::NotAgents(id));
+            }
+            let public = self.generate_as(id, algorithm, label, |id, public| Bound::agents(id, public, None)).await?;
             return Ok(MadeKey { public, wrapped: None });
         }
         self.check_has(storage, algorithm)?;
-        let (token, shard) = (Arc::clone(&self.0), Arc::clone(self.0.owners.shard(id)));
-        let deadline = Instant::now() + ADMIN_DEADLINE;
+        let (token, shard) = (Arc::clone(&self.0), Arc::clone(self.0.owners.shard(id, algorithm)));
         let wrapping = match (storage, wrapping) {
             (KeyStorage::Wrapped, Some(by)) => Some((self.0.wrapping_way()?, self.0.wrapping_handle(by, deadline).await?, by)),
             (KeyStorage::Wrapped, None) => return Err(self.incapable("wrapped keys without a wrapping key")),
@@ -140,7 +148,7 @@ impl Hsm {
                             let bytes: Arc<[u8]> = wrapping::wrap(session, way, handle, private)?.into();
                             Some(Blob { bytes, by })
                         }
-                        None => objects::check_private(session, private, id).map(|()| None)?,
+                        None => objects::check_private(session, private, (id, algorithm)).map(|()| None)?,
                     };
                     Ok((public, blob))
                 });
@@ -148,13 +156,13 @@ impl Hsm {
                     tracing::debug!(%error, key = %id, "a public key stays until its session ends");
                 }
                 let bind = |public: PublicKey, blob: Option<Blob>| {
-                    let owned = token.owners.owned(id, blob);
+                    let owned = token.owners.owned(id, algorithm, blob);
                     token.owners.keys.bind(id, public, |id, public| Bound::agents(id, public, Some(owned)))
                 };
                 match made.and_then(|(public, blob)| Ok((bind(public, blob.clone())?, blob))) {
                     Ok((key, blob)) => {
                         // What can still be extracted is not kept: its blob gives an object that cannot.
-                        if blob.is_none() || seal(session, private, id) {
+                        if blob.is_none() || seal(session, private, (id, algorithm)) {
                             owner.keep(&key, private, epoch, token.owners.unwrapped_max(), true);
                         } else if let Err(error) = objects::destroy_object(session, private) {
                             tracing::debug!(%error, key = %id, "an extractable object stays until its session ends");
@@ -188,7 +196,7 @@ impl Hsm {
             _ => None,
         };
         let bound = owners.keys.bind(id, public, |id, public| {
-            let owned = (storage != KeyStorage::Resident).then(|| owners.owned(id, blob.clone()));
+            let owned = (storage != KeyStorage::Resident).then(|| owners.owned(id, public.algorithm(), blob.clone()));
             Bound::agents(id, public, owned)
         })?;
         match (&bound.owned, blob) {
@@ -215,11 +223,12 @@ impl Hsm {
                 })
                 .await;
         }
-        let shard = self.0.owners.shard(id);
-        let count = shard.let_go(id);
+        let [quick, slow] = self.0.owners.shards_of(id);
+        let (of_quick, of_slow) = (quick.let_go(id), slow.let_go(id));
+        let shard = if of_slow > 0 { slow } else { quick };
         // On its way home the owner buries them.
         self.0.owner_errand(shard, Instant::now() + ADMIN_DEADLINE, |_| Ok(())).await?;
-        Ok(u32::try_from(count).unwrap_or(u32::MAX))
+        Ok(u32::try_from(of_quick + of_slow).unwrap_or(u32::MAX))
     }
 
     /// The keys of the class `session` that the token has now.
@@ -246,7 +255,7 @@ impl Hsm {
         let (unwraps, wraps) = (self.0.wrapping_handle(from, deadline).await?, self.0.wrapping_handle(to, deadline).await?);
         let again = self
             .0
-            .owner_errand(self.0.owners.shard(id), deadline, move |session| {
+            .owner_errand(self.0.owners.shard(id, algorithm), deadline, move |session| {
                 let private = wrapping::unwrap(session, way, unwraps, &blob, (id, algorithm), true)?;
                 let wrapped = wrapping::wrap(session, way, wraps, private);
                 objects::destroy_object(session, private).and(wrapped)
@@ -273,9 +282,9 @@ impl Hsm {
 }
 
 /// Makes a wrapped key's object what an unwrapped one is. `false` where the token does not let it.
-fn seal(session: &Session, private: cryptoki::object::ObjectHandle, id: KeyId) -> bool {
+fn seal(session: &Session, private: cryptoki::object::ObjectHandle, key: (KeyId, Algorithm)) -> bool {
     let sealed = session.update_attributes(private, &[Attribute::Extractable(false)]).is_ok();
-    sealed && objects::check_unextractable(session, private, id).is_ok()
+    sealed && objects::check_unextractable(session, private, key).is_ok()
 }
 
 impl AgentKey {

@@ -10,6 +10,11 @@ pub(super) fn ec_point(value: &[u8], size: usize) -> Option<&[u8]> {
     (inner.len() == size).then_some(inner)
 }
 
+/// A big integer as it is: some tokens put zeros before it.
+pub(super) fn unsigned(number: &[u8]) -> &[u8] {
+    &number[number.iter().take_while(|byte| **byte == 0).count()..]
+}
+
 /// CKA_EC_PARAMS of P-256: OID 1.2.840.10045.3.1.7.
 pub(super) const P256_PARAMS: [u8; 10] = [0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
 /// CKA_EC_PARAMS of P-384: OID 1.3.132.0.34.
@@ -22,6 +27,12 @@ pub(super) const ED25519_PARAMS_NAME: [u8; 14] = *b"\x13\x0cedwards25519";
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_may_have_zeros_before_it() {
+        assert_eq!(unsigned(&[0, 0, 1, 0, 1]), [1, 0, 1]);
+        assert_eq!(unsigned(&[0]), [0_u8; 0]);
+    }
 
     #[test]
     fn a_point_may_be_wrapped_or_bare() {

@@ -138,6 +138,7 @@ impl Hsm {
         let off = [
             (capabilities.ed25519, "ed25519"),
             (capabilities.p384, "p384"),
+            (capabilities.ps256 || !token.settings.for_agents, "ps256"),
             (has(KeyStorage::Session), "session-keys"),
             (has(KeyStorage::Wrapped), "wrapped-keys"),
         ];

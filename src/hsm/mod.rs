@@ -61,6 +61,8 @@ pub struct Settings {
     pub token: config::Token,
     /// Names the `pin-pending` marker.
     pub role: TokenRole,
+    /// Whether agents' keys live there: what they alone need is tried then.
+    pub for_agents: bool,
     /// Directory of the `pin-pending` marker.
     pub state: PathBuf,
     /// Signatures that may wait at once.
@@ -78,12 +80,12 @@ pub struct Found {
     pub public: Option<PublicKey>,
 }
 
-/// What a token holds under one CKA_ID.
+/// What a token holds under one CKA_ID and one CKA_LABEL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// CKA_ID, of whatever length; empty where an object has none.
     pub id: Vec<u8>,
-    /// CKA_LABEL of one of them.
+    /// CKA_LABEL; empty where an object has none.
     pub label: String,
     /// How many.
     pub objects: u32,
@@ -127,6 +129,9 @@ impl Hsm {
     /// After any error, also [`Error::Deadline`], objects with this id may exist: find or destroy them by `id`. Never repeat it with the
     /// same id.
     pub async fn generate(&self, id: KeyId, algorithm: Algorithm, label: &str) -> Result<PublicKey, Error> {
+        if algorithm == Algorithm::Ps256 {
+            return Err(self.incapable("RSA for authorities"));
+        }
         self.generate_as(id, algorithm, label, Bound::new).await
     }
 
@@ -143,20 +148,22 @@ impl Hsm {
             let wanted = Wanted { algorithm, params, id: &id.0, label: &label, durable: true, extractable: false };
             let (public, private) = wanted.generate(session)?;
             let key = bind(id, objects::read_public(session, public)?)?;
-            objects::check_private(session, private, id)?;
+            objects::check_private(session, private, (id, algorithm))?;
             objects::test_sign(session, private, &key)?;
             Ok(key.public)
         })
         .await
     }
 
-    /// CKA_EC_PARAMS, if the token has such keys.
+    /// CKA_EC_PARAMS, if the token has such keys; nothing for RSA.
     fn params(&self, algorithm: Algorithm) -> Result<&'static [u8], Error> {
         let able = self.capabilities();
         match algorithm {
             Algorithm::P256 => Ok(&der::P256_PARAMS),
             Algorithm::P384 if able.p384 => Ok(&der::P384_PARAMS),
             Algorithm::P384 => Err(self.incapable("P-384")),
+            Algorithm::Ps256 if able.ps256 => Ok(&[]),
+            Algorithm::Ps256 => Err(self.incapable("RSA-PSS")),
             Algorithm::Ed25519 => able.ed25519_params.ok_or_else(|| self.incapable("Ed25519")),
         }
     }
@@ -173,7 +180,28 @@ impl Hsm {
         self.errand(ADMIN_DEADLINE, move |session| objects::find(session, id)).await
     }
 
-    /// All token objects, for reconciliation: one with each CKA_ID. A device may need seconds.
+    /// Whether the token has nothing under this CKA_ID any more, for certain: it serves, its canary has just signed, and a session that is
+    /// opened for this shows the canary's key and finds nothing of the id. `false` where that is not known.
+    ///
+    /// # Errors
+    /// When the token cannot be asked: what is away is not gone.
+    pub async fn is_gone(&self, id: KeyId) -> Result<bool, Error> {
+        self.check_usable()?;
+        let Some(canary) = self.0.canary() else { return Ok(false) };
+        health::sing(&self.0, &canary, self.0.settings.sign_deadline).await.map_err(|error| match error {
+            SignError::NotSigned(error) | SignError::Unknown(error) => error,
+        })?;
+        let (token, canary) = (Arc::clone(&self.0), canary.id);
+        self.errand(ADMIN_DEADLINE, move |_| {
+            let session = token.open_session(false)?;
+            let gone = objects::shows_but(&session, canary, id);
+            Token::discard(session);
+            gone
+        })
+        .await
+    }
+
+    /// All token objects, for reconciliation: one for each CKA_ID and CKA_LABEL. A device may need seconds.
     ///
     /// # Errors
     /// When the token cannot be asked.
@@ -188,6 +216,15 @@ impl Hsm {
     pub async fn destroy(&self, id: KeyId) -> Result<u32, Error> {
         self.0.owners.forget_wrapping(&[id]).await;
         self.errand(ADMIN_DEADLINE, move |session| objects::destroy(session, id)).await
+    }
+
+    /// The same of those with this CKA_LABEL alone.
+    ///
+    /// # Errors
+    /// As [`Hsm::destroy`].
+    pub async fn destroy_labelled(&self, id: KeyId, label: &str) -> Result<u32, Error> {
+        let label = label.to_owned();
+        self.errand(ADMIN_DEADLINE, move |session| objects::destroy_labelled(session, id, &label)).await
     }
 
     /// Looks a key up once and makes sure that it is the pinned one: the token's public key, the private key's attributes, a verified
@@ -230,8 +267,10 @@ impl Hsm {
         static NONE: Capabilities = Capabilities {
             ed25519: false,
             p384: false,
+            ps256: false,
             wrapped_keys: false,
             wrapped_ed25519: false,
+            wrapped_ps256: false,
             session_keys: false,
             read_only_sessions: false,
             sessions_max: None,

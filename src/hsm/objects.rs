@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
+use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
+use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::{Session, SessionState};
 
@@ -19,10 +20,15 @@ use crate::model::{Algorithm, KeyId, PublicKey, ecdsa_sig_value};
 /// test signature is good for nothing.
 const TEST_TAG: &[u8] = b"keyward/hsm/test/v1\0";
 
+/// CKA_MODULUS_BITS of every RSA key here. More would be slower to make by far, and no version of a key lives for long.
+const RSA_BITS: u64 = 2048;
+/// CKA_PUBLIC_EXPONENT: 65537.
+const RSA_EXPONENT: [u8; 3] = [1, 0, 1];
+
 /// How C_GenerateKeyPair is asked.
 pub(super) struct Wanted<'a> {
     pub(super) algorithm: Algorithm,
-    /// CKA_EC_PARAMS.
+    /// CKA_EC_PARAMS; of no meaning for RSA.
     pub(super) params: &'a [u8],
     pub(super) id: &'a [u8],
     pub(super) label: &'a str,
@@ -37,6 +43,7 @@ impl Wanted<'_> {
         match self.algorithm {
             Algorithm::P256 | Algorithm::P384 => (Mechanism::EccKeyPairGen, KeyType::EC),
             Algorithm::Ed25519 => (Mechanism::EccEdwardsKeyPairGen, KeyType::EC_EDWARDS),
+            Algorithm::Ps256 => (Mechanism::RsaPkcsKeyPairGen, KeyType::RSA),
         }
     }
 
@@ -59,13 +66,13 @@ impl Wanted<'_> {
     pub(super) fn generate(&self, session: &Session) -> Result<(ObjectHandle, ObjectHandle), Error> {
         let (mechanism, key_type) = self.mechanism();
         let mut public = self.both_halves(ObjectClass::PUBLIC_KEY, key_type);
-        public.extend([
-            Attribute::Private(false),
-            Attribute::EcParams(self.params.to_vec()),
-            Attribute::Verify(true),
-            Attribute::Encrypt(false),
-            Attribute::Wrap(false),
-        ]);
+        public.extend(match self.algorithm {
+            Algorithm::Ps256 => {
+                vec![Attribute::ModulusBits(RSA_BITS.into()), Attribute::PublicExponent(RSA_EXPONENT.to_vec())]
+            }
+            Algorithm::P256 | Algorithm::P384 | Algorithm::Ed25519 => vec![Attribute::EcParams(self.params.to_vec())],
+        });
+        public.extend([Attribute::Private(false), Attribute::Verify(true), Attribute::Encrypt(false), Attribute::Wrap(false)]);
         let mut private = self.both_halves(ObjectClass::PRIVATE_KEY, key_type);
         private.extend([
             Attribute::Private(true),
@@ -88,13 +95,15 @@ fn attribute(session: &Session, object: ObjectHandle, kind: AttributeType) -> Re
 
 fn bytes(session: &Session, object: ObjectHandle, kind: AttributeType) -> Result<Option<Vec<u8>>, Error> {
     Ok(match attribute(session, object, kind)? {
-        Some(Attribute::EcPoint(value) | Attribute::EcParams(value)) => Some(value),
+        Some(
+            Attribute::EcPoint(value) | Attribute::EcParams(value) | Attribute::Modulus(value) | Attribute::PublicExponent(value),
+        ) => Some(value),
         _ => None,
     })
 }
 
 /// Promise 1, read back from the token and not only asked for.
-pub(super) fn check_private(session: &Session, object: ObjectHandle, id: KeyId) -> Result<(), Error> {
+pub(super) fn check_private(session: &Session, object: ObjectHandle, (id, algorithm): (KeyId, Algorithm)) -> Result<(), Error> {
     let wanted = [
         ("CKA_SENSITIVE", AttributeType::Sensitive, true),
         ("CKA_EXTRACTABLE", AttributeType::Extractable, false),
@@ -103,6 +112,7 @@ pub(super) fn check_private(session: &Session, object: ObjectHandle, id: KeyId) 
         ("CKA_SIGN", AttributeType::Sign, true),
     ];
     check(session, object, id, &wanted)?;
+    check_signs_alone(session, object, (id, algorithm))?;
     // A key that wants a PIN for each signature cannot be used by a daemon. Tokens without the attribute do not want one.
     match attribute(session, object, AttributeType::AlwaysAuthenticate) {
         Ok(Some(Attribute::AlwaysAuthenticate(true))) => {
@@ -110,6 +120,12 @@ pub(super) fn check_private(session: &Session, object: ObjectHandle, id: KeyId) 
         }
         _ => Ok(()),
     }
+}
+
+/// What an RSA key decrypts is a signature without padding, and so is good for one with any: it does nothing but sign.
+fn check_signs_alone(session: &Session, object: ObjectHandle, (id, algorithm): (KeyId, Algorithm)) -> Result<(), Error> {
+    const WANTED: [Flag; 2] = [("CKA_DECRYPT", AttributeType::Decrypt, false), ("CKA_UNWRAP", AttributeType::Unwrap, false)];
+    if algorithm == Algorithm::Ps256 { check(session, object, id, &WANTED) } else { Ok(()) }
 }
 
 /// A flag's name, its attribute, and what it has to be.
@@ -141,13 +157,14 @@ pub(super) fn check(session: &Session, object: ObjectHandle, id: KeyId, wanted: 
 }
 
 /// What the object of a wrapped key has to be: extractable no longer.
-pub(super) fn check_unextractable(session: &Session, object: ObjectHandle, id: KeyId) -> Result<(), Error> {
+pub(super) fn check_unextractable(session: &Session, object: ObjectHandle, key: (KeyId, Algorithm)) -> Result<(), Error> {
     const WANTED: [Flag; 3] = [
         ("CKA_SENSITIVE", AttributeType::Sensitive, true),
         ("CKA_EXTRACTABLE", AttributeType::Extractable, false),
         ("CKA_SIGN", AttributeType::Sign, true),
     ];
-    check(session, object, id, &WANTED)
+    check(session, object, key.0, &WANTED)?;
+    check_signs_alone(session, object, key)
 }
 
 /// Whether the label says that it is an agent's key.
@@ -185,6 +202,16 @@ pub(super) fn destroy_object(session: &Session, object: ObjectHandle) -> Result<
 pub(super) fn read_public(session: &Session, object: ObjectHandle) -> Result<PublicKey, Error> {
     let answer = |cause: &str| Error::Answer { place: Place::Search, cause: cause.into() };
     let key_type = attribute(session, object, AttributeType::KeyType)?;
+    if let Some(Attribute::KeyType(KeyType::RSA)) = key_type {
+        let absent = || answer("CKA_MODULUS or CKA_PUBLIC_EXPONENT is absent");
+        let modulus = bytes(session, object, AttributeType::Modulus)?.ok_or_else(absent)?;
+        let exponent = bytes(session, object, AttributeType::PublicExponent)?.ok_or_else(absent)?;
+        if der::unsigned(&exponent) != RSA_EXPONENT {
+            return Err(answer("CKA_PUBLIC_EXPONENT is not 65537"));
+        }
+        // Another size is refused there.
+        return Ok(PublicKey::from_raw(Algorithm::Ps256, der::unsigned(&modulus))?);
+    }
     let params = bytes(session, object, AttributeType::EcParams)?;
     let (algorithm, size) = match (key_type, params) {
         (Some(Attribute::KeyType(KeyType::EC)), Some(params)) if params == der::P256_PARAMS => (Algorithm::P256, 65),
@@ -194,7 +221,7 @@ pub(super) fn read_public(session: &Session, object: ObjectHandle) -> Result<Pub
         (Some(Attribute::KeyType(KeyType::EC | KeyType::EC_EDWARDS)), _) => {
             return Err(answer("CKA_EC_PARAMS names another curve"));
         }
-        _ => return Err(answer("CKA_KEY_TYPE is neither CKK_EC nor CKK_EC_EDWARDS")),
+        _ => return Err(answer("CKA_KEY_TYPE is none of CKK_EC, CKK_EC_EDWARDS and CKK_RSA")),
     };
     let point = bytes(session, object, AttributeType::EcPoint)?.ok_or_else(|| answer("CKA_EC_POINT is absent"))?;
     let raw = der::ec_point(&point, size).ok_or_else(|| answer("CKA_EC_POINT has another size"))?;
@@ -205,6 +232,12 @@ pub(super) fn search(session: &Session, id: KeyId, class: Option<ObjectClass>) -
     let mut template = vec![Attribute::Token(true), Attribute::Id(id.0.to_vec())];
     template.extend(class.map(Attribute::Class));
     session.find_objects(&template).map_err(|error| Error::at(Place::Search, error))
+}
+
+/// Whether the private key `other` is there, and nothing with the CKA_ID `id`.
+pub(super) fn shows_but(session: &Session, other: KeyId, id: KeyId) -> Result<bool, Error> {
+    let shown = !search(session, other, Some(ObjectClass::PRIVATE_KEY))?.is_empty();
+    Ok(shown && search(session, id, None)?.is_empty())
 }
 
 /// All token objects with this CKA_ID.
@@ -224,9 +257,9 @@ pub(super) fn find(session: &Session, id: KeyId) -> Result<Vec<Found>, Error> {
         .collect()
 }
 
-/// All token objects that have a CKA_ID, or could have one: by it.
+/// All token objects that have a CKA_ID, or could have one: by it, and by CKA_LABEL.
 pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
-    let mut held = BTreeMap::<Vec<u8>, Held>::new();
+    let mut held = BTreeMap::<(Vec<u8>, String), Held>::new();
     for object in session.find_objects(&[Attribute::Token(true)]).map_err(|error| Error::at(Place::Search, error))? {
         let told = |kind| match attribute(session, object, kind) {
             // Of a class or a form that the wrapper does not know: counted all the same.
@@ -241,7 +274,7 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
             Some(Attribute::Label(label)) => String::from_utf8_lossy(&label).into_owned(),
             _ => String::new(),
         };
-        let found = held.entry(id.clone()).or_insert_with(|| Held { id, label, objects: 0 });
+        let found = held.entry((id.clone(), label.clone())).or_insert_with(|| Held { id, label, objects: 0 });
         found.objects += 1;
     }
     Ok(held.into_values().collect())
@@ -249,10 +282,20 @@ pub(super) fn inventory(session: &Session) -> Result<Vec<Held>, Error> {
 
 /// Destroys all token objects with this CKA_ID, until a search finds none.
 pub(super) fn destroy(session: &Session, id: KeyId) -> Result<u32, Error> {
+    destroy_until_none(session, id, || search(session, id, None))
+}
+
+/// The same of those that have this CKA_LABEL as well.
+pub(super) fn destroy_labelled(session: &Session, id: KeyId, label: &str) -> Result<u32, Error> {
+    let template = [Attribute::Token(true), Attribute::Id(id.0.to_vec()), Attribute::Label(label.as_bytes().to_vec())];
+    destroy_until_none(session, id, || session.find_objects(&template).map_err(|error| Error::at(Place::Search, error)))
+}
+
+fn destroy_until_none(session: &Session, id: KeyId, search: impl Fn() -> Result<Vec<ObjectHandle>, Error>) -> Result<u32, Error> {
     let mut destroyed = 0;
     // The second round is for what a token lists only after the first is gone; a token that never ends is not followed.
     for _ in 0..3 {
-        let objects = search(session, id, None)?;
+        let objects = search()?;
         if objects.is_empty() {
             return Ok(destroyed);
         }
@@ -282,7 +325,7 @@ pub(super) fn resolve(session: &Session, key: &Bound) -> Result<ObjectHandle, Er
     if is_agents(session, private)? != matches!(key.form, Form::Raw(_)) {
         return Err(Error::NotAgents(key.id));
     }
-    check_private(session, private, key.id)?;
+    check_private(session, private, (key.id, key.public.algorithm()))?;
     test_sign(session, private, key)?;
     Ok(private)
 }
@@ -304,20 +347,25 @@ pub(super) fn test_input(key: &Bound) -> Vec<u8> {
     key.input([TEST_TAG, &KeyId::random().0].concat())
 }
 
-/// C_SignInit and C_Sign over what [`Bound::verifies`] verifies. ECDSA: CKM_ECDSA over a digest of exactly the right size (tokens sign any
-/// length without a word). Ed25519: CKM_EDDSA, 64 bytes. Not verified yet.
+/// C_SignInit and C_Sign over what [`Bound::verifies`] verifies. ECDSA and RSASSA-PSS: over a digest of exactly the right size (tokens
+/// sign any length without a word). Ed25519: CKM_EDDSA, 64 bytes. Not verified yet.
 pub(super) fn sign(session: &Session, private: ObjectHandle, key: &Bound, input: &[u8]) -> Result<Vec<u8>, Error> {
     let algorithm = key.public.algorithm();
-    let Some(half) = algorithm.digest_size() else {
-        let mechanism = Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Ed25519));
-        return session.sign(&mechanism, private, input).map_err(Error::signing);
+    let mechanism = match algorithm {
+        Algorithm::P256 | Algorithm::P384 => Mechanism::Ecdsa,
+        Algorithm::Ed25519 => Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Ed25519)),
+        // RFC 7518 §3.5: the salt is as long as the digest.
+        Algorithm::Ps256 => Mechanism::RsaPkcsPss(PkcsPssParams {
+            hash_alg: MechanismType::SHA256,
+            mgf: PkcsMgfType::MGF1_SHA256,
+            s_len: 32.into(),
+        }),
     };
-    match key.form {
-        Form::Der(_) => {
-            let raw = session.sign(&Mechanism::Ecdsa, private, &algorithm.input(input)).map_err(Error::signing)?;
-            ecdsa_sig_value(&raw, half).ok_or(Error::Corrupt(key.id))
-        }
-        Form::Raw(_) if input.len() != half => Err(Error::Input { id: key.id, bytes: half }),
-        Form::Raw(_) => session.sign(&Mechanism::Ecdsa, private, input).map_err(Error::signing),
+    let sign = |input: &[u8]| session.sign(&mechanism, private, input).map_err(Error::signing);
+    match (&key.form, algorithm.digest_size()) {
+        (_, None) => sign(input),
+        (Form::Raw(_), Some(size)) if input.len() != size => Err(Error::Input { id: key.id, bytes: size }),
+        (Form::Raw(_), Some(_)) => sign(input),
+        (Form::Der(_), Some(half)) => ecdsa_sig_value(&sign(&algorithm.input(input))?, half).ok_or(Error::Corrupt(key.id)),
     }
 }

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::admin::Errand;
 use super::error::Error;
@@ -20,10 +21,12 @@ use super::lanes::{self, Hold};
 use super::queue::{Mark, Queue};
 use super::token::Token;
 use super::{objects, wrapping};
-use crate::model::KeyId;
+use crate::model::{Algorithm, KeyId};
 
-/// Owners of a token. Making a key is more than its generation alone: two keep two cores busy.
-pub(super) const SHARDS: usize = 2;
+/// Owners of a token for keys that are quickly made. Making a key is more than its generation alone: two keep two cores busy.
+const QUICK_SHARDS: usize = 2;
+/// With the one for keys that are slow to make, RSA's: nobody else's key waits while one is made.
+pub(super) const SHARDS: usize = QUICK_SHARDS + 1;
 /// A token of fewer sessions has them for its lanes, and no keys in sessions.
 pub(super) const SESSIONS_MIN: usize = 8;
 /// Errands that may wait at each owner.
@@ -32,6 +35,8 @@ const ERRANDS_MAX: usize = 1024;
 const UNWRAPPED_MAX: usize = 4096;
 /// Keys of the class `session`, which nothing brings back.
 const SESSION_KEYS_MAX: usize = 16_384;
+/// Keys that are slow to make, waited for or being made, at once: one at a time is made.
+const SLOW_MAX: usize = 16;
 /// Resident keys whose place in the token is remembered.
 const RESIDENTS_MAX: usize = 1024;
 /// Wrapping keys whose place in the token is remembered: a few generations.
@@ -44,8 +49,15 @@ pub(super) struct Owners {
     pub(super) keys: Keyring,
     residents: Mutex<VecDeque<Arc<Bound>>>,
     unwrapped_max: AtomicUsize,
+    /// Places to wait for a turn, and the one turn.
+    slow: [Semaphore; 2],
     /// Where wrapping keys are, by epoch.
     wrapping: tokio::sync::Mutex<HashMap<KeyId, (u64, ObjectHandle)>>,
+}
+
+/// Whether its keys take long to make: primes are looked for until two are found.
+pub(super) fn is_slow(algorithm: Algorithm) -> bool {
+    algorithm == Algorithm::Ps256
 }
 
 /// One owner's objects.
@@ -206,7 +218,7 @@ impl Shard {
 
     /// Whether one more key of the class `session` may be made.
     pub(super) fn has_room(&self) -> Result<(), Error> {
-        let full = self.kept().session.len() >= SESSION_KEYS_MAX / SHARDS;
+        let full = self.kept().session.len() >= SESSION_KEYS_MAX / QUICK_SHARDS;
         if full { Err(Error::SessionKeysFull(SESSION_KEYS_MAX)) } else { Ok(()) }
     }
 
@@ -285,8 +297,20 @@ impl Owners {
             keys: Keyring::default(),
             residents: Mutex::default(),
             unwrapped_max: AtomicUsize::new(UNWRAPPED_MAX),
+            slow: [SLOW_MAX, 1].map(Semaphore::new),
             wrapping: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// One after the other makes a key that is slow to make, and between them whoever else waits for the same thread has a turn.
+    ///
+    /// # Errors
+    /// `QueueFull` at once where too many wait; `Deadline`.
+    pub(super) async fn turn(&self, deadline: Instant) -> Result<[SemaphorePermit<'_>; 2], Error> {
+        let [places, turn] = &self.slow;
+        let place = places.try_acquire().map_err(|_| Error::QueueFull)?;
+        let turn = tokio::time::timeout_at(deadline.into(), turn.acquire()).await;
+        Ok([place, turn.ok().and_then(Result::ok).ok_or(Error::Deadline)?])
     }
 
     pub(super) fn shards(&self) -> &[Arc<Shard>; SHARDS] {
@@ -294,13 +318,19 @@ impl Owners {
     }
 
     /// The shard of a key. Ids are random.
-    pub(super) fn shard(&self, id: KeyId) -> &Arc<Shard> {
-        &self.shards[usize::from(id.0[15]) % SHARDS]
+    pub(super) fn shard(&self, id: KeyId, algorithm: Algorithm) -> &Arc<Shard> {
+        let [quick, slow] = self.shards_of(id);
+        if is_slow(algorithm) { slow } else { quick }
+    }
+
+    /// The shards that a key may be in, whatever its algorithm.
+    pub(super) fn shards_of(&self, id: KeyId) -> [&Arc<Shard>; 2] {
+        [&self.shards[usize::from(id.0[15]) % QUICK_SHARDS], &self.shards[QUICK_SHARDS]]
     }
 
     /// What a key that lives in a session is bound with.
-    pub(super) fn owned(&self, id: KeyId, blob: Option<Blob>) -> Owned {
-        let shard = Arc::clone(self.shard(id));
+    pub(super) fn owned(&self, id: KeyId, algorithm: Algorithm, blob: Option<Blob>) -> Owned {
+        let shard = Arc::clone(self.shard(id, algorithm));
         Owned { shard, blob: Mutex::new(blob), object: Mutex::default(), doubted: AtomicBool::new(false) }
     }
 
@@ -328,9 +358,9 @@ impl Owners {
         self.wrapping.lock().await.retain(|id, _| !ids.contains(id));
     }
 
-    /// Unwrapped objects that one shard keeps.
+    /// Unwrapped objects that one shard keeps: of RSA keys half as many as of all others, beside those.
     pub(super) fn unwrapped_max(&self) -> usize {
-        self.unwrapped_max.load(Ordering::Relaxed).div_ceil(SHARDS)
+        self.unwrapped_max.load(Ordering::Relaxed).div_ceil(QUICK_SHARDS)
     }
 
     pub(super) fn session_keys(&self) -> HashSet<KeyId> {

@@ -1,5 +1,7 @@
 //! What a token can do, found out by doing it: what a mechanism list says is believed only where it cannot be tried.
 
+use std::time::{Duration, Instant};
+
 use cryptoki::mechanism::MechanismType;
 use cryptoki::session::Session;
 use cryptoki::slot::{Limit, Slot, TokenInfo};
@@ -14,6 +16,9 @@ use super::token::Token;
 use super::wrapping::{self, Wrapping};
 use crate::model::{Algorithm, KeyId};
 
+/// A device that takes longer to make and use a P-256 key would need minutes for RSA's, and is not asked for them.
+const QUICK: Duration = Duration::from_secs(1);
+
 /// What a token can do, found out when it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
@@ -21,10 +26,15 @@ pub struct Capabilities {
     pub ed25519: bool,
     /// P-384 key pairs: tried with a session key pair; where those are refused, not used.
     pub p384: bool,
+    /// RSA key pairs of 2048 bits and RSASSA-PSS: tried with a session key pair where agents' keys live; where those are refused or slow to
+    /// make, not used.
+    pub ps256: bool,
     /// Private keys wrapped under an AES key of the token, and unwrapped: tried with session objects.
     pub wrapped_keys: bool,
     /// Ed25519 keys, too (SoftHSM 2.6 wraps none).
     pub wrapped_ed25519: bool,
+    /// RSA keys, too.
+    pub wrapped_ps256: bool,
     /// Key pairs that die with their session.
     pub session_keys: bool,
     /// Read-only sessions (CloudHSM has none).
@@ -49,6 +59,7 @@ pub(super) fn capabilities(
     anchor: &Session,
     slot: Slot,
     info: &TokenInfo,
+    for_agents: bool,
 ) -> Result<Capabilities, Error> {
     let context = module.context();
     // CloudHSM has no read-only sessions.
@@ -58,7 +69,9 @@ pub(super) fn capabilities(
     if !has(MechanismType::ECDSA) || !has(MechanismType::ECC_KEY_PAIR_GEN) {
         return Err(Error::Incapable { label: label.into(), what: "ECDSA on P-256" });
     }
+    let from = Instant::now();
     let session_keys = try_algorithm(module, anchor, Algorithm::P256, &der::P256_PARAMS);
+    let quick = from.elapsed() < QUICK;
     let p384 = session_keys && try_algorithm(module, anchor, Algorithm::P384, &der::P384_PARAMS);
     let listed = has(MechanismType::EDDSA) && has(MechanismType::ECC_EDWARDS_KEY_PAIR_GEN);
     let forms = [&der::ED25519_PARAMS[..], &der::ED25519_PARAMS_NAME[..]];
@@ -69,6 +82,12 @@ pub(super) fn capabilities(
     };
     let curves = [Some((Algorithm::P256, &der::P256_PARAMS[..])), form.map(|form| (Algorithm::Ed25519, form))];
     let wrapping = if session_keys { try_wrapping(module, anchor, &curves, has) } else { None };
+    let listed = has(MechanismType::RSA_PKCS_PSS) && has(MechanismType::RSA_PKCS_KEY_PAIR_GEN);
+    let (ps256, wrapped_ps256) = if for_agents && session_keys && listed && quick {
+        try_ps256(module, anchor, wrapping.map(|(way, _)| way))
+    } else {
+        (false, false)
+    };
     let mut mechanisms: Vec<String> = list.iter().map(ToString::to_string).collect();
     mechanisms.sort_unstable();
     mechanisms.dedup();
@@ -79,8 +98,10 @@ pub(super) fn capabilities(
     Ok(Capabilities {
         ed25519: form.is_some(),
         p384,
+        ps256,
         wrapped_keys: wrapping.is_some(),
         wrapped_ed25519: wrapping.is_some_and(|(_, ed25519)| ed25519),
+        wrapped_ps256,
         session_keys,
         read_only_sessions,
         sessions_max,
@@ -88,6 +109,22 @@ pub(super) fn capabilities(
         ed25519_params: form,
         wrapping: wrapping.map(|(way, _)| way),
     })
+}
+
+/// Whether the token has such keys, and whether one that is wrapped comes back as it was. One key pair tells both, as a rule: it takes a while
+/// to make.
+fn try_ps256(module: &Module, session: &Session, way: Option<Wrapping>) -> (bool, bool) {
+    let wrapped = way.is_some_and(|way| {
+        let _objects = module.objects();
+        let Ok(by) = wrapping::generate(session, KeyId::random(), "keyward/probe", false) else { return false };
+        let tried = wrapping::round_trip(session, way, by, Algorithm::Ps256, &[]);
+        tracing::debug!(?way, ?tried, "wrapping of RSA keys tried");
+        if let Err(error) = session.destroy_object(by) {
+            tracing::debug!(?error, "a probe key stays until its session ends");
+        }
+        tried.is_ok()
+    });
+    (wrapped || try_algorithm(module, session, Algorithm::Ps256, &[]), wrapped)
 }
 
 /// The first way of wrapping by which a P-256 key comes back as it was, and whether an Ed25519 key does.
@@ -122,7 +159,7 @@ fn try_algorithm(module: &Module, session: &Session, algorithm: Algorithm, param
     let _objects = module.objects();
     let Ok((public, private)) = wanted.generate(session) else { return false };
     let works = objects::read_public(session, public)
-        .and_then(|public| Ok(Bound::new(id, public)?))
+        .and_then(|public| Ok(Bound::agents(id, public, None)?))
         .and_then(|key| objects::test_sign(session, private, &key));
     for object in [private, public] {
         if let Err(error) = session.destroy_object(object) {

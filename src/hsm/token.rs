@@ -164,9 +164,10 @@ impl Token {
     }
 
     fn probe(&self, anchor: &Session, slot: Slot, info: &TokenInfo) -> Result<Capabilities, Error> {
-        let capabilities = probe::capabilities(&self.module, &self.settings.token.label, anchor, slot, info)?;
+        let capabilities =
+            probe::capabilities(&self.module, &self.settings.token.label, anchor, slot, info, self.settings.for_agents)?;
         let Capabilities { session_keys, read_only_sessions, sessions_max, .. } = capabilities;
-        tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519,
+        tracing::info!(token = %self.settings.token.label, ed25519 = capabilities.ed25519, ps256 = capabilities.ps256,
             session_keys, read_only_sessions, sessions_max,
             mechanisms = capabilities.mechanisms.len(), "token probed");
         let (wanted, lanes) = (self.settings.token.lanes, self.lanes_of(sessions_max));

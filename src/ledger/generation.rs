@@ -80,7 +80,8 @@ fn is_arrow(from: Option<State>, to: State) -> bool {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Generations {
     by_key: BTreeMap<KeyId, Generation>,
-    /// Grows with every change of what is in the bundle, once there is a root in it.
+    /// Grows with every change of what is in the bundle, once there is a root in it: milliseconds since the Unix epoch, from the second
+    /// bundle on.
     bundle_sequence: u64,
     paused: Option<Pause>,
 }
@@ -188,7 +189,8 @@ impl Generations {
             _ => return Ok(Vec::new()),
         };
         if told.iter().any(|(purpose, _)| *purpose == Purpose::Root) && told != self.in_bundle() {
-            self.bundle_sequence += 1;
+            // By the clock, so that a ledger restored from a backup does not count anew what it has told already: nobody would listen.
+            self.bundle_sequence = (self.bundle_sequence + 1).max(now.micros() / 1000);
             rows.push(Row::Fact("bundle_sequence", self.bundle_sequence.to_be_bytes().to_vec()));
         }
         Ok(rows)

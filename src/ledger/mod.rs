@@ -133,6 +133,7 @@ struct Shared {
     queue_max: usize,
     live_max: usize,
     forget_seconds: u64,
+    deployment: Vec<u8>,
     _lock: std::fs::File,
 }
 

@@ -98,12 +98,12 @@ impl Checkpoint {
     }
 }
 
-/// The first four bytes of SHA-256 over `name ‖ 0x0A ‖ 0x01 ‖ key` for Ed25519, over the SubjectPublicKeyInfo for ECDSA
+/// The first four bytes of SHA-256 over `name ‖ 0x0A ‖ 0x01 ‖ key` for Ed25519, over the SubjectPublicKeyInfo for others
 /// (signed-note, "Signature types"). A name for a key, not a fingerprint.
 fn key_id(name: &str, key: &PublicKey) -> [u8; 4] {
     let [a, b, c, d, ..] = match key.algorithm() {
         Algorithm::Ed25519 => Digest::of_parts(&[name.as_bytes(), &[b'\n', TYPE_ED25519], key.raw()]),
-        Algorithm::P256 | Algorithm::P384 => key.digest(),
+        Algorithm::P256 | Algorithm::P384 | Algorithm::Ps256 => key.digest(),
     }
     .0;
     [a, b, c, d]
@@ -181,7 +181,7 @@ impl fmt::Display for VerifierKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let blob = match self.key.algorithm() {
             Algorithm::Ed25519 => [&[TYPE_ED25519], self.key.raw()].concat(),
-            Algorithm::P256 | Algorithm::P384 => [&[TYPE_ECDSA], self.key.spki()].concat(),
+            Algorithm::P256 | Algorithm::P384 | Algorithm::Ps256 => [&[TYPE_ECDSA], self.key.spki()].concat(),
         };
         write!(f, "{}+{}+{}", self.name, hex(&self.id()), BASE64.encode(blob))
     }

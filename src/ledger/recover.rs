@@ -100,6 +100,7 @@ impl Ledger {
             queue_max: settings.queue_max,
             live_max: settings.live_max,
             forget_seconds: settings.forget_seconds,
+            deployment: genesis.deployment.clone(),
             _lock: lock,
         };
         let ledger = Self(Arc::new(shared));

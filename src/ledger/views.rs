@@ -149,6 +149,12 @@ impl Ledger {
         (gate.book.generations.all(), gate.book.generations.bundle_sequence())
     }
 
+    /// The deployment's own 16 random bytes, from the genesis.
+    #[must_use]
+    pub fn deployment(&self) -> &[u8] {
+        &self.0.deployment
+    }
+
     /// Whether an operator holds up the rotation.
     #[must_use]
     pub fn is_rotation_paused(&self) -> bool {

@@ -5,7 +5,7 @@ use std::fmt;
 use aws_lc_rs::digest::{Digest as Hashed, SHA256, SHA384};
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_FIXED, ECDSA_P384_SHA384_ASN1, ECDSA_P384_SHA384_FIXED, ED25519, ParsedPublicKey,
-    VerificationAlgorithm,
+    RSA_PSS_2048_8192_SHA256, VerificationAlgorithm,
 };
 
 use super::Digest;
@@ -33,6 +33,9 @@ pub enum Algorithm {
     P384,
     /// Ed25519; signatures of 64 bytes.
     Ed25519,
+    /// RSASSA-PSS with SHA-256, MGF1 with SHA-256 and a salt of 32 bytes (RFC 7518 §3.5), on a modulus of 2048 bits; signatures of 256
+    /// bytes. Agents' keys only: versions of a key do not live for as long as an authority.
+    Ps256,
 }
 
 impl Algorithm {
@@ -40,7 +43,7 @@ impl Algorithm {
     #[must_use]
     pub fn digest_size(self) -> Option<usize> {
         match self {
-            Self::P256 => Some(SHA256.output_len()),
+            Self::P256 | Self::Ps256 => Some(SHA256.output_len()),
             Self::P384 => Some(SHA384.output_len()),
             Self::Ed25519 => None,
         }
@@ -50,7 +53,7 @@ impl Algorithm {
     #[must_use]
     pub fn input(self, message: &[u8]) -> Vec<u8> {
         let hash = match self {
-            Self::P256 => &SHA256,
+            Self::P256 | Self::Ps256 => &SHA256,
             Self::P384 => &SHA384,
             Self::Ed25519 => return message.to_vec(),
         };
@@ -70,19 +73,37 @@ const P384_SPKI_PREFIX: [u8; 23] = [
 ];
 /// Everything before the key in an Ed25519 SubjectPublicKeyInfo (RFC 8410 §4).
 const ED25519_SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+/// Everything before the modulus in the SubjectPublicKeyInfo of an RSA key of 2048 bits (RFC 3279 §2.3.1).
+const RSA_SPKI_PREFIX: [u8; 33] = [
+    0x30, 0x82, 0x01, 0x22, 0x30, 0x0d, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01, 0x05, 0x00, 0x03, 0x82,
+    0x01, 0x0f, 0x00, 0x30, 0x82, 0x01, 0x0a, 0x02, 0x82, 0x01, 0x01, 0x00,
+];
+/// And after it: the exponent 65537.
+const RSA_SPKI_SUFFIX: [u8; 5] = [0x02, 0x03, 0x01, 0x00, 0x01];
+/// Where RSAPublicKey begins in it.
+const RSA_PUBLIC_KEY_AT: usize = 24;
+/// Bytes of a modulus.
+const RSA_MODULUS_BYTES: usize = 256;
+
+/// Whether it has the full 2048 bits, and is odd.
+fn is_modulus(bytes: &[u8]) -> bool {
+    bytes.len() == RSA_MODULUS_BYTES && bytes[0] & 0x80 != 0 && bytes[RSA_MODULUS_BYTES - 1] & 1 == 1
+}
 
 /// Not a key that is accepted here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidKey {
     /// Another algorithm, another curve, a compressed point, or not a SubjectPublicKeyInfo.
-    #[error("only P-256 and P-384 with an uncompressed point and Ed25519 are accepted")]
+    #[error(
+        "only P-256 and P-384 with an uncompressed point, Ed25519, and RSA of 2048 bits with the exponent 65537 are accepted"
+    )]
     Unsupported,
     /// The point is not on the curve.
     #[error("the point is not on the curve")]
     NotOnCurve,
 }
 
-/// A public key: P-256, P-384 or Ed25519, checked to be a point of its curve.
+/// A public key: P-256, P-384 or Ed25519, checked to be a point of its curve, or RSA of 2048 bits.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct PublicKey {
     algorithm: Algorithm,
@@ -111,6 +132,9 @@ impl PublicKey {
             Algorithm::P384
         } else if spki.len() == ED25519_SPKI_PREFIX.len() + 32 && spki.starts_with(&ED25519_SPKI_PREFIX) {
             Algorithm::Ed25519
+        } else if spki.strip_prefix(&RSA_SPKI_PREFIX).and_then(|rest| rest.strip_suffix(&RSA_SPKI_SUFFIX)).is_some_and(is_modulus)
+        {
+            Algorithm::Ps256
         } else {
             return Err(InvalidKey::Unsupported);
         };
@@ -123,7 +147,7 @@ impl PublicKey {
         self.verifier().map(drop).ok_or(InvalidKey::NotOnCurve)
     }
 
-    /// From the raw point (65 or 97 bytes, uncompressed) or the raw Ed25519 key (32 bytes).
+    /// From the raw point (65 or 97 bytes, uncompressed), the raw Ed25519 key (32 bytes) or the modulus (256 bytes).
     ///
     /// # Errors
     /// As [`PublicKey::from_spki`].
@@ -132,6 +156,7 @@ impl PublicKey {
             Algorithm::P256 => &P256_SPKI_PREFIX,
             Algorithm::P384 => &P384_SPKI_PREFIX,
             Algorithm::Ed25519 => &ED25519_SPKI_PREFIX,
+            Algorithm::Ps256 => return Self::from_spki(&[&RSA_SPKI_PREFIX, raw, &RSA_SPKI_SUFFIX].concat()),
         };
         Self::from_spki(&[prefix, raw].concat())
     }
@@ -155,13 +180,23 @@ impl PublicKey {
         &self.spki
     }
 
-    /// The point, or the raw Ed25519 key.
+    /// The point, the raw Ed25519 key, or the modulus.
     #[must_use]
     pub fn raw(&self) -> &[u8] {
         match self.algorithm {
             Algorithm::P256 => &self.spki[P256_SPKI_PREFIX.len()..],
             Algorithm::P384 => &self.spki[P384_SPKI_PREFIX.len()..],
             Algorithm::Ed25519 => &self.spki[ED25519_SPKI_PREFIX.len()..],
+            Algorithm::Ps256 => &self.spki[RSA_SPKI_PREFIX.len()..][..RSA_MODULUS_BYTES],
+        }
+    }
+
+    /// As it is given to those who verify: RSAPublicKey (RFC 8017 A.1.1), else as [`PublicKey::raw`].
+    #[must_use]
+    pub fn for_verifying(&self) -> &[u8] {
+        match self.algorithm {
+            Algorithm::Ps256 => &self.spki[RSA_PUBLIC_KEY_AT..],
+            Algorithm::P256 | Algorithm::P384 | Algorithm::Ed25519 => self.raw(),
         }
     }
 
@@ -184,8 +219,9 @@ impl PublicKey {
             Algorithm::P256 => &ECDSA_P256_SHA256_ASN1,
             Algorithm::P384 => &ECDSA_P384_SHA384_ASN1,
             Algorithm::Ed25519 => &ED25519,
+            Algorithm::Ps256 => &RSA_PSS_2048_8192_SHA256,
         };
-        ParsedPublicKey::new(algorithm, self.raw()).ok()
+        ParsedPublicKey::new(algorithm, self.for_verifying()).ok()
     }
 
     /// The key ready for many verifications of raw signatures.
@@ -195,8 +231,9 @@ impl PublicKey {
             Algorithm::P256 => &ECDSA_P256_SHA256_FIXED,
             Algorithm::P384 => &ECDSA_P384_SHA384_FIXED,
             Algorithm::Ed25519 => &ED25519,
+            Algorithm::Ps256 => &RSA_PSS_2048_8192_SHA256,
         };
-        Some(RawVerifier { algorithm: self.algorithm, key: ParsedPublicKey::new(algorithm, self.raw()).ok()? })
+        Some(RawVerifier { algorithm: self.algorithm, key: ParsedPublicKey::new(algorithm, self.for_verifying()).ok()? })
     }
 }
 
@@ -206,7 +243,7 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// Verifies what agents' keys make: `r ‖ s` over a digest for ECDSA (RFC 7518 §3.4), Ed25519 over the message itself.
+/// Verifies what agents' keys make: over a digest `r ‖ s` for ECDSA (RFC 7518 §3.4) or RSASSA-PSS, Ed25519 over the message itself.
 pub struct RawVerifier {
     algorithm: Algorithm,
     key: ParsedPublicKey,
@@ -217,7 +254,7 @@ impl RawVerifier {
     #[must_use]
     pub fn verifies(&self, input: &[u8], signature: &[u8]) -> bool {
         let hash = match self.algorithm {
-            Algorithm::P256 => &SHA256,
+            Algorithm::P256 | Algorithm::Ps256 => &SHA256,
             Algorithm::P384 => &SHA384,
             Algorithm::Ed25519 => return self.key.verify_sig(input, signature).is_ok(),
         };
@@ -248,5 +285,39 @@ mod tests {
             assert!(!key.verifies(b"message", signature.as_ref()) && !key.verifies(&digest[1..], signature.as_ref()));
             assert!(!public.verifies(b"message", signature.as_ref()), "that would be DER");
         }
+    }
+
+    #[test]
+    fn an_rsa_key_has_2048_bits_and_the_usual_exponent_and_its_signature_the_usual_salt() {
+        use aws_lc_rs::encoding::AsDer as _;
+        use aws_lc_rs::rsa::{KeySize, PublicKey as RsaPublicKey};
+        use aws_lc_rs::signature::{RSA_PKCS1_SHA256, RSA_PSS_SHA256, RsaEncoding, RsaKeyPair};
+
+        let spki_of = |pair: &RsaKeyPair| {
+            let public: &RsaPublicKey = pair.public_key();
+            public.as_der().expect("a key").as_ref().to_vec()
+        };
+        let pair = RsaKeyPair::generate(KeySize::Rsa2048).expect("a key");
+        let spki = spki_of(&pair);
+        let public = PublicKey::from_spki(&spki).expect("a key");
+        assert_eq!(public, PublicKey::from_raw(Algorithm::Ps256, public.raw()).expect("the same"));
+        assert_eq!(public.for_verifying(), pair.public_key().as_ref());
+        let signed = |encoding: &'static dyn RsaEncoding| {
+            let mut signature = vec![0; pair.public_modulus_len()];
+            pair.sign(encoding, &SystemRandom::new(), b"message", &mut signature).expect("a signature");
+            signature
+        };
+        let (key, digest) = (public.raw_verifier().expect("a key"), Algorithm::Ps256.input(b"message"));
+        let signature = signed(&RSA_PSS_SHA256);
+        assert!(key.verifies(&digest, &signature) && public.verifies(b"message", &signature));
+        assert!(!key.verifies(&Algorithm::Ps256.input(b"another"), &signature) && !key.verifies(b"message", &signature));
+        assert!(!key.verifies(&digest, &signed(&RSA_PKCS1_SHA256)), "another padding");
+        assert!(PublicKey::from_spki(&spki_of(&RsaKeyPair::generate(KeySize::Rsa3072).expect("a key"))).is_err());
+        for (at, byte) in [(33, 0x7f), (288, spki[288] & !1), (293, 3), (15, 0x02)] {
+            let mut other = spki.clone();
+            other[at] = byte;
+            assert_eq!(PublicKey::from_spki(&other), Err(InvalidKey::Unsupported), "byte {at}");
+        }
+        assert_eq!(PublicKey::from_spki(&[&spki[..], &[0]].concat()), Err(InvalidKey::Unsupported));
     }
 }

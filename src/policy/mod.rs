@@ -62,6 +62,22 @@ impl Grant {
     pub fn not_after(&self) -> UnixTime {
         self.not_after
     }
+
+    /// The same, no longer than the authority that signs is in force: verifiers look at the whole chain.
+    ///
+    /// # Errors
+    /// `AUTHORITY_EXPIRED`: that is too soon for a certificate of use.
+    pub fn within(&self, authority_until: UnixTime) -> Result<Self, Refusal> {
+        let granted_at = self.not_before.plus_seconds(NOT_BEFORE_SECONDS);
+        let not_after = self.not_after.min(authority_until);
+        let ttl_seconds = u32::try_from(not_after.seconds().saturating_sub(granted_at.seconds())).unwrap_or(u32::MAX);
+        if u64::from(ttl_seconds) < LIFETIME_SECONDS_MIN {
+            let advice =
+                "the issuing authority's certificate has ended, or is about to; an operator has to look (`keyward ca list`)";
+            return Err(Refusal::new(Reason::AuthorityExpired, advice));
+        }
+        Ok(Self { not_after, ttl_seconds: ttl_seconds.min(self.ttl_seconds), ..self.clone() })
+    }
 }
 
 /// Decides at `now` on a certificate for the agent of `standing`, whose appraisal holds until `fresh_until`. Of an agent

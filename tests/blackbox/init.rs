@@ -41,6 +41,29 @@ impl OutsideRoot {
         ));
         self.0.join("issuing.pem").display().to_string()
     }
+
+    /// The same, in the name of `subject` instead of the request's.
+    pub fn sign_named(&self, csr: &str, extensions: &str, subject: &str) -> String {
+        let renamed = self.0.join("renamed.pem").display().to_string();
+        self.openssl(&format!("req -in {csr} -pubkey -noout -out key.pub"));
+        self.openssl("req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout any.key -out any.csr -subj /CN=any");
+        std::fs::write(self.0.join("extensions"), extensions).unwrap();
+        self.openssl(&format!(
+            "x509 -req -in any.csr -force_pubkey key.pub -subj {subject} -CA root.pem -CAkey root.key -out {renamed} -days 7 \
+             -extfile extensions -set_serial 8"
+        ));
+        renamed
+    }
+
+    /// The issuing certificate for a request, for no longer than so many days.
+    pub fn sign_for_days(&self, csr: &str, days: &str) -> String {
+        std::fs::write(self.0.join("extensions"), FITS).unwrap();
+        let from_to = format!(
+            "x509 -req -in {csr} -CA root.pem -CAkey root.key -out brief.pem -days {days} -extfile extensions -set_serial 9"
+        );
+        self.openssl(&from_to);
+        self.0.join("brief.pem").display().to_string()
+    }
 }
 
 /// A house that waits for its issuing certificate, and the request for it.
@@ -103,6 +126,12 @@ fn outside_certificates_that_do_not_fit_are_refused_and_the_right_ones_are_still
     refused(&FITS.replace(",cRLSign", ""), "may not sign");
     refused(&FITS.replace("spiffe://house.example", "spiffe://other.example"), "another trust domain");
     refused(&FITS.replace("subjectKeyIdentifier=hash", "subjectKeyIdentifier=none"), "SubjectKeyIdentifier");
+    // What verifiers would refuse the agents' certificates for, all of them or some.
+    refused(&format!("{FITS}nameConstraints=critical,permitted;DNS:house.example\n"), "NameConstraints");
+    refused(&format!("{FITS}extendedKeyUsage=serverAuth\n"), "ExtendedKeyUsage");
+    refused(&format!("{FITS}1.2.3.4=critical,ASN1:NULL\n"), "critical extension");
+    let twice = "/DC=example/DC=house/O=keyward/CN=issuing";
+    init(&root.certificate(), &root.sign_named(&csr, FITS, twice)).exits(1).says("subject");
     init(&other.certificate(), &root.sign(&csr, FITS)).exits(1).says("not signed by the root");
     // Somebody else's key.
     other.openssl("req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout x.key -out x.csr -subj /CN=x");

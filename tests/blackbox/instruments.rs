@@ -325,6 +325,12 @@ pub fn destroy(house: &House, token: &str, id: &[u8]) {
     assert_eq!(said(&output), ["2 objects"]);
 }
 
+/// Another process destroys the private half of a key alone.
+pub fn destroy_private(house: &House, token: &str, id: &[u8]) {
+    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex(id)).env("SUBJECT_HALF", "private")).ok();
+    assert_eq!(said(&output), ["1 objects"]);
+}
+
 /// Another process signs a digest with a key of the token, as who has stolen the key would: r and s, 32 bytes each.
 pub fn sign_with(house: &House, token: &str, id: &[u8], digest: &[u8]) -> Vec<u8> {
     let mut command = beside(house, "sign with a key", token);
@@ -365,7 +371,9 @@ fn destroy_key() {
     let (module, slot) = the_token();
     let session = logged_in(&module, slot, "house-pin-1234");
     let id = Attribute::Id(unhex(&std::env::var("SUBJECT_KEY").unwrap()));
-    let objects = session.find_objects(&[id, Attribute::Token(true)]).unwrap();
+    let mut wanted = vec![id, Attribute::Token(true)];
+    wanted.extend(std::env::var_os("SUBJECT_HALF").map(|_| Attribute::Class(ObjectClass::PRIVATE_KEY)));
+    let objects = session.find_objects(&wanted).unwrap();
     objects.iter().for_each(|object| session.destroy_object(*object).unwrap());
     say(&format!("{} objects", objects.len()));
 }

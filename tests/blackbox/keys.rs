@@ -658,6 +658,142 @@ fn a_proof_and_an_http_message_are_signed_and_verified() {
     refused(reader.verify(check(components)), "REPLAYED");
 }
 
+/// As openssl verifies RSASSA-PSS: SHA-256, MGF1 with SHA-256, a salt of 32 bytes.
+fn openssl_verifies(house: &House, key: &keyward::proto::Key, message: &[u8], signature: &[u8]) -> bool {
+    let [spki, signed, content] = ["rsa.spki", "rsa.signature", "rsa.message"].map(|name| house.path(name));
+    std::fs::write(&spki, &key.versions[0].spki).unwrap();
+    std::fs::write(&signed, signature).unwrap();
+    std::fs::write(&content, message).unwrap();
+    let mut openssl = std::process::Command::new("openssl");
+    openssl.args(["dgst", "-sha256", "-keyform", "DER", "-sigopt", "rsa_padding_mode:pss", "-sigopt", "rsa_pss_saltlen:32"]);
+    openssl.args(["-sigopt", "rsa_mgf1_md:sha256", "-verify"]).arg(spki).arg("-signature").arg(signed).arg(content);
+    openssl.output().unwrap().status.success()
+}
+
+#[test]
+fn an_rsa_key_of_each_class_signs_what_openssl_verifies_and_comes_back_after_a_restart() {
+    let mut house = House::serving();
+    let rsa = |name: &str| CreateKeyRequest { algorithm: KeyAlgorithm::Ps256.into(), ..wish(name) };
+    let signs = |house: &House, keys: &mut crate::house::keys::Keys, name: &str| {
+        let key = keys.show(name).unwrap();
+        assert_eq!(key.algorithm(), KeyAlgorithm::Ps256);
+        let signed = keys.sign(name, digest(b"message")).unwrap();
+        let Some(Form::Der(signature)) = signed.signature.and_then(|signature| signature.form) else { panic!("a signature") };
+        assert_eq!(signature.len(), 256);
+        assert!(openssl_verifies(house, &key, b"message", &signature), "{name}");
+        assert!(!openssl_verifies(house, &key, b"another", &signature), "{name}");
+    };
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        for storage in STORAGES {
+            let name = storage.as_str_name().to_lowercase().replace('_', "-");
+            let key = keys.create(CreateKeyRequest { storage: storage.into(), ..rsa(&name) }).unwrap();
+            assert_eq!(key.versions[0].storage(), lives(storage));
+            signs(&house, &mut keys, &name);
+        }
+        for length in [20, 48, 64] {
+            let content = Content { content: Some(content::Content::Digest(vec![7; length])) };
+            refused(keys.sign("key-storage-wrapped", content), "DIGEST_LENGTH_INVALID");
+        }
+        // Each signature of a batch is bound to its own digest.
+        let batch = keys.sign_batch("key-storage-wrapped", (0..100_u8).map(|n| digest(&[n])).collect()).unwrap();
+        let key = keys.show("key-storage-wrapped").unwrap();
+        for (n, signature) in (0..).zip(batch.signatures) {
+            assert!(verifies(&key, &[n], signature.form.as_ref()));
+        }
+        let web = CreateKeyRequest { purpose: KeyPurpose::HttpMessageSignature.into(), ..rsa("web") };
+        refused(keys.create(web), "ALGORITHM_REFUSED");
+        assert_eq!(keys.rotate("key-storage-resident", 1).unwrap().0.versions[0].number, 2);
+        signs(&house, &mut keys, "key-storage-resident");
+    }
+    house.restart();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        refused(keys.sign("key-storage-session", digest(b"x")), "KEY_LOST");
+        for name in ["key-storage-wrapped", "key-storage-resident"] {
+            signs(&house, &mut keys, name);
+        }
+    }
+    house.keyward(&["hsm", "reconcile", "--format", "json"]).ok();
+    house.stop_and_verify();
+}
+
+#[test]
+fn an_rsa_key_signs_tokens_and_proofs_that_are_verified_and_is_published() {
+    let house = House::serving();
+    let mut reader = house.keys(&Identity::of(&house.attested("reader/1")));
+    let agent = house.attested("builder/1");
+    let dir = agent.dir().to_str().unwrap().to_owned();
+    house.keyward(&["key", "create", "tokens", "--dir", &dir, "--purpose", "jws", "--algorithm", "ps256"]).ok();
+    let shown = house.keyward(&["key", "list", "--dir", &dir, "--format", "json"]).ok().json();
+    assert_eq!(shown[0]["algorithm"], "ps256", "{shown}");
+    let mut keys = house.keys(&Identity::of(&agent));
+    let token = keys.jws("tokens", "{}").unwrap();
+    let message = verify_request::Jws { token: token.clone(), ..Default::default() };
+    let verified = reader.verify(VerifyRequest { agent: String::new(), message: Some(verify_request::Message::Jws(message)) });
+    let kid = verified.unwrap().kid;
+    let set = house.keyward(&["key", "jwks", "--dir", &dir, "--of", "builder/1"]).ok().json();
+    let key = &set["keys"][0];
+    assert_eq!((&key["kty"], &key["alg"], &key["e"], &key["kid"]), (&"RSA".into(), &"PS256".into(), &"AQAB".into(), &kid.into()));
+    assert_eq!(key["n"].as_str().unwrap().len(), 342);
+    let proofs = CreateKeyRequest { purpose: KeyPurpose::Dpop.into(), algorithm: KeyAlgorithm::Ps256.into(), ..wish("proofs") };
+    keys.create(proofs).unwrap();
+    let (method, uri) = ("POST".to_owned(), "https://api.example/token".to_owned());
+    let dpop = content::DpopProof { method: method.clone(), uri: uri.clone(), ..Default::default() };
+    let signed = keys.sign("proofs", Content { content: Some(content::Content::Dpop(dpop)) }).unwrap();
+    let Some(Form::Dpop(proof)) = signed.signature.and_then(|signature| signature.form) else { panic!("a proof") };
+    let dpop = verify_request::Dpop { proof, method, uri, ..Default::default() };
+    let request = VerifyRequest { agent: String::new(), message: Some(verify_request::Message::Dpop(dpop)) };
+    assert_eq!(reader.verify(request).unwrap().kid, signed.kid);
+}
+
+#[test]
+fn a_token_that_was_not_seen_to_make_rsa_keys_is_not_asked_for_them() {
+    let house = House::new().with_shim();
+    house.shim_script("no_session_keys");
+    let mut house = house.initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let rsa = |name: &str| CreateKeyRequest { algorithm: KeyAlgorithm::Ps256.into(), ..wish(name) };
+        let before = house.shim().calls("C_GenerateKeyPair");
+        refused(keys.create(rsa("a")), "ALGORITHM_UNSUPPORTED");
+        assert_eq!(house.shim().calls("C_GenerateKeyPair"), before);
+        keys.create(wish("a")).unwrap();
+    }
+    house.stop_and_verify();
+}
+
+#[test]
+fn an_agent_has_one_rsa_key_made_at_a_time_and_nobody_elses_key_waits_for_it() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let (greedy, other) = (Identity::of(&house.attested("builder/1")), Identity::of(&house.attested("builder/2")));
+        let rsa = |name: &str| CreateKeyRequest {
+            algorithm: KeyAlgorithm::Ps256.into(),
+            storage: KeyStorage::Session.into(),
+            ..wish(name)
+        };
+        house.shim().tell("hang C_GenerateKeyPair");
+        thread::scope(|scope| {
+            let mut keys = house.keys(&greedy);
+            let first = scope.spawn(move || keys.create(rsa("first")));
+            house.shim().tell("await hanging=1");
+            refused(house.keys(&greedy).create(rsa("second")), "RATE_LIMITED");
+            let mut others = house.keys(&other);
+            for name in ["a", "b", "c", "d"] {
+                others.create(wish(name)).unwrap();
+                others.sign(name, digest(b"x")).unwrap();
+            }
+            // Its own others, too.
+            house.keys(&greedy).create(wish("quick")).unwrap();
+            house.shim().tell("release");
+            first.join().unwrap().unwrap();
+        });
+        house.keys(&greedy).create(rsa("second")).unwrap();
+    }
+    house.stop_and_verify();
+}
+
 #[test]
 fn session_keys_die_with_the_daemon_and_the_others_come_back() {
     let mut house = House::serving();

@@ -6,6 +6,7 @@
 
 mod house;
 
+mod agent_run;
 mod attest;
 mod bad_input;
 mod bundle;
@@ -19,6 +20,7 @@ mod instruments;
 mod keys;
 mod ledger;
 mod memory;
+mod other_languages;
 mod quarantine;
 mod race;
 mod recovery;

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keyward::proto::{AuthorityState, EnrolRequest, Purpose};
+use keyward::proto::{AuthorityState, CreateKeyRequest, EnrolRequest, KeyStorage, Purpose};
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
+use crate::house::keys::wish;
 use crate::house::wire::{Draft, Identity, refused};
 use crate::house::{Body, DEADLINE, House, Output, run};
 use crate::init::{FITS, OutsideRoot, awaiting_root};
@@ -36,6 +37,36 @@ pub fn generations(house: &House, purpose: &str) -> Vec<(String, String)> {
 
 pub fn states(house: &House, purpose: &str) -> Vec<String> {
     generations(house, purpose).into_iter().map(|(_, state)| state).collect()
+}
+
+/// Waits for what the daemon does at one of its next looks.
+#[track_caller]
+fn comes_about(what: &str, mut is_so: impl FnMut() -> bool) {
+    let until = Instant::now() + DEADLINE;
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// The newest checkpoint that is kept.
+fn newest_checkpoint(house: &House) -> String {
+    let db = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
+    let note: Vec<u8> = db.query_row("SELECT value FROM fact WHERE name = 'checkpoint'", [], |row| row.get(0)).unwrap();
+    String::from_utf8(note).unwrap()
+}
+
+/// How many have signed a note: each in a line of its own.
+fn signatures_of(note: &str) -> usize {
+    note.lines().filter(|line| line.starts_with('\u{2014}')).count()
+}
+
+/// Something new is recorded, and a checkpoint that has it comes.
+fn next_checkpoint(house: &House, why: &str) -> String {
+    let before = newest_checkpoint(house);
+    house.keyward(&["ca", "resume", "--reason", why]).ok();
+    comes_about("a checkpoint", || newest_checkpoint(house) != before);
+    newest_checkpoint(house)
 }
 
 /// Waits until the generations of a purpose are in these states. The daemon looks once a second.
@@ -149,13 +180,16 @@ fn a_lost_key_of_an_authority_before_holds_up_neither_crls_nor_checkpoints() {
         for purpose in ["issuing", "ledger"] {
             let (lost, state) = generations(&house, purpose).pop().unwrap();
             assert_eq!(state, "retiring");
-            let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
-            instruments::destroy(&house, "authority", &id);
+            instruments::destroy(&house, "authority", &instruments::unhex(&lost));
         }
         agent.quarantine().ok();
         crate::certificate::crl_listing(&house, &agent.serial());
         agent.serial()
     };
+    for why in ["one", "two", "three"] {
+        assert_eq!(signatures_of(&next_checkpoint(&house, why)), 1);
+    }
+    assert_eq!(house.log().matches("checkpoints go without the signature").count(), 1, "told when it begins: {}", house.log());
     let lost = generations(&house, "issuing").pop().unwrap().0;
     let beside = house.state().join(format!("crl-{}.der", &lost[..8]));
     let old = std::fs::read(&beside).unwrap();
@@ -201,6 +235,10 @@ fn a_retired_key_stays_for_as_long_as_a_backup_may_need_it() {
     later(&house, 4_000);
     become_states(&house, "issuing", &["active", "retired"]);
     become_states(&house, "ledger", &["active", "retired"]);
+    rotate(&house, "root").ok();
+    let sequence =
+        |house: &House| house.keyward(&["bundle", "show", "--format", "json"]).ok().json()["sequence"].as_u64().unwrap();
+    let told = sequence(&house);
     // The ledger of before the rotation is put back, and knows nothing of it.
     assert_eq!(house.stop(), 0);
     for name in ["keyward.db", "keyward.db-wal", "keyward.db-shm", "ledger.vkey", "issuing.pem"] {
@@ -211,6 +249,8 @@ fn a_retired_key_stays_for_as_long_as_a_backup_may_need_it() {
     house.serve();
     Holder::attest(&house, "builder/1");
     rotate(&house, "issuing").ok();
+    rotate(&house, "root").ok();
+    assert!(sequence(&house) > told, "who knows the bundle of before listens still");
     house.stop_and_verify();
 }
 
@@ -253,10 +293,13 @@ fn authorities_follow_a_clock_that_was_a_year_ahead_and_is_set_back() {
     let before = generations(&house, "issuing")[0].0.clone();
     house.keyward(&["ca", "taint", &before, "--reason", "a test", "--yes"]).ok();
     assert_eq!(states(&house, "root"), ["active", "retiring"]);
-    let agent = house.attested("builder/3");
-    let (chain, anchors) = (agent.svid(), agent.bundle());
-    let (chain, anchors) = (chain.to_str().unwrap(), anchors.to_str().unwrap());
-    run(Command::new("openssl").args(["verify", "-x509_strict", "-CAfile", anchors, "-untrusted", chain, chain])).ok();
+    // The server's certificate is in force as well at the next look.
+    house.agent("builder/3").enrol(&[]).ok();
+    let until = Instant::now() + DEADLINE;
+    while house.agent("builder/3").attest(&[]).code != 0 {
+        assert!(Instant::now() < until, "an honest client does not trust the server");
+        thread::sleep(Duration::from_millis(100));
+    }
     later(&house, 901);
     become_states(&house, "root", &["active"]);
     house.stop_and_verify();
@@ -317,6 +360,49 @@ fn a_power_cut_at_any_moment_of_a_rotation_leaves_nothing_behind() {
     let entries = house.ended_entries();
     one_outcome_each(&entries);
     house.verify().ok();
+}
+
+/// The same for the arrows that time brings: a new root signs, authorities retire and are destroyed. The next daemon goes on.
+#[test]
+fn a_power_cut_at_any_moment_of_the_later_arrows_leaves_nothing_behind() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
+    house.serve();
+    let settled = |house: &House| ["root", "issuing", "ledger"].iter().all(|purpose| states(house, purpose) == ["active"]);
+    let mut seconds = 0;
+    for sync in (1..).step_by(if instruments::slow() { 1 } else { 13 }) {
+        for purpose in ["root", "issuing", "ledger"] {
+            rotate(&house, purpose).ok();
+        }
+        // Past the overlaps of the root and of what it brings along.
+        for step in [901, 3_700] {
+            seconds += step;
+            house.control().move_clock_and_kill_after_sync(seconds * 1000, sync);
+            house.keyward(&["clock", "accept", "--reason", "hours pass"]);
+            // It dies of it within a few looks, or has had nothing to sync that often.
+            let until = Instant::now() + Duration::from_secs(3);
+            while house.keyward(&["ca", "list"]).code == 0 && Instant::now() < until {
+                thread::sleep(Duration::from_millis(50));
+            }
+            house.control().move_clock(seconds * 1000);
+            house.power_cut();
+            house.serve();
+        }
+        // What has begun goes on, as time does.
+        let until = Instant::now() + DEADLINE;
+        while !settled(&house) {
+            assert!(Instant::now() < until, "after sync {sync}: {:?}", generations(&house, "root"));
+            seconds += 600;
+            later(&house, seconds);
+            thread::sleep(Duration::from_millis(1100));
+        }
+        nothing_is_left_over(&house);
+        assert_eq!(crate::house::certificates(&house.state().join("bundle.pem")).len(), 1);
+        Holder::attest(&house, &format!("builder/{sync}"));
+        if sync > 40 {
+            break;
+        }
+    }
+    house.stop_and_verify();
 }
 
 #[test]
@@ -481,20 +567,34 @@ fn the_first_token_signing_key_is_there_from_the_beginning_and_each_that_follows
     assert_eq!(again.json()["key_id"], coming["key_id"], "asked for twice, it is replaced once");
     house.keyward(&["ca", "rotate", "token-signing", "--yes"]).refused("ROTATION_UNDER_WAY");
     assert_eq!(states(&house, "token-signing"), ["prepublished", "active"]);
-    let (both, sequence) = told_of_tokens(&house);
-    assert_eq!((both.len(), &both[0], sequence), (2, &first[0], 2), "the active one first");
+    let (both, second) = told_of_tokens(&house);
+    assert_eq!((both.len(), &both[0]), (2, &first[0]), "the active one first");
+    assert!(second > sequence);
     let newer = following.next().unwrap();
-    assert_eq!((newer.sequence, newer.token_signing_keys.len()), (2, 2));
+    assert_eq!((newer.sequence, newer.token_signing_keys.len()), (second, 2));
     assert_eq!(newer.authorities, told.authorities);
     later(&house, 901);
     become_states(&house, "token-signing", &["active", "retiring"]);
     // The same keys in another order: nothing that a verifier would have to learn of.
-    assert_eq!(told_of_tokens(&house), (vec![both[1].clone(), both[0].clone()], 2));
+    assert_eq!(told_of_tokens(&house), (vec![both[1].clone(), both[0].clone()], second));
     later(&house, 901 + 3_601);
     become_states(&house, "token-signing", &["active"]);
-    assert_eq!(told_of_tokens(&house), (vec![both[1].clone()], 3));
+    let (last, third) = told_of_tokens(&house);
+    assert_eq!(last, both[1..]);
+    assert!(third > second);
     nothing_is_left_over(&house);
     house.stop_and_verify();
+}
+
+/// What `hsm reconcile` finds: what it is, and its key id.
+fn found(house: &House) -> Vec<(String, String)> {
+    let strays = house.keyward(&["hsm", "reconcile", "--format", "json"]).json();
+    let text = |one: &serde_json::Value, name: &str| one[name].as_str().unwrap().to_owned();
+    strays.as_array().unwrap().iter().map(|one| (text(one, "found"), text(one, "key_id"))).collect()
+}
+
+fn count(found: &[(String, String)], what: &str) -> usize {
+    found.iter().filter(|one| one.0 == what).count()
 }
 
 #[test]
@@ -531,36 +631,99 @@ fn a_house_from_before_there_were_token_signing_keys_gets_one_by_itself() {
 }
 
 #[test]
-fn objects_that_the_book_knows_nothing_of_are_told_and_destroyed_only_when_asked() {
+fn strays_are_told_and_destroyed_only_when_asked_and_what_is_another_deployments_never() {
     let mut house = House::new().initialised();
-    // The same tokens under a new book: the keys of the one before are nobody's.
+    // The same tokens under a new book: another deployment's.
     std::fs::remove_dir_all(house.state()).unwrap();
     house.keyward(&["init"]).ok();
     house.serve();
-    let found = |house: &House, more: &[&str]| {
-        let arguments = [&["hsm", "reconcile", "--format", "json"], more].concat();
-        house.keyward(&arguments).json().as_array().unwrap().clone()
-    };
-    let orphans = found(&house, &[]);
-    assert_eq!(orphans.len(), 6, "root, issuing, token-signing, ledger, two canaries: {orphans:?}");
-    assert!(orphans.iter().all(|one| one["found"] == "object without a row" && one["objects"] == 2), "{orphans:?}");
-    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
-    assert_eq!(found(&house, &[]), orphans);
+    let foreign = found(&house);
+    let made_by_init = foreign.len();
+    assert!(made_by_init >= 5, "root, issuing, ledger, two canaries: {foreign:?}");
+    assert_eq!(count(&foreign, "foreign"), made_by_init, "{foreign:?}");
+    house.keyward(&["hsm", "reconcile"]).ok();
+    house.keyward(&["hsm", "reconcile", "--destroy", &foreign[0].1, "--yes"]).exits(4);
     house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
-    nothing_is_left_over(&house);
-    house.attested("builder/1").renew().ok();
+    assert_eq!(found(&house), foreign, "they share the tokens");
+    // Keys of the same deployment that its book does not know: it is an older copy.
+    let agent = Identity::of(&house.attested("builder/1"));
+    let copy = house.path("copy.db");
+    let ledger = house.state().join("keyward.db");
+    rusqlite::Connection::open(&ledger).unwrap().execute("VACUUM INTO ?1", [copy.to_str().unwrap()]).unwrap();
+    rotate(&house, "issuing").ok();
+    house.keys(&agent).create(resident("a")).unwrap();
+    assert_eq!(found(&house), foreign);
+    assert_eq!(house.stop(), 0);
+    for name in ["keyward.db", "keyward.db-wal", "keyward.db-shm", "ledger.vkey", "issuing.pem"] {
+        let _ = std::fs::remove_file(house.state().join(name));
+    }
+    std::fs::copy(&copy, &ledger).unwrap();
+    house.keyward(&["init"]).ok();
+    house.serve();
+    let strays: Vec<_> = found(&house).into_iter().filter(|one| one.0 == "stray").collect();
+    assert_eq!(strays.len(), 2, "an issuing key and an agent's: {strays:?}");
+    house.keyward(&["hsm", "reconcile"]).exits(5).says("2 not as the ledger says");
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans"]).exits(2).says("nothing was done");
+    let in_use = generations(&house, "issuing").remove(0).0;
+    house.keyward(&["hsm", "reconcile", "--destroy", &in_use, "--yes"]).exits(4);
+    house.keyward(&["hsm", "reconcile", "--destroy", &strays[0].1[..8]]).exits(2).says("nothing was done");
+    assert_eq!(count(&found(&house), "stray"), 2);
+    house.keyward(&["hsm", "reconcile", "--destroy", &strays[0].1[..8], "--yes"]).exits(5);
+    assert_eq!(found(&house).into_iter().filter(|one| one.0 == "stray").collect::<Vec<_>>(), strays[1..]);
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
+    assert_eq!(found(&house), foreign);
+    house.attested("builder/2").renew().ok();
     // A key of the book that the token has lost is told as well, and is nobody's to destroy.
     rotate(&house, "issuing").ok();
     let (lost, _) = generations(&house, "issuing").pop().unwrap();
-    let id: Vec<u8> = (0..lost.len()).step_by(2).map(|at| u8::from_str_radix(&lost[at..at + 2], 16).unwrap()).collect();
-    instruments::destroy(&house, "authority", &id);
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
     house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).exits(5);
-    let missing = found(&house, &[]);
-    assert_eq!((missing.len(), &missing[0]["found"], &missing[0]["key_id"]), (1, &"row without an object".into(), &lost.into()));
+    house.keyward(&["hsm", "reconcile", "--destroy", &lost, "--yes"]).exits(4);
+    let now = found(&house);
+    assert_eq!((count(&now, "foreign"), now.len()), (made_by_init, made_by_init + 1), "{now:?}");
+    assert!(now.contains(&("missing".to_owned(), lost)), "{now:?}");
     assert_eq!(house.stop(), 0);
-    let destroyed = house.ended_entries().iter().filter(|body| matches!(body, Body::OrphansDestroyed(_))).count();
-    assert_eq!(destroyed, 6);
+    let entries = house.ended_entries();
+    let destroyed = entries.iter().filter_map(|body| match body {
+        Body::OrphansDestroyed(gone) => Some((gone.objects_destroyed, gone.key_id.clone())),
+        _ => None,
+    });
+    assert_eq!(destroyed.collect::<Vec<_>>(), strays.iter().map(|one| (2, instruments::unhex(&one.1))).collect::<Vec<_>>());
     house.verify().ok();
+}
+
+#[test]
+fn an_agents_key_that_is_half_made_or_half_gone_is_no_stray() {
+    let mut house = House::new().with_shim().initialised().served();
+    let agent = Identity::of(&house.attested("builder/1"));
+    house.keys(&agent).create(resident("ends")).unwrap();
+    let label = house.keyward(&["hsm", "reconcile"]).ok();
+    assert!(!label.stdout.contains("keyward/agent"), "in use: {}", label.stdout);
+    house.shim().tell("fail C_DestroyObject rv=0x30 count=all");
+    house.keys(&agent).destroy("", "ends").unwrap();
+    house.shim().tell("fail C_GenerateKeyPair rv=0x30 after");
+    house.keys(&agent).create(resident("begins")).unwrap_err();
+    let mut kinds: Vec<_> = Vec::new();
+    // The token is back in a moment.
+    comes_about("both are told", || {
+        if house.keyward(&["hsm", "reconcile"]).code == 5 {
+            return false;
+        }
+        kinds = found(&house).into_iter().map(|one| one.0).collect();
+        kinds.sort();
+        kinds == ["being destroyed", "in the making"]
+    });
+    house.shim().tell("clear");
+    // Nor are they an operator's to destroy.
+    house.keyward(&["hsm", "reconcile", "--destroy-orphans", "--yes"]).ok();
+    assert_eq!(found(&house).len(), 2);
+    house.restart();
+    nothing_is_left_over(&house);
+    house.stop_and_verify();
+}
+
+fn resident(name: &str) -> CreateKeyRequest {
+    CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish(name) }
 }
 
 /// The whole of it at once, as `keyward bench rotation` judges it: days pass, agents renew, authorities of all kinds follow each other, and
@@ -639,6 +802,44 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
 }
 
 #[test]
+fn nothing_is_certified_for_longer_than_the_authority_over_it_is_in_force() {
+    let (house, csr) = awaiting_root();
+    let root = OutsideRoot::new(&house, "root");
+    let brief = root.sign_for_days(&csr, "1");
+    house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &brief]).ok();
+    let mut house = house.with_preload();
+    house.serve();
+    let until = |der: &[u8]| x509_parser::parse_x509_certificate(der).unwrap().1.validity().not_after.timestamp();
+    let end = until(&crate::house::certificates(&house.state().join("issuing.pem"))[0]);
+    // Five minutes before its end a certificate of ten minutes is one of five.
+    later(&house, 86_400 - 300);
+    let mut holder = Holder::attest(&house, "builder/1");
+    assert_eq!(until(&holder.identity.chain[0]), end);
+    assert!(until(&house.wire().server_certificate()) <= end);
+    later(&house, 86_400 + 1);
+    let refusal = Holder::attest_within(&house, "builder/2", Duration::ZERO).map(drop).unwrap_err();
+    assert_eq!(refusal.reason, "AUTHORITY_EXPIRED", "{refusal:?}");
+    assert!(holder.try_renew(&house).is_err());
+    house.stop_and_verify();
+}
+
+#[test]
+fn who_rotates_in_a_loop_is_stopped_before_denials_and_handshakes_suffer() {
+    let mut house = House::new().initialised().served();
+    let refused = (0..40).map(|_| rotate(&house, "issuing")).find(|output| output.code != 0).expect("there is a bound");
+    refused.refused("ROTATION_UNDER_WAY");
+    assert_eq!(states(&house, "issuing").len(), 16);
+    let agent = house.attested("builder/1");
+    agent.quarantine().ok();
+    crate::certificate::crl_listing(&house, &agent.serial());
+    // A taint waits for nothing.
+    let active = generations(&house, "issuing")[0].0.clone();
+    house.keyward(&["ca", "taint", &active, "--reason", "a test", "--yes"]).ok();
+    assert_ne!(generations(&house, "issuing")[0].0, active);
+    house.stop_and_verify();
+}
+
+#[test]
 fn another_outside_root_is_in_the_bundle_before_anything_under_it_signs() {
     let (mut house, _) = under_an_outside_root();
     house.attested("builder/1");
@@ -706,4 +907,201 @@ fn a_token_that_makes_no_key_neither_fills_the_book_nor_keeps_an_operator_waitin
         thread::sleep(Duration::from_millis(100));
     }
     nothing_is_left_over(&house);
+}
+
+/// An authority that is to come loses its key in the token before it signs.
+#[test]
+fn an_authority_whose_key_is_gone_before_it_signs_is_given_up_and_followed_by_another() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
+    house.serve();
+    let active = generations(&house, "root")[0].0.clone();
+    rotate(&house, "root").ok();
+    let lost = generations(&house, "root")[0].clone();
+    assert_eq!(lost.1, "prepublished");
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost.0));
+    later(&house, 901);
+    comes_about("another root is prepublished", || {
+        let now = generations(&house, "root");
+        now.len() == 2 && now[0].1 == "prepublished" && now[0].0 != lost.0
+    });
+    assert_eq!(generations(&house, "root")[1], (active, "active".to_owned()), "it stays until another one can sign");
+    Holder::attest(&house, "builder/1");
+    later(&house, 2 * 901);
+    become_states(&house, "root", &["active", "retiring"]);
+    become_states(&house, "issuing", &["active", "retiring"]);
+    Holder::attest(&house, "builder/2");
+    // A ledger key that waits for the one before it to go.
+    rotate(&house, "ledger").ok();
+    rotate(&house, "ledger").ok();
+    become_states(&house, "ledger", &["prepublished", "active", "retiring"]);
+    let lost = generations(&house, "ledger")[0].0.clone();
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
+    later(&house, 2 * 901 + 3_700);
+    comes_about("another ledger key signs", || {
+        let now = generations(&house, "ledger");
+        now.iter().all(|(key, _)| *key != lost)
+            && now[0].1 == "active"
+            && now.iter().filter(|one| one.1 == "retiring").count() == 1
+    });
+    nothing_is_left_over(&house);
+    house.restart();
+    let entries = house.stopped_entries();
+    let causes = entries.iter().filter_map(|body| match body {
+        Body::AuthorityStepped(step) if step.cause == "its key is not in the token any more" => Some(step.to()),
+        _ => None,
+    });
+    assert_eq!(causes.collect::<Vec<_>>(), [AuthorityState::Retired, AuthorityState::Retired]);
+    house.verify().ok();
+}
+
+#[test]
+fn a_token_that_is_away_costs_no_authority_that_is_to_come() {
+    let mut house = House::new().with_preload().with_shim().initialised();
+    house.serve();
+    rotate(&house, "root").ok();
+    let coming = generations(&house, "root")[0].0.clone();
+    // Away while its time comes; and back without showing what it has, for a while.
+    house.shim().tell("lose");
+    later(&house, 901);
+    comes_about("an arrow that waits", || house.log().contains("has to wait"));
+    assert_eq!(generations(&house, "root")[0], (coming.clone(), "prepublished".to_owned()));
+    house.shim().tell("fail C_FindObjectsInit rv=0x30 count=40");
+    house.shim().tell("return");
+    become_states(&house, "root", &["active", "retiring"]);
+    assert_eq!(generations(&house, "root")[0].0, coming);
+    house.shim().tell("clear");
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_request_whose_key_is_gone_is_made_anew() {
+    let (mut house, root) = under_an_outside_root();
+    rotate(&house, "issuing").ok();
+    let csr = request(&house);
+    let lost = generations(&house, "issuing")[0].0.clone();
+    let issuing = root.sign(&csr, FITS);
+    instruments::destroy(&house, "authority", &instruments::unhex(&lost));
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).refused("KEY_LOST");
+    comes_about("another one is planned", || {
+        let now = generations(&house, "issuing");
+        now[0].1 == "planned" && now[0].0 != lost && house.keyward(&["ca", "show", "--csr"]).code == 0
+    });
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).refused("CERTIFICATE_UNFIT");
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &root.sign(&request(&house), FITS)]).ok();
+    become_states(&house, "issuing", &["active", "retiring"]);
+    nothing_is_left_over(&house);
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_request_that_cannot_be_signed_holds_up_nothing_else() {
+    let (mut house, _) = under_an_outside_root();
+    rotate(&house, "issuing").ok();
+    let planned = generations(&house, "issuing")[0].0.clone();
+    assert_eq!(house.stop(), 0);
+    // Half of it is there: that is no key that was lost for certain, and none that signs.
+    instruments::destroy_private(&house, "authority", &instruments::unhex(&planned));
+    house.serve();
+    house.keyward(&["ca", "show", "--csr"]).exits(4);
+    rotate(&house, "ledger").ok();
+    become_states(&house, "ledger", &["active", "retiring"]);
+    assert_eq!(generations(&house, "issuing")[0], (planned, "planned".to_owned()));
+    house.stop_and_verify();
+}
+
+#[test]
+fn the_request_to_the_outside_root_lies_there_for_as_long_as_it_is_waited_for() {
+    let (mut house, root) = under_an_outside_root();
+    let file = house.state().join("issuing.csr");
+    comes_about("the request of `init` is gone", || !file.exists());
+    rotate(&house, "issuing").ok();
+    let first = std::fs::read(&file).unwrap();
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &root.sign(&request(&house), FITS)]).ok();
+    assert!(!file.exists(), "it is answered");
+    rotate(&house, "issuing").ok();
+    assert_ne!(std::fs::read(&file).unwrap(), first);
+    // One that a crash has left is removed by the next daemon.
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &root.sign(&request(&house), FITS)]).ok();
+    assert_eq!(house.stop(), 0);
+    std::fs::write(&file, first).unwrap();
+    house.serve();
+    comes_about("it is gone", || !file.exists());
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_ledger_key_signs_checkpoints_from_its_activation_until_it_is_retired() {
+    let mut house = House::new().with_preload().initialised();
+    house.serve();
+    rotate(&house, "ledger").ok();
+    // At most two sign: the third waits.
+    rotate(&house, "ledger").ok();
+    become_states(&house, "ledger", &["prepublished", "active", "retiring"]);
+    assert_eq!(signatures_of(&next_checkpoint(&house, "a new checkpoint")), 2);
+    later(&house, 3_700);
+    become_states(&house, "ledger", &["active", "retiring", "retired"]);
+    assert_eq!(signatures_of(&next_checkpoint(&house, "the next checkpoint")), 2);
+    let entries = house.stopped_entries();
+    let notes = entries.iter().filter_map(|body| match body {
+        Body::AuthorityStepped(step) if step.to() == AuthorityState::Active => Some(signatures_of(&step.checkpoint)),
+        _ => None,
+    });
+    assert_eq!(notes.collect::<Vec<_>>(), [2, 2], "each came into service by the one before and itself");
+    house.verify().ok();
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_told_and_written_at_the_next_look() {
+    let mut house = House::serving();
+    let told = |house: &House| house.keyward(&["status", "--format", "json"]).ok().json()["files_behind"].to_string();
+    assert_eq!(told(&house), "[]");
+    // Where a file is to be there is something that cannot be replaced.
+    let blocked = ["issuing.pem", "crl.der"].map(|name| house.state().join(name));
+    for path in &blocked {
+        std::fs::remove_file(path).unwrap();
+        std::fs::create_dir(path).unwrap();
+        std::fs::write(path.join("in the way"), b"").unwrap();
+    }
+    rotate(&house, "issuing").ok();
+    assert_eq!(states(&house, "issuing"), ["active", "retiring"], "nothing waits for files");
+    assert!(told(&house).contains("issuing.pem") && told(&house).contains("crl.der"), "{}", told(&house));
+    assert!(house.keyward(&["status"]).ok().stdout.contains("NOT WRITTEN"));
+    let agent = house.attested("builder/1");
+    for path in &blocked {
+        std::fs::remove_dir_all(path).unwrap();
+    }
+    comes_about("they are written", || told(&house) == "[]");
+    assert_eq!(crate::house::certificates(&blocked[0])[0], agent.chain()[1]);
+    assert_eq!(std::fs::read(&blocked[1]).unwrap(), {
+        let path = house.path("shown.der");
+        house.keyward(&["crl", "show", "--der", path.to_str().unwrap()]).ok();
+        std::fs::read(path).unwrap()
+    });
+    assert_eq!(house.log().matches("files do not say what is in force").count(), 2, "one line each: {}", house.log());
+    drop(agent);
+    house.stop_and_verify();
+}
+
+/// The server's certificate is of an authority that retires at a moment when nothing can be signed.
+#[test]
+fn the_servers_certificate_is_tried_again_after_a_retirement_without_it() {
+    let mut house = House::new().with_preload().with_shim().initialised();
+    house.serve();
+    rotate(&house, "issuing").ok();
+    let wire = house.wire();
+    let before = wire.server_certificate();
+    house.shim().tell("fail C_Sign rv=0x30 count=all");
+    later(&house, 700);
+    become_states(&house, "issuing", &["active", "retired"]);
+    assert_eq!(wire.server_certificate(), before, "nothing could sign another one");
+    house.shim().tell("clear");
+    comes_about("the server has a certificate of the new authority", || wire.server_certificate() != before);
+    let issuing = std::fs::read(house.state().join("issuing.pem")).unwrap();
+    let issuing = pem::parse(issuing).unwrap().into_contents();
+    let (_, issuing) = x509_parser::parse_x509_certificate(&issuing).unwrap();
+    let now = wire.server_certificate();
+    let (_, now) = x509_parser::parse_x509_certificate(&now).unwrap();
+    now.verify_signature(Some(issuing.public_key())).expect("it is of the active one");
+    drop(wire);
+    house.stop_and_verify();
 }

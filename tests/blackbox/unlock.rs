@@ -255,3 +255,113 @@ fn a_power_cut_at_any_moment_makes_two_tries_of_no_unlock_and_forgets_none() {
         assert!(house.signatures().logins <= logins + 1, "after sync {sync}");
     }
 }
+
+/// Of operators who come at once, each is told the truth: who is told that a login was unlocked is in the book, with the reason, and nobody
+/// else is; and there are no more tries than unlocks.
+#[test]
+fn of_operators_who_unlock_at_once_those_are_in_the_book_who_were_told_so() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let reasons = ["one", "two", "three", "four", "five", "six"];
+    for round in 0..2 {
+        // At first the PIN is wrong still, and then it is right.
+        if round == 1 {
+            house.return_pins();
+        }
+        let before = unlocks(&house.entries()).len();
+        let said: Vec<Output> = thread::scope(|scope| {
+            let ask = |reason| {
+                let house = &house;
+                scope.spawn(move || house.keyward(&["hsm", "unlock", "--reason", reason, "--format", "json"]))
+            };
+            let asked = reasons.map(ask);
+            asked.into_iter().map(|asked| asked.join().unwrap()).collect()
+        });
+        let mut told = Vec::new();
+        for (said, reason) in said.iter().zip(reasons) {
+            assert!([0, 1, 3, 5].contains(&said.code), "{said:?}");
+            // Somebody else's unlock, and this one came to nothing: that is said in words.
+            let Ok(answer) = serde_json::from_str::<serde_json::Value>(&said.stdout) else {
+                assert!(said.code == 1 && said.stderr.contains("recorded this moment"), "{said:?}");
+                continue;
+            };
+            if answer["unlocked"] == serde_json::json!(["authority"]) {
+                told.push((TokenRole::Authority, reason.to_owned()));
+            } else {
+                assert!(said.code == 3 || said.stderr.contains("no login was locked"), "{said:?}");
+            }
+        }
+        assert!(!told.is_empty(), "{said:?}");
+        let mut recorded = unlocks(&house.entries()).split_off(before);
+        told.sort_by(|one, other| one.1.cmp(&other.1));
+        recorded.sort_by(|one, other| one.1.cmp(&other.1));
+        assert_eq!(recorded, told);
+    }
+    assert!(house.daemon().is_ready());
+    let recorded = unlocks(&house.stopped_entries()).len();
+    // Both tokens are logged in to, and at most one is tried for each unlock beside.
+    assert!(
+        house.signatures().logins <= logins + recorded + 1,
+        "{} tries for {recorded} unlocks",
+        house.signatures().logins - logins
+    );
+    house.verify().ok();
+}
+
+/// A PIN that cannot be read and a token that is away cost no try: the one that the unlock allowed is made when it can be.
+#[test]
+fn an_unlock_that_finds_no_pin_or_no_token_says_so_and_is_good_for_one_try_when_they_are_back() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    house.start();
+    assert!(!house.daemon().was_ready());
+    let pin = house.path("authority.pin");
+    std::fs::rename(&pin, house.path("elsewhere")).unwrap();
+    let said = unlock_ends_with(&house, "the first", 5);
+    assert!(said.stderr.contains("authority.pin") && said.json()["logged_in"] == serde_json::json!([]), "{said:?}");
+    house.take_token_away("authority");
+    house.return_pins();
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let tokens = house.keyward(&["hsm", "status", "--format", "json"]).json();
+        if tokens[0]["fault"].as_str().is_some_and(|fault| !fault.contains("authority.pin")) {
+            break;
+        }
+        assert!(Instant::now() < until, "{tokens}");
+        thread::sleep(Duration::from_millis(50));
+    }
+    // There is nothing to unlock any more: it was, and no try was spent.
+    let said = house.keyward(&["hsm", "unlock", "--reason", "the second"]).ok();
+    assert!(said.stderr.contains("no login was locked"), "{said:?}");
+    assert_eq!(house.signatures().logins, logins);
+    house.bring_tokens_back();
+    assert!(house.daemon().is_ready());
+    assert_eq!(house.signatures().logins, logins + 2, "once for each token");
+    assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first"]));
+    house.verify().ok();
+}
+
+/// A second daemon over the same state has no word in it.
+#[test]
+fn a_daemon_that_may_not_have_the_ledger_carries_out_no_unlock() {
+    let mut house = House::new().with_shim().initialised();
+    let logins = locked(&mut house);
+    house.start();
+    assert!(!house.daemon().was_ready());
+    house.daemon_signal(rustix::process::Signal::STOP);
+    // The first cannot hear of it.
+    let state = house.state();
+    assert!(keyward::hsm::ask_to_unlock(&state, TokenRole::Authority, "the first").unwrap());
+    let second = house.keyward(&["serve"]);
+    assert_ne!(second.code, 0, "{second:?}");
+    assert!(keyward::hsm::asked_to_unlock(&state, TokenRole::Authority).unwrap().is_some(), "it was carried out");
+    assert_eq!(house.signatures().logins, logins);
+    house.return_pins();
+    house.daemon_signal(rustix::process::Signal::CONT);
+    assert!(house.daemon().is_ready());
+    assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first"]));
+    assert_eq!(house.signatures().logins, logins + 2, "once for each token");
+    house.verify().ok();
+}

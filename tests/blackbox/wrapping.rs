@@ -308,6 +308,17 @@ fn what_was_ever_under_a_tainted_wrapping_key_is_replaced_at_once_and_verifies_n
     keys.jws("rotated", "{}").unwrap();
     keys.jws("resident", "{}").unwrap();
     refused(keys.sign("disabled", crate::house::keys::payload("{}")), "KEY_DISABLED");
+    // The active one, too.
+    let active = generations(&house, "wrapping")[0].0.clone();
+    house.keyward(&["ca", "taint", &active[..8], "--reason", "and that one", "--yes"]).ok();
+    let until = Instant::now() + DEADLINE;
+    while generations(&house, "wrapping").iter().any(|(key, _)| *key == active) {
+        assert!(Instant::now() < until, "it stays");
+        thread::sleep(Duration::from_millis(100));
+    }
+    let newest = |keys: &mut Keys, name: &str| keys.show(name).unwrap().versions.iter().map(|one| one.number).collect::<Vec<_>>();
+    assert_eq!((newest(&mut keys, "signs"), newest(&mut keys, "rotated")), (vec![3], vec![3]));
+    keys.jws("signs", "{}").unwrap();
     drop(keys);
     nothing_is_left_over(&house);
     house.restart();

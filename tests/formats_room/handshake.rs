@@ -77,6 +77,7 @@ impl PublicKeyData for Signer {
         match self {
             Self::P256(pair) => aws_lc_rs::signature::KeyPair::public_key(pair).as_ref(),
             Self::Ed25519(pair) => aws_lc_rs::signature::KeyPair::public_key(pair).as_ref(),
+            Self::Rsa(pair) => aws_lc_rs::signature::KeyPair::public_key(pair).as_ref(),
         }
     }
 
@@ -84,6 +85,7 @@ impl PublicKeyData for Signer {
         match self {
             Self::P256(_) => &rcgen::PKCS_ECDSA_P256_SHA256,
             Self::Ed25519(_) => &rcgen::PKCS_ED25519,
+            Self::Rsa(_) => &rcgen::PKCS_RSA_SHA256,
         }
     }
 }
@@ -123,6 +125,7 @@ impl SigningKey for Key {
         match *self.key {
             Signer::P256(_) => SignatureAlgorithm::ECDSA,
             Signer::Ed25519(_) => SignatureAlgorithm::ED25519,
+            Signer::Rsa(_) => SignatureAlgorithm::RSA,
         }
     }
 }
@@ -135,6 +138,7 @@ impl rustls::sign::Signer for Key {
         let algorithm = match *self.key {
             Signer::P256(_) => Algorithm::P256,
             Signer::Ed25519(_) => Algorithm::Ed25519,
+            Signer::Rsa(_) => Algorithm::Ps256,
         };
         self.signed.lock().unwrap().push(self.role);
         match self.key.finish(tls::prepare(algorithm, self.role, hash).unwrap()) {
@@ -147,6 +151,7 @@ impl rustls::sign::Signer for Key {
         match *self.key {
             Signer::P256(_) => SignatureScheme::ECDSA_NISTP256_SHA256,
             Signer::Ed25519(_) => SignatureScheme::ED25519,
+            Signer::Rsa(_) => SignatureScheme::RSA_PSS_SHA256,
         }
     }
 }

@@ -16,6 +16,9 @@ use super::faults::{AT_SIGN_INIT, Answer};
 use super::shim::Shim;
 use super::{House, in_house, lacks, new_key, until};
 
+/// Of a resident key.
+const LABEL: &str = "keyward/agent/11111111.test";
+
 /// The codes by which an owner's session is known to be dead.
 const DEAD_SESSION: [u32; 5] = [0xb3, 0xb0, 0x90, 0x91, 0xb5];
 
@@ -79,7 +82,7 @@ impl Room {
     }
 
     async fn make_as(&self, id: KeyId, algorithm: Algorithm, storage: KeyStorage) -> Row {
-        let made = self.hsm.make_agent_key(id, algorithm, storage, self.wrapping_for(storage)).await;
+        let made = self.hsm.make_agent_key(id, algorithm, storage, self.wrapping_for(storage), LABEL).await;
         let MadeKey { public, wrapped } = made.unwrap();
         assert_eq!(wrapped.is_some(), storage == Wrapped);
         Row { id, public, storage, wrapped: wrapped.map(Into::into) }
@@ -105,7 +108,7 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
     in_house("agent_keys::a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed", async |house| {
         let room = Room::open(&house).await;
         let all = [Session, Wrapped, Resident];
-        for algorithm in [Algorithm::P256, Algorithm::P384, Algorithm::Ed25519] {
+        for algorithm in [Algorithm::P256, Algorithm::P384, Algorithm::Ed25519, Algorithm::Ps256] {
             // SoftHSM wraps no Ed25519 key.
             let classes = if wraps() && algorithm != Algorithm::Ed25519 { &all[..] } else { &[Session, Resident] };
             assert_eq!(room.hsm.storages(algorithm), classes);
@@ -119,8 +122,9 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
                     // Tokens sign any length without a word.
                     let error = key.sign_digest(vec![7; size + 1].into()).await.unwrap_err();
                     assert!(matches!(error, SignError::NotSigned(Error::Input { .. })), "{error}");
-                    let half = key.sign_digest(vec![7; size].into()).await.unwrap().len() / 2;
-                    assert_eq!(half, size, "r and s, each as long as the digest");
+                    let made = key.sign_digest(vec![7; size].into()).await.unwrap().len();
+                    // r and s are each as long as the digest; RSA's is as long as the modulus.
+                    assert_eq!(made, if algorithm == Algorithm::Ps256 { 256 } else { 2 * size });
                 }
                 drop(key);
                 let objects = room.hsm.destroy_agent_key(row.id, storage).await.unwrap();
@@ -130,6 +134,48 @@ fn a_key_of_each_class_and_algorithm_signs_and_is_gone_when_destroyed() {
         }
         assert!(room.hsm.status().usable && room.hsm.status().reconnects == 0);
         room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn a_key_that_is_slow_to_make_holds_up_its_own_kind_alone_and_only_so_many_wait() {
+    in_house("agent_keys::a_key_that_is_slow_to_make_holds_up_its_own_kind_alone_and_only_so_many_wait", async |house| {
+        let (room, shim) = Room::behind_the_shim(&house).await;
+        let before = room.make(Algorithm::Ps256, Session).await;
+        shim.tell("hang C_GenerateKeyPair");
+        let mut making = tokio::task::JoinSet::new();
+        for _ in 0..20 {
+            let hsm = room.hsm.clone();
+            making.spawn(async move { hsm.make_agent_key(KeyId::random(), Algorithm::Ps256, Session, None).await });
+        }
+        // One is being made, fifteen wait for their turn, the others hear so at once.
+        for _ in 0..4 {
+            let refused = tokio::time::timeout(Duration::from_secs(5), making.join_next()).await.expect("at once");
+            assert!(matches!(refused.unwrap().unwrap(), Err(Error::QueueFull)));
+        }
+        shim.tell("await hanging=1");
+        for shard in [0, 1] {
+            let quick = room.make_at(id_of(shard), Session).await;
+            signs(&room.bind(&quick), b"nobody waits").await;
+        }
+        signs(&room.bind(&before), b"nor who signs with one that is there").await;
+        assert!(making.try_join_next().is_none(), "they wait");
+        shim.tell("release");
+        for made in making.join_all().await {
+            made.unwrap();
+        }
+        room.hsm.shut_down(Duration::from_secs(5));
+    });
+}
+
+#[test]
+fn no_authority_has_an_rsa_key() {
+    in_house("agent_keys::no_authority_has_an_rsa_key", async |house| {
+        let hsm = house.open(&Modules::new(), "agents");
+        let id = KeyId::random();
+        assert!(matches!(hsm.generate(id, Algorithm::Ps256, "keyward/test").await, Err(Error::Incapable { .. })));
+        assert!(hsm.find(id).await.unwrap().is_empty());
+        hsm.shut_down(Duration::from_secs(5));
     });
 }
 
@@ -166,7 +212,7 @@ fn an_authority_key_is_not_reached_as_an_agents_nor_an_agents_as_an_authoritys()
         }
         let other = room.make(Algorithm::P256, Resident).await;
         assert!(matches!(room.try_bind(&Row { id, ..other.clone() }), Err(Error::NotAgents(_))));
-        assert!(matches!(hsm.make_agent_key(id, Algorithm::P256, Session, None).await, Err(Error::NotAgents(_))));
+        assert!(matches!(hsm.make_agent_key(id, Algorithm::P256, Session, None, LABEL).await, Err(Error::NotAgents(_))));
         assert!(matches!(hsm.destroy_agent_key(id, Resident).await, Err(Error::NotAgents(_))));
         // Where nobody holds it any more its label tells.
         drop(authority);
@@ -453,7 +499,7 @@ fn a_key_that_cannot_be_made_leaves_nothing_behind_and_the_token_well() {
                 let back = room.hsm.status().reconnects;
                 let id = KeyId::random();
                 shim.tell(&format!("fail {call} rv={code:#x}"));
-                let made = room.hsm.make_agent_key(id, Algorithm::P256, storage, room.wrapping_for(storage)).await;
+                let made = room.hsm.make_agent_key(id, Algorithm::P256, storage, room.wrapping_for(storage), LABEL).await;
                 // Only a session that was dead is tried again, in another one.
                 let dead = DEAD_SESSION.contains(code);
                 assert_eq!(made.is_ok(), dead, "{call} {name}: {made:?}");
@@ -701,7 +747,7 @@ fn a_wrapping_key_that_could_decrypt_wraps_nothing() {
                 Attribute::Id(id.0.to_vec()),
             ];
             session.generate_key(&Mechanism::AesKeyGen, &template).unwrap();
-            let made = room.hsm.make_agent_key(KeyId::random(), Algorithm::P256, Wrapped, Some(id)).await;
+            let made = room.hsm.make_agent_key(KeyId::random(), Algorithm::P256, Wrapped, Some(id), LABEL).await;
             if decrypts || extractable {
                 assert!(matches!(made, Err(Error::Attribute { .. })), "{made:?}");
             } else {

@@ -8,6 +8,7 @@ use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
 use crate::model::{Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
+use super::super::label::label;
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
 use crate::formats::Jwk;
 use crate::hsm::MadeKey;
@@ -54,7 +55,13 @@ impl KeyWish {
         if self.purpose == KeyPurpose::RawDigest && algorithm == KeyAlgorithm::Ed25519 {
             return Err(Refusal::new(
                 Reason::AlgorithmRefused,
-                "use a P-256 or P-384 key for raw digests: Ed25519 signs messages",
+                "use a P-256, P-384 or RSA key for raw digests: Ed25519 signs messages",
+            ));
+        }
+        if self.purpose == KeyPurpose::HttpMessageSignature && algorithm == KeyAlgorithm::Ps256 {
+            return Err(Refusal::new(
+                Reason::AlgorithmRefused,
+                "use a P-256, P-384 or Ed25519 key for HTTP message signatures: RFC 9421 knows RSA-PSS with SHA-512 alone",
             ));
         }
         Ok(KeyTerms {
@@ -165,8 +172,9 @@ impl Acts {
         number: u32,
         now: UnixTime,
     ) -> Result<KeyVersion, Refusal> {
-        let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384 or Ed25519");
+        let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384, Ed25519 or PS256");
         let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
+        let _slow = self.keys.make_rsa(&of.agent, algorithm)?;
         let storage = token.storage(terms.storage_asked, algorithm);
         let key_id = KeyId::random();
         if storage == KeyStorage::Resident {
@@ -179,7 +187,8 @@ impl Acts {
             self.ledger.record(Body::KeyIntended(intent)).await?;
         }
         let wrapping = token.wrapping.filter(|_| storage == KeyStorage::Wrapped);
-        let MadeKey { public, wrapped } = match token.hsm.make_agent_key(key_id, algorithm, storage, wrapping).await {
+        let label = label(Purpose::Agent, self.ledger.deployment(), key_id);
+        let MadeKey { public, wrapped } = match token.hsm.make_agent_key(key_id, algorithm, storage, wrapping, &label).await {
             Ok(made) => made,
             Err(error) => {
                 self.give_up(token, key_id, storage, "the token could not make it").await;

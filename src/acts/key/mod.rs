@@ -73,6 +73,8 @@ pub struct AgentKeys {
     loaded: LoadedKeys,
     /// Names that are being made.
     making: Arc<Mutex<BTreeSet<KeyOf>>>,
+    /// Agents for whom an RSA key is being made.
+    making_rsa: Arc<Mutex<BTreeSet<AgentId>>>,
     /// Signatures asked for in this second, by agent.
     rates: Mutex<(u64, HashMap<AgentId, u32>)>,
     seen: ReplayCache,
@@ -81,6 +83,18 @@ pub struct AgentKeys {
     per_agent_max: usize,
     resident_max: usize,
     per_second_max: u32,
+}
+
+/// Its agent has no other RSA key made until this is dropped.
+struct MakingRsa {
+    agents: Arc<Mutex<BTreeSet<AgentId>>>,
+    agent: AgentId,
+}
+
+impl Drop for MakingRsa {
+    fn drop(&mut self) {
+        self.agents.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.agent);
+    }
 }
 
 /// A name that nobody else makes a key under until this is dropped.
@@ -101,6 +115,7 @@ impl AgentKeys {
             token: ArcSwapOption::empty(),
             loaded: LoadedKeys::new(limits.keys_cached),
             making: Arc::default(),
+            making_rsa: Arc::default(),
             rates: Mutex::default(),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             session: SessionKeys::default(),
@@ -157,6 +172,18 @@ impl AgentKeys {
             return Err(in_progress());
         }
         Ok((Arc::new(Making { names: Arc::clone(&self.making), of: of.clone() }), others))
+    }
+
+    /// RSA keys are slow to make, one at a time for all: an agent that asks for many is behind everybody else that asks for one.
+    fn make_rsa(&self, agent: &AgentId, algorithm: Algorithm) -> Result<Option<MakingRsa>, Refusal> {
+        if algorithm != Algorithm::Ps256 {
+            return Ok(None);
+        }
+        if !self.making_rsa.lock().unwrap_or_else(PoisonError::into_inner).insert(agent.clone()) {
+            let advice = "ask for one PS256 key at a time: they are slow to make";
+            return Err(Refusal::new(Reason::RateLimited, advice).retry_after(Duration::from_secs(1)));
+        }
+        Ok(Some(MakingRsa { agents: Arc::clone(&self.making_rsa), agent: agent.clone() }))
     }
 }
 
@@ -289,6 +316,7 @@ fn algorithm_of(algorithm: KeyAlgorithm) -> Option<Algorithm> {
         KeyAlgorithm::P256 => Some(Algorithm::P256),
         KeyAlgorithm::Ed25519 => Some(Algorithm::Ed25519),
         KeyAlgorithm::P384 => Some(Algorithm::P384),
+        KeyAlgorithm::Ps256 => Some(Algorithm::Ps256),
         KeyAlgorithm::Unspecified => None,
     }
 }

@@ -148,7 +148,10 @@ impl Acts {
     /// `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`: the next pass goes on with what is left.
     pub async fn rewrap_due(&self) -> Result<Rewrap, Refusal> {
         let Some(task) = self.rewrapping() else { return Ok(Rewrap::Idle) };
-        self.count_under(&task).await?;
+        let (began, keys) = (Instant::now(), self.count_under(&task).await?);
+        if task.open.iter().any(|(_, tainted)| *tainted) {
+            tracing::warn!(keys, "agents' keys were under a tainted wrapping key: they are replaced, and verify no more");
+        }
         let mut pass = Pass { task: &task, token: self.keys.token()?, again: BTreeMap::new(), failures: 0 };
         let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());
         loop {
@@ -168,7 +171,7 @@ impl Acts {
             for (id, (was, is)) in self.rewrap_page(&mut pass, page, generation).await? {
                 let mut progress = self.keys.rewrapping.lock();
                 if let Some(left) = progress.left.get_mut(&id) {
-                    *left = left.saturating_sub(was - is);
+                    *left = left.saturating_sub(was.saturating_sub(is));
                 }
                 *left.entry(id).or_default() += is;
             }
@@ -183,13 +186,15 @@ impl Acts {
                 progress.freed.push((*id, *tainted));
             }
         }
-        Ok(match left.values().sum() {
-            0 => Rewrap::Done,
-            left => Rewrap::Left(left),
-        })
+        drop(progress);
+        let left: u64 = left.values().sum();
+        let seconds = began.elapsed().as_secs_f64();
+        tracing::info!(keys, left, seconds, "agents' keys are under the active wrapping key");
+        Ok(if left == 0 { Rewrap::Done } else { Rewrap::Left(left) })
     }
 
-    async fn count_under(&self, task: &Task) -> Result<(), Refusal> {
+    /// Gives all of them together.
+    async fn count_under(&self, task: &Task) -> Result<u64, Refusal> {
         let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());
         loop {
             let from = after.clone();
@@ -200,8 +205,9 @@ impl Acts {
                 *left.entry(id).or_default() += 1;
             }
         }
+        let all = left.values().sum();
         self.keys.rewrapping.lock().left = left;
-        Ok(())
+        Ok(all)
     }
 
     /// Gives for each wrapping key how many of the page it held before and holds now.
@@ -277,8 +283,7 @@ impl Acts {
         let (mut changed, mut changing) = (Vec::new(), Vec::new());
         for loaded in here {
             let Ok(alone) = Arc::clone(&loaded.changing).try_lock_owned() else { continue };
-            let signs = self.ledger.admits_key(&loaded.key).is_ok();
-            let one = rewrapped(pass.task, loaded, signs, &again);
+            let one = rewrapped(pass.task, loaded, self.ledger.never_signs(&loaded.key), &again);
             if !one.is_empty() {
                 changed.push(one);
                 changing.push(alone);
@@ -293,18 +298,18 @@ impl Acts {
 }
 
 /// What becomes of a key's versions.
-fn rewrapped(task: &Task, loaded: &Loaded, signs: bool, again: &BTreeMap<KeyId, Again>) -> Rewrapped {
+fn rewrapped(task: &Task, loaded: &Loaded, never_signs: bool, again: &BTreeMap<KeyId, Again>) -> Rewrapped {
     let versions = loaded.key.versions();
     let newest = versions.last().map(|newest| newest.key_id);
-    let mut one = Rewrapped::new(Arc::clone(&loaded.key));
+    let mut one = Rewrapped::new(Arc::clone(&loaded.key), &task.before);
     for version in versions.iter() {
         let (is_newest, key_id) = (newest == Some(version.key_id), version.key_id);
         match (task.is_exposed(version), task.is_stale(version)) {
             // It is to be replaced first.
-            (true, _) if is_newest && signs => {}
+            (true, _) if is_newest && !never_signs => {}
             // Expired, or its agent is denied: it verifies no more, and the next version follows upon its number.
             (true, _) => one.end(key_id, is_newest && loaded.key.state() == KeyState::Active),
-            (false, true) if is_newest && signs => {
+            (false, true) if is_newest && !never_signs => {
                 let was = |blob: &Arc<[u8]>| version.wrapped.as_ref().is_some_and(|(now, _)| Arc::ptr_eq(now, blob));
                 if let Some((_, wrapped)) = again.get(&key_id).filter(|(before, _)| was(before)) {
                     one.rewrap(key_id, Arc::clone(wrapped), task.active);

@@ -249,6 +249,51 @@ fn a_digest_of_another_length_or_for_another_algorithm_is_refused() {
 }
 
 #[test]
+fn an_rsa_key_is_of_one_size_one_exponent_and_one_padding() {
+    let signer = Signer::new(Algorithm::Ps256);
+    let good = Jwk::bare(&signer.public()).members().clone();
+    assert_eq!(good.keys().map(String::as_str).collect::<Vec<_>>(), ["e", "kty", "n"]);
+    assert_eq!(Jwk::parse(&good).unwrap(), signer.public());
+    let modulus = signer.public().raw().to_vec();
+    let encoded = |bytes: &[u8]| serde_json::Value::from(URL_SAFE_NO_PAD.encode(bytes));
+    for (member, value) in [
+        ("e", json!("Aw")),
+        ("e", json!("AAEAAQ")),
+        ("n", encoded(&modulus[1..])),
+        ("n", encoded(&[&[0], &modulus[..]].concat())),
+        ("n", encoded(&[&[0x7f], &modulus[1..]].concat())),
+        ("n", encoded(&[&modulus[..255], &[modulus[255] & 0xfe]].concat())),
+        ("crv", json!("P-256")),
+    ] {
+        let mut other = good.clone();
+        other.insert(member.into(), value);
+        assert_eq!(reason(Jwk::parse(&other)), Reason::KeyUnsupported, "{member}: {}", other[member]);
+    }
+    for (member, value) in [("alg", "RS256"), ("d", "AQAB"), ("p", "AQAB")] {
+        let mut other = good.clone();
+        other.insert(member.into(), value.into());
+        assert_eq!(reason(Jwk::parse(&other)), Reason::MalformedRequest, "{member}");
+    }
+    for alg in ["RS256", "PS384", "PS512", "RSA-OAEP"] {
+        let header = json!({ "alg": alg, "kid": signer.kid() }).to_string();
+        assert_eq!(verdict(&signer, &token(&signer, &header, "{}")), Reason::AlgorithmRefused, "{alg}");
+    }
+    // In an HTTP message its signatures would be others.
+    let named = http_signature::Parameters::default();
+    let prepared = http_signature::prepare(Algorithm::Ps256, &signer.kid(), "sig1", &POST, &named, NOW);
+    assert_eq!(reason(prepared), Reason::AlgorithmRefused);
+    let ecdsa = Signer::new(Algorithm::P256);
+    let (input, _) = signed_http(&ecdsa, &POST, None);
+    for named in ["", ";alg=\"rsa-pss-sha512\"", ";alg=\"rsa-v1_5-sha256\""] {
+        let input = input.replace(";alg=\"ecdsa-p256-sha256\"", named).replace(&ecdsa.kid(), &signer.kid());
+        let signature = format!("sig1=:{}:", base64::engine::general_purpose::STANDARD.encode(signer.message(b"x")));
+        let received = received_http::Received::parse(&input, &signature, None).unwrap();
+        let checked = received.check(&signer.verifying(Profile::HttpMessageSignature), &expected_http(&POST));
+        assert_eq!(reason(checked), Reason::AlgorithmRefused, "{named}");
+    }
+}
+
+#[test]
 fn a_jwk_of_another_kind_is_no_key() {
     let signer = Signer::new(Algorithm::P256);
     let good = Jwk::published(Profile::Jws, &signer.public()).unwrap().members().clone();

@@ -89,6 +89,11 @@ fn what_is_signed_for_each_profile_is_verified_once() {
         assert_eq!(check(&proof).unwrap(), received_dpop::Verified { kid: signer.kid(), jti: "n2".into() });
         assert_eq!(reason(check(&proof)), Reason::Replayed);
 
+        if algorithm == crate::model::Algorithm::Ps256 {
+            // There is no such algorithm for HTTP messages.
+            assert_eq!(cache.len(), 2);
+            continue;
+        }
         let (input, signature) = signed_http(&signer, &POST, Some("n3"));
         let expected = received_http::Expected { required: &["@method"], once: Some(memory(&cache)), ..expected_http(&POST) };
         let check = || {

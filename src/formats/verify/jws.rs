@@ -5,6 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
 
 use super::{Memory, SignedBytes, VerifyingKey, Window, missing, named_algorithm, unknown_kid};
+use crate::formats::algorithm::SIGNATURE_BYTES_MAX;
 use crate::formats::jws::{HEADER_BYTES_MAX, refuse_reserved};
 use crate::formats::signing::Profile;
 use crate::formats::{NAME_BYTES_MAX, PAYLOAD_BYTES_MAX, algorithm, check_name, json, malformed, too_large};
@@ -144,7 +145,7 @@ impl<'a> Parts<'a> {
         if header.len() > 2 * HEADER_BYTES_MAX + 2 * NAME_BYTES_MAX {
             return Err(too_large("send a JWS with a shorter header"));
         }
-        if payload.len() > PAYLOAD_BYTES_MAX.div_ceil(3) * 4 || signature.len() > 256 {
+        if payload.len() > PAYLOAD_BYTES_MAX.div_ceil(3) * 4 || signature.len() > SIGNATURE_BYTES_MAX.div_ceil(3) * 4 {
             return Err(payload_too_large());
         }
         let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|error| malformed().because(error));
@@ -155,7 +156,7 @@ impl<'a> Parts<'a> {
 /// The algorithm, in a header that changes nothing about how it is verified.
 pub(super) fn signature_algorithm(header: &Map<String, Value>) -> Result<Algorithm, Refusal> {
     let named = json::text(header, "alg")?.ok_or_else(|| missing("alg"))?;
-    let algorithm = named_algorithm(named, algorithm::jws_name)?;
+    let algorithm = named_algorithm(named, |known| Some(algorithm::jws_name(known)))?;
     match ["crit", "b64", "zip", "enc"].iter().find(|name| header.contains_key(**name)) {
         Some(name) => Err(malformed(format!("send a JWS without {name}: no extension is understood here"))),
         None => Ok(algorithm),

@@ -10,6 +10,7 @@ mod replay;
 
 pub use replay::{Bounds, Memory, ReplayCache};
 
+use super::http_signature::without_a_name;
 use super::jwk::Jwk;
 use super::signing::Profile;
 use super::{algorithm, malformed};
@@ -41,6 +42,9 @@ impl VerifyingKey {
     fn check(&self, profile: Profile, signed: &SignedBytes) -> Result<(), Refusal> {
         if self.profile != profile {
             return Err(Refusal::new(Reason::ProfileMismatch, "this key is for another purpose than this message"));
+        }
+        if profile == Profile::HttpMessageSignature && algorithm::http_name(self.public.algorithm()).is_none() {
+            return Err(without_a_name());
         }
         if self.kid != signed.kid {
             return Err(unknown_kid());
@@ -103,8 +107,8 @@ impl Window {
 }
 
 /// `none`, an HMAC, and everything else that is not one of keyward's.
-fn named_algorithm(name: &str, known_as: fn(Algorithm) -> &'static str) -> Result<Algorithm, Refusal> {
-    algorithm::ALL.into_iter().find(|known| known_as(*known) == name).ok_or_else(refused_algorithm)
+fn named_algorithm(name: &str, known_as: fn(Algorithm) -> Option<&'static str>) -> Result<Algorithm, Refusal> {
+    algorithm::ALL.into_iter().find(|known| known_as(*known) == Some(name)).ok_or_else(refused_algorithm)
 }
 
 fn refused_algorithm() -> Refusal {

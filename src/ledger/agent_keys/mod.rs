@@ -441,6 +441,7 @@ impl From<Algorithm> for KeyAlgorithm {
             Algorithm::P256 => Self::P256,
             Algorithm::P384 => Self::P384,
             Algorithm::Ed25519 => Self::Ed25519,
+            Algorithm::Ps256 => Self::Ps256,
         }
     }
 }

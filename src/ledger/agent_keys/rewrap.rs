@@ -16,10 +16,14 @@ pub struct Rewrapped {
 }
 
 impl Rewrapped {
-    /// A key as it is now. Whoever has this changes it alone.
+    /// A key as it is now. Whoever has this changes it alone. Of wrapping keys that are not `there` any more nothing is remembered: nobody
+    /// can taint them.
     #[must_use]
-    pub fn new(key: Arc<AgentKey>) -> Self {
-        let versions = key.versions().to_vec();
+    pub fn new(key: Arc<AgentKey>, there: &[KeyId]) -> Self {
+        let mut versions = key.versions().to_vec();
+        for version in &mut versions {
+            version.wrapped_before.retain(|before| there.contains(before));
+        }
         Self { key, versions, told: Vec::new() }
     }
 
@@ -75,6 +79,17 @@ impl Ledger {
             drop(keep);
         });
         self.key_entry(Body::AgentKeysRewrapped(body), rows, None, then).await
+    }
+
+    /// Whether a key never signs again, as the book has it: a denial counts when it is an entry, and not before.
+    #[must_use]
+    pub fn never_signs(&self, key: &AgentKey) -> bool {
+        if key.admits_at(self.0.clock.reckoned()).is_err() {
+            return true;
+        }
+        let gate = self.gate();
+        let agent = gate.book.agent(key.slot);
+        key.of.epoch < agent.epoch || agent.quarantine.as_deref().is_some_and(|quarantine| quarantine.index.is_some())
     }
 
     /// A key of a row that was just read. As with [`Ledger::load_key`] the caller sees to it that there is one of it at a time.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::At;
 use super::keys::Keys;
+use super::tbs::Authority;
 use crate::ledger::note::{self, VerifierKey, ledger_name};
 use crate::model::{KeyId, PublicKey, TrustDomain, UnixTime};
 use crate::proto::{AuthorityActivated, AuthorityState as State, AuthorityStepped, AuthorityTainted, IntentKind, Purpose};
@@ -18,6 +19,8 @@ struct Generation {
     state: State,
     since: UnixTime,
     issuer: Option<KeyId>,
+    /// Of an outside root: its key.
+    outside: Option<PublicKey>,
     tainted: bool,
     /// Since which entry it is trusted.
     prepublished: Option<u64>,
@@ -30,6 +33,8 @@ pub(super) struct Authorities {
     by_id: HashMap<KeyId, Generation>,
     /// Ledger keys that followed another, and when they came into service: that has to be in the tree by which the other vouches for them.
     followers: Vec<(PublicKey, u64)>,
+    /// Ledger keys that are out of service, and since which entry.
+    retired: Vec<(PublicKey, u64)>,
     /// The clock was set back; entries' times stand still until it is there again, and do not tell how much time has passed.
     still_until: Option<UnixTime>,
 }
@@ -37,6 +42,11 @@ pub(super) struct Authorities {
 /// What an outside root is called.
 fn outside(certificate: &[u8]) -> Option<KeyId> {
     certificate.last_chunk().map(|bytes: &[u8; 16]| KeyId(*bytes))
+}
+
+/// The key that a certificate is for.
+fn key_of(certificate: &[u8]) -> Option<PublicKey> {
+    Authority::parse(certificate).map(|parsed| parsed.key)
 }
 
 fn is_trusted(state: State) -> bool {
@@ -97,10 +107,19 @@ impl Authorities {
             at.violates("authority-step", format_args!("another one is active: it would have to be replaced"));
         }
         let issuer = if purpose == Purpose::Issuing { self.active(Purpose::Root) } else { None };
-        self.by_id.insert(id, Generation::new(purpose, State::Active, at.time, issuer));
+        let outside = if activated.key_id.is_empty() { key_of(&activated.certificate) } else { None };
+        self.by_id.insert(id, Generation { outside, ..Generation::new(purpose, State::Active, at.time, issuer) });
     }
 
-    pub(super) fn stepped(&mut self, step: &AuthorityStepped, domain: Option<&TrustDomain>, keys: &Keys, at: &mut At<'_>) {
+    /// `signer` is whose key the intent of its certificate was signed with, where it has one.
+    pub(super) fn stepped(
+        &mut self,
+        step: &AuthorityStepped,
+        signer: Option<KeyId>,
+        domain: Option<&TrustDomain>,
+        keys: &Keys,
+        at: &mut At<'_>,
+    ) {
         let Some(id) = KeyId::from_slice(&step.key_id) else {
             return at.violates("authority-step", format_args!("a key id has 16 bytes"));
         };
@@ -113,18 +132,20 @@ impl Authorities {
                     self.follow(id, step, domain, keys, at);
                 }
             }
-            State::Retired => self.check_retirement(id, at),
-            State::Prepublished if purpose == Purpose::Issuing => self.check_issuer(step, at),
+            State::Retired => {
+                self.check_retirement(id, at);
+                let key = keys.public(&id, Purpose::Ledger).filter(|_| purpose == Purpose::Ledger);
+                self.retired.extend(key.map(|key| (key.clone(), at.index)));
+            }
+            State::Prepublished if matches!(purpose, Purpose::Root | Purpose::Issuing) => {
+                self.check_certificate(id, step, signer, keys, at);
+            }
             _ => {}
         }
         if to == State::Active
             && let Some(before) = KeyId::from_slice(&step.replaces).and_then(|before| self.by_id.get_mut(&before))
         {
             (before.state, before.since) = (State::Retiring, at.time);
-        }
-        if to == State::Destroyed {
-            self.by_id.remove(&id);
-            return;
         }
         let found = self.by_id.entry(id).or_insert_with(|| Generation::new(purpose, to, at.time, None));
         if found.state != to {
@@ -133,18 +154,28 @@ impl Authorities {
         if to == State::Prepublished && found.prepublished.is_none() {
             found.prepublished = Some(at.index);
             found.issuer = KeyId::from_slice(&step.issuer);
+            if outside(&step.certificate) == Some(id) {
+                found.outside = key_of(&step.certificate);
+            }
         }
     }
 
-    /// A ledger key after another: by the other's signature over a tree that has it.
+    /// A ledger key after another: by the signatures of both over a tree that has it.
     fn follow(&mut self, id: KeyId, step: &AuthorityStepped, domain: Option<&TrustDomain>, keys: &Keys, at: &mut At<'_>) {
         let since = self.by_id.get(&id).and_then(|found| found.prepublished).unwrap_or(at.index);
         let key = |id: &KeyId| keys.public(id, Purpose::Ledger).cloned();
         let (before, after) = (KeyId::from_slice(&step.replaces).and_then(|before| key(&before)), key(&id));
-        let pinned = domain.zip(before).and_then(|(domain, before)| VerifierKey::new(&ledger_name(domain), before).ok());
-        let vouched = pinned.map(|pinned| note::verify(&step.checkpoint, &pinned));
-        if !vouched.is_some_and(|note| note.is_ok_and(|note| (since + 1..=at.index).contains(&note.size))) {
+        let sizes = since + 1..=at.index;
+        let signed_by = |key: Option<&PublicKey>| {
+            let pinned = domain.zip(key).and_then(|(domain, key)| VerifierKey::new(&ledger_name(domain), key.clone()).ok());
+            let note = pinned.and_then(|pinned| note::verify(&step.checkpoint, &pinned).ok());
+            note.is_some_and(|note| sizes.contains(&note.size))
+        };
+        if !signed_by(before.as_ref()) {
             at.violates("ledger-key", format_args!("the ledger key before it does not vouch for {id}"));
+        }
+        if !signed_by(after.as_ref()) {
+            at.violates("ledger-key", format_args!("{id} has not signed the checkpoint that it comes into service with"));
         }
         self.followers.extend(after.map(|after| (after, since)));
     }
@@ -154,10 +185,34 @@ impl Authorities {
         self.followers.iter().any(|(follower, since)| follower == key && *since < size)
     }
 
-    fn check_issuer(&self, step: &AuthorityStepped, at: &mut At<'_>) {
-        let issuer = KeyId::from_slice(&step.issuer).and_then(|issuer| self.by_id.get(&issuer));
-        if !step.certificate.is_empty() && !issuer.is_some_and(|root| root.purpose == Purpose::Root && is_trusted(root.state)) {
-            at.violates("authority-step", format_args!("the root over it is not trusted"));
+    /// What becomes trusted is the certificate of that key, by the root over it: our own has signed an intent, an outside one is believed
+    /// for nothing but its signature.
+    fn check_certificate(&self, id: KeyId, step: &AuthorityStepped, signer: Option<KeyId>, keys: &Keys, at: &mut At<'_>) {
+        if self.by_id.get(&id).is_some_and(|found| found.state == State::Prepublished) {
+            return;
+        }
+        let purpose = step.purpose();
+        let from_outside = purpose == Purpose::Root && outside(&step.certificate) == Some(id);
+        let Some(certificate) = Authority::parse(&step.certificate) else {
+            return at.violates("authority", format_args!("{id} has no certificate that parses"));
+        };
+        if !from_outside && keys.public(&id, purpose) != Some(&certificate.key) {
+            at.violates("authority", format_args!("the certificate of {id} is another key's"));
+        }
+        let by_issuer = if purpose == Purpose::Root {
+            if from_outside { certificate.is_signed_by(&certificate.key) } else { signer == Some(id) }
+        } else {
+            let issuer = KeyId::from_slice(&step.issuer).and_then(|id| self.by_id.get(&id).map(|found| (id, found)));
+            let Some((root, found)) = issuer.filter(|(_, root)| root.purpose == Purpose::Root && is_trusted(root.state)) else {
+                return at.violates("authority-step", format_args!("the root over it is not trusted"));
+            };
+            if found.tainted {
+                at.violates("authority-tainted", format_args!("the root over {id} is tainted"));
+            }
+            found.outside.as_ref().map_or(signer == Some(root), |root| certificate.is_signed_by(root))
+        };
+        if !by_issuer {
+            at.violates("authority", format_args!("the certificate of {id} is not signed by the root over it"));
         }
     }
 
@@ -167,6 +222,9 @@ impl Authorities {
             at.violates("authority-step", format_args!("another one is active than the one that is replaced"));
         }
         let tainted = before.and_then(|before| self.by_id.get(&before)).is_some_and(|before| before.tainted);
+        if self.by_id.get(&id).is_some_and(|found| found.tainted) {
+            at.violates("authority-tainted", format_args!("{id} is tainted, and comes to sign"));
+        }
         let since = self.by_id.get(&id).map_or(at.time, |found| found.since);
         let tell = self.times_tell(at);
         if tell && step.purpose() == Purpose::Root && !tainted && since.plus_seconds(OVERLAP_SECONDS) > at.time {
@@ -188,7 +246,9 @@ impl Authorities {
     }
 
     pub(super) fn tainted(&mut self, tainted: &AuthorityTainted, at: &mut At<'_>) {
-        let Some((id, found)) = KeyId::from_slice(&tainted.key_id).and_then(|id| self.by_id.get(&id).map(|found| (id, found)))
+        let Some((id, found)) = KeyId::from_slice(&tainted.key_id)
+            .and_then(|id| self.by_id.get(&id).map(|found| (id, found)))
+            .filter(|(_, found)| found.state != State::Destroyed)
         else {
             return at.violates("authority-tainted", format_args!("no authority has this key"));
         };
@@ -199,11 +259,16 @@ impl Authorities {
         }
     }
 
-    /// A key that was planned for was given up.
+    /// A key that was planned for was given up. Nothing comes back from there, as from what is destroyed.
     pub(super) fn abandoned(&mut self, id: &[u8]) {
-        if let Some(id) = KeyId::from_slice(id) {
-            self.by_id.remove(&id);
+        if let Some(found) = KeyId::from_slice(id).and_then(|id| self.by_id.get_mut(&id)) {
+            found.state = State::Destroyed;
         }
+    }
+
+    /// Since which entry a ledger key is out of service.
+    pub(super) fn ledger_key_retired(&self, key: &PublicKey) -> Option<u64> {
+        self.retired.iter().find(|(retired, _)| retired == key).map(|(_, since)| *since)
     }
 
     /// Whether a generation, where it is now, signs this. A key that is no generation is one that `init` has made.
@@ -234,6 +299,6 @@ impl Authorities {
 
 impl Generation {
     fn new(purpose: Purpose, state: State, since: UnixTime, issuer: Option<KeyId>) -> Self {
-        Self { purpose, state, since, issuer, tainted: false, prepublished: None, leaf_until_seconds: 0 }
+        Self { purpose, state, since, issuer, outside: None, tainted: false, prepublished: None, leaf_until_seconds: 0 }
     }
 }

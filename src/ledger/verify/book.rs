@@ -26,6 +26,7 @@ pub(super) struct Book {
     pub(super) time: UnixTime,
     root: Issuer<'static, KeyPair>,
     issuing: Issuer<'static, KeyPair>,
+    ledger_keys: HashMap<[u8; 16], KeyPair>,
     pub(super) signatures: HashMap<u64, Vec<u8>>,
     pub(super) serials: HashMap<u64, Serial>,
 }
@@ -88,7 +89,7 @@ impl Book {
     }
 
     /// What `init` says of an authority from outside.
-    fn in_force(&mut self, id: [u8; 16], purpose: Purpose) {
+    pub(super) fn in_force(&mut self, id: [u8; 16], purpose: Purpose) {
         let authority = proto::AuthorityActivated { purpose: purpose.into(), key_id: id.to_vec(), ..Default::default() };
         self.add(Body::AuthorityActivated(authority));
     }
@@ -99,6 +100,7 @@ impl Book {
             time: UnixTime::from_seconds(START_SECONDS),
             root: authority(KeyPair::generate().unwrap()),
             issuing: authority(KeyPair::generate().unwrap()),
+            ledger_keys: HashMap::new(),
             signatures: HashMap::new(),
             serials: HashMap::new(),
         }
@@ -138,8 +140,27 @@ impl Book {
     }
 
     pub(super) fn key_activated(&mut self, id: [u8; 16]) {
-        let spki = if id == ROOT { self.root.key() } else { self.issuing.key() }.subject_public_key_info();
+        let spki = self.key_pair(id).subject_public_key_info();
         self.add(Body::KeyActivated(proto::KeyActivated { key_id: id.to_vec(), spki }));
+    }
+
+    /// A key that signs checkpoints.
+    pub(super) fn ledger_key(&mut self, id: [u8; 16]) {
+        self.ledger_keys.insert(id, KeyPair::generate().unwrap());
+        self.key(id, Purpose::Ledger);
+    }
+
+    /// The tree as it is now, as these ledger keys say.
+    pub(super) fn note(&self, signers: &[[u8; 16]]) -> String {
+        let checkpoint = self.checkpoint();
+        let sign = |id: &[u8; 16]| {
+            let key = &self.ledger_keys[id];
+            let public = PublicKey::from_spki(&key.subject_public_key_info()).unwrap();
+            (public, rcgen::SigningKey::sign(key, checkpoint.body().as_bytes()).unwrap())
+        };
+        let signed: Vec<_> = signers.iter().map(sign).collect();
+        let lines: Vec<_> = signed.iter().map(|(public, signature)| (public, signature.clone())).collect();
+        checkpoint.signed(&checkpoint.origin, &lines)
     }
 
     pub(super) fn enrol(&mut self, agent: &str) -> u64 {
@@ -182,6 +203,30 @@ impl Book {
         self.signatures.insert(index, parsed.signature_value.data.to_vec());
         self.serials.insert(index, ask.serial);
         index
+    }
+
+    /// An authority's certificate for the key `of`, by the key `by`, released: DER, and its intent.
+    pub(super) fn certify(&mut self, of: [u8; 16], by: [u8; 16]) -> (Vec<u8>, u64) {
+        let mut params = CertificateParams::default();
+        params.serial_number = Some(SerialNumber::from_slice(&Serial::random().0));
+        params.not_before = at_seconds(self.time.seconds() - 30);
+        params.not_after = at_seconds(self.time.seconds() + 86_400);
+        params.subject_alt_names = vec![SanType::URI("spiffe://example.org".try_into().unwrap())];
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+        let (key, issuer) = (self.key_pair(of), if by == ROOT { &self.root } else { &self.issuing });
+        let der = params.signed_by(key, issuer).unwrap().der().to_vec();
+        let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(&der).unwrap();
+        let (tbs, signature) = (parsed.tbs_certificate.as_ref().to_vec(), parsed.signature_value.data.to_vec());
+        let kind = if of == by { IntentKind::Root } else { IntentKind::Issuing };
+        let index =
+            self.add(Body::Intended(proto::Intended { kind: kind.into(), key_id: by.to_vec(), tbs, ..Default::default() }));
+        self.add(Body::Released(proto::Released { intent: index, signature }));
+        (der, index)
+    }
+
+    /// That of the first root; all others have one.
+    pub(super) fn key_pair(&self, id: [u8; 16]) -> &KeyPair {
+        self.ledger_keys.get(&id).unwrap_or(if id == ROOT { self.root.key() } else { self.issuing.key() })
     }
 
     pub(super) fn intend(&mut self, ask: &Ask) -> u64 {

@@ -42,8 +42,8 @@ pub(super) struct Intents {
     serials: HashSet<Serial>,
     expiries: BinaryHeap<Reverse<(u64, Serial)>>,
     crl_number: Option<u64>,
-    /// Released authority certificates: what was signed, for whom.
-    authorities: HashMap<u64, (Purpose, Digest)>,
+    /// Released authority certificates: what was signed, for whom, by which key.
+    authorities: HashMap<u64, (Purpose, Digest, Option<KeyId>)>,
 }
 
 fn is_agents(kind: IntentKind) -> bool {
@@ -197,7 +197,7 @@ impl Intents {
             IntentKind::Issuing => Purpose::Issuing,
             _ => return None,
         };
-        self.authorities.insert(released.intent, (purpose, Digest::of(&open.tbs)));
+        self.authorities.insert(released.intent, (purpose, Digest::of(&open.tbs), open.key));
         None
     }
 
@@ -256,10 +256,16 @@ impl Intents {
         // 0 is the genesis: signed outside.
         if intent != 0 {
             let signed = digest_within(certificate).map(|digest| (purpose, digest));
-            if signed.is_none() || signed.as_ref() != self.authorities.get(&intent) {
+            let released = self.authorities.get(&intent).map(|(purpose, digest, _)| (*purpose, *digest));
+            if signed.is_none() || signed != released {
                 at.violates("authority", format_args!("not the certificate that intent {intent} released"));
             }
         }
+    }
+
+    /// Whose key signed the authority's certificate of this intent.
+    pub(super) fn signer_of_authority(&self, intent: u64) -> Option<KeyId> {
+        self.authorities.get(&intent).and_then(|(_, _, signer)| *signer)
     }
 
     pub(super) fn counts(&self) -> Counts {

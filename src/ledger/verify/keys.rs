@@ -50,7 +50,8 @@ impl Keys {
             KeyAlgorithm::P256 => Some(Algorithm::P256),
             KeyAlgorithm::Ed25519 => Some(Algorithm::Ed25519),
             KeyAlgorithm::P384 => Some(Algorithm::P384),
-            KeyAlgorithm::Unspecified => None,
+            // Agents' keys alone: no entry of theirs comes here.
+            KeyAlgorithm::Ps256 | KeyAlgorithm::Unspecified => None,
         };
         match PublicKey::from_spki(&activated.spki) {
             Ok(public) if Some(public.algorithm()) == expected => {

@@ -12,10 +12,11 @@
 //! | `genesis` | no genesis first, another one later, or one of another ledger than the checkpoint's |
 //! | `root`, `truncated` | another root than the checkpoint's; fewer entries than the checkpoint says |
 //! | `key-intent`, `key-settled`, `key-spki` | a key intended twice; settled without an intent or twice; not a key of its algorithm |
-//! | `authority` | a certificate in force that is not the one a released intent signed, or of a key that is not active |
+//! | `authority` | a certificate in force that is not the one a released intent signed, of another key, or not by the root over it |
 //! | `authority-step`, `authority-overlap` | an arrow that does not lead there; a root that signs before its bundle can be everywhere |
-//! | `authority-retired`, `authority-tainted` | one retired over a certificate in force; a taint of nobody's key |
-//! | `ledger-key` | a ledger key that the one before it did not vouch for |
+//! | `authority-retired` | one retired over a certificate in force |
+//! | `authority-tainted` | a taint of nobody's key; one that comes to sign all the same, or has a certificate by a root that is |
+//! | `ledger-key` | a ledger key that the one before it did not vouch for; a checkpoint by one that was out of service |
 //! | `intent-key` | an intent for a key whose generation does not sign that, or which has another purpose |
 //! | `intent-agent`, `intent-epoch` | an intent for an agent that is not enrolled, or of an epoch that has not begun |
 //! | `intent-tbs`, `intent-identity`, `intent-freshness` | bytes that are no certificate or CRL; another identity; a life beyond the appraisal |
@@ -167,6 +168,7 @@ pub struct Verifier {
     agent_keys: agent_keys::AgentKeys,
     intents: intents::Intents,
     expected: Vec<(PublicKey, u64)>,
+    seals: Vec<(PublicKey, u64)>,
     violations: Vec<Violation>,
     violations_total: u64,
 }
@@ -191,6 +193,7 @@ impl Verifier {
             agent_keys: agent_keys::AgentKeys::default(),
             intents: intents::Intents::new(signatures),
             expected: Vec::new(),
+            seals: Vec::new(),
             violations: Vec::new(),
             violations_total: 0,
         };
@@ -201,6 +204,11 @@ impl Verifier {
     /// A key that is trusted because the one before it signed a checkpoint of `size` entries: these have to tell of it.
     pub fn expect_follower(&mut self, key: PublicKey, size: u64) {
         self.expected.push((key, size));
+    }
+
+    /// A checkpoint of `size` entries counts because this key has signed it: it has to have been in service then.
+    pub fn expect_in_service(&mut self, key: PublicKey, size: u64) {
+        self.seals.push((key, size));
     }
 
     /// Takes the next entry, as stored.
@@ -254,7 +262,8 @@ impl Verifier {
             }
             Body::AuthorityStepped(step) => {
                 self.intents.authority_stepped(step, &self.keys, at);
-                self.authorities.stepped(step, self.trust_domain.as_ref(), &self.keys, at);
+                let signer = self.intents.signer_of_authority(step.intent);
+                self.authorities.stepped(step, signer, self.trust_domain.as_ref(), &self.keys, at);
                 if step.purpose() == Purpose::Wrapping && step.to() == AuthorityState::Retired {
                     self.agent_keys.unwraps_no_more(&step.key_id, &self.agents, at);
                 }
@@ -328,6 +337,12 @@ impl Verifier {
             if !self.authorities.has_follower(&key, size) {
                 let detail = format_args!("the first {size} entries do not tell of the ledger key {}", key.digest());
                 self.at(size.saturating_sub(1)).violates("ledger-key", detail);
+            }
+        }
+        for (key, size) in std::mem::take(&mut self.seals) {
+            if let Some(retired) = self.authorities.ledger_key_retired(&key).filter(|retired| *retired < size) {
+                let detail = format_args!("the checkpoint of {size} entries is by a ledger key that was retired at {retired}");
+                self.at(retired).violates("ledger-key", detail);
             }
         }
         let counts = self.intents.counts();

@@ -10,7 +10,7 @@ use x509_parser::oid_registry::{OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_CRL
 use x509_parser::prelude::FromDer as _;
 use x509_parser::revocation_list::TbsCertList;
 
-use crate::model::{Digest, Serial};
+use crate::model::{Digest, PublicKey, Serial};
 
 /// BasicConstraints as an empty SEQUENCE: an end entity (RFC 5280 §4.2.1.9).
 const END_ENTITY: [u8; 2] = [0x30, 0x00];
@@ -89,4 +89,24 @@ pub(super) fn is_request(der: &[u8]) -> Result<(), &'static str> {
 pub(super) fn digest_within(certificate: &[u8]) -> Option<Digest> {
     let (rest, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate).ok()?;
     rest.is_empty().then(|| Digest::of(parsed.tbs_certificate.as_ref()))
+}
+
+/// What a certificate says as that of an authority: whose key it is for, and what its issuer signed.
+pub(super) struct Authority {
+    pub(super) key: PublicKey,
+    tbs: Vec<u8>,
+    signature: Vec<u8>,
+}
+
+impl Authority {
+    pub(super) fn parse(der: &[u8]) -> Option<Self> {
+        let (rest, parsed) = x509_parser::certificate::X509Certificate::from_der(der).ok()?;
+        let key = PublicKey::from_spki(parsed.public_key().raw).ok().filter(|_| rest.is_empty())?;
+        let (tbs, signature) = (parsed.tbs_certificate.as_ref().to_vec(), parsed.signature_value.data.to_vec());
+        Some(Self { key, tbs, signature })
+    }
+
+    pub(super) fn is_signed_by(&self, issuer: &PublicKey) -> bool {
+        issuer.verifies(&self.tbs, &self.signature)
+    }
 }

@@ -54,7 +54,7 @@ impl Book {
         self.add(Body::AgentKeysRewrapped(AgentKeysRewrapped { wrapping_key_id: wrapping.to_vec(), versions }));
     }
 
-    fn sign(&mut self) {
+    fn an_agent_signs(&mut self) {
         let (name, key_id, profile) = ("a".into(), KEY.to_vec(), KeyPurpose::RawDigest.into());
         let digests = vec![vec![1; 32]];
         self.add(Body::SignIntended(SignIntended { agent: AGENT.into(), epoch: 1, name, key_id, profile, digests }));
@@ -78,12 +78,12 @@ fn replaced() -> Book {
 #[test]
 fn a_wrapping_key_retires_when_what_may_sign_is_under_another() {
     let mut book = replaced();
-    book.sign();
+    book.an_agent_signs();
     book.rewrap(NEW, KEY, true);
     book.wrapped_key("b", [8; 16], NEW);
     book.step_wrapping(OLD, State::Retired, &[]);
     book.step_wrapping(OLD, State::Destroyed, &[]);
-    book.sign();
+    book.an_agent_signs();
     assert_eq!(book.broken(), [""; 0]);
     let mut early = replaced();
     early.step_wrapping(OLD, State::Retired, &[]);
@@ -116,7 +116,7 @@ fn what_may_sign_is_kept_and_what_is_not_kept_signs_no_more() {
     let mut lost = replaced();
     lost.rewrap(NEW, KEY, false);
     assert_eq!(lost.broken(), ["rewrapped"]);
-    lost.sign();
+    lost.an_agent_signs();
     assert_eq!(lost.broken(), ["rewrapped", "sign-key"]);
     lost.rewrap(NEW, KEY, true);
     assert_eq!(lost.broken(), ["rewrapped", "sign-key", "rewrapped"]);

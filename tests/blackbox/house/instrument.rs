@@ -89,6 +89,11 @@ impl Control {
         self.set(&format!("kill_after_sync={count}\n"));
     }
 
+    /// Both at once.
+    pub fn move_clock_and_kill_after_sync(&self, offset_ms: i64, count: u64) {
+        self.set(&format!("realtime_offset_ms={offset_ms}\nkill_after_sync={count}\n"));
+    }
+
     fn set(&self, text: &str) {
         let new = self.0.with_extension("new");
         fs::write(&new, text).unwrap();

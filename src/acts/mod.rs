@@ -50,7 +50,7 @@ pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
 pub use key::{
-    AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, SignaturesMade, Signer, key_purpose_name,
+    AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, Round, SignaturesMade, Signer, key_purpose_name,
 };
 pub use keys::Tokens;
 pub use reconcile::{Stray, Unwanted};

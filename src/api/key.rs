@@ -259,14 +259,14 @@ impl KeyService for Keys {
         let caller = caller(&request)?;
         let ask = request.into_inner();
         let limit = if ask.limit == 0 { 100 } else { ask.limit.min(1000) };
-        let page = match caller {
+        let (page, more) = match caller {
             Caller::Agent(connection) => {
                 is_own(&connection, &ask.agent)?;
                 told(self.acts.list_own_keys(&connection, ask.after, limit).await)?
             }
             Caller::Operator(_) => told(self.acts.list_keys(agent_id(&ask.agent)?, ask.epoch, ask.after, limit).await)?,
         };
-        let next = page.last().filter(|_| page.len() == limit as usize).map(|last| last.key.of.name.to_string());
+        let next = page.last().filter(|_| more).map(|last| last.key.of.name.to_string());
         let keys = page.into_iter().map(shown).collect();
         Ok(Response::new(proto::ListKeysResponse { keys, next: next.unwrap_or_default() }))
     }

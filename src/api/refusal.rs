@@ -82,6 +82,7 @@ fn code_of(reason: Reason) -> Code {
         | Reason::AuthoritySuperseded
         | Reason::AuthorityExpired
         | Reason::SignatureUnknown => Code::Unavailable,
+        Reason::KeyNotAsRecorded => Code::DataLoss,
         Reason::Internal | Reason::Unspecified => Code::Internal,
     }
 }

@@ -63,6 +63,8 @@ pub(super) struct Wants<'a> {
     pub lanes: Option<usize>,
     /// Of an agent at once.
     pub live_certificates: Option<usize>,
+    /// Lines of the section `limits`.
+    pub limits: &'a [&'a str],
     /// The library that moves the wall clock, and the file by which it is told.
     pub clock: Option<(&'a Path, &'a Path)>,
 }
@@ -296,8 +298,14 @@ fn configuration(dir: &Path, runtime: &Path, module: &Path, wants: Wants<'_>) ->
     if wants.clock.is_some() {
         text.push_str("[rotation]\ndestroy_days = 0\n");
     }
+    if wants.live_certificates.is_some() || !wants.limits.is_empty() {
+        text.push_str("[limits]\n");
+    }
     if let Some(most) = wants.live_certificates {
-        let _ = writeln!(text, "[limits]\nlive_certificates_per_agent = {most}");
+        let _ = writeln!(text, "live_certificates_per_agent = {most}");
+    }
+    for line in wants.limits {
+        let _ = writeln!(text, "{line}");
     }
     text
 }

@@ -23,6 +23,8 @@ use crate::proto::{Content, CreateKeyRequest, KeyAccounting, KeyPurpose, KeyStor
 
 /// Signatures of a batch.
 const BATCH: usize = 100;
+/// What differs from the stock configuration: few agents ask for what a fleet would.
+const LIMITS: [&str; 2] = ["signatures_per_second = 1000000", "key_changes_per_second = 100000"];
 /// Signatures, one after the other, whose latency tells what loading a key costs.
 const ALONE: usize = 1000;
 
@@ -108,6 +110,8 @@ pub struct SignReport {
     pub phases: Vec<SignPhase>,
     /// Each with its bound.
     pub goals: Vec<Goal>,
+    /// Limits that are not the stock ones.
+    pub limits: [&'static str; 2],
     /// Disk, configuration, build.
     #[serde(flatten)]
     pub ground: Ground,
@@ -139,7 +143,8 @@ impl SignReport {
                 phase.rss_mib
             );
         }
-        text + "\n" + &goals_text(&self.goals) + &self.ground.build_text()
+        let limits = format!("Stock configuration but for the limits {}.\n", self.limits.join(" and "));
+        text + "\n" + &goals_text(&self.goals) + &self.ground.build_text() + &limits
     }
 }
 
@@ -152,7 +157,7 @@ pub async fn sign(plan: &SignPlan, mut progress: impl FnMut(&str)) -> Result<Sig
     let site = Site::new(plan.work.clone(), plan.work.clone())?;
     let fsync_before = disk::fsync(&plan.work)?;
     let standing_check_ns = standing::check_ns(&plan.work).await?;
-    let house = House::build(&site, "sign", &std::env::current_exe()?, Wants::default()).await?;
+    let house = House::build(&site, "sign", &std::env::current_exe()?, Wants { limits: &LIMITS, ..Wants::default() }).await?;
     let mut running = house.start().await?;
     let mut fleet = Fleet::enrol(&running.operator, plan.agents, 1).await?;
     fleet.all(Step::Attest, plan.outstanding).await?;
@@ -208,6 +213,7 @@ pub async fn sign(plan: &SignPlan, mut progress: impl FnMut(&str)) -> Result<Sig
         outstanding: plan.outstanding,
         phases,
         goals,
+        limits: LIMITS,
         ground,
     })
 }

@@ -48,6 +48,8 @@ async fn measure(dir: &Path) -> Result<f64, Failed> {
         wrapped: None,
         wrapped_before: Vec::new(),
         expires: ledger.clock().reckoned().plus_seconds(600),
+        told_by: None,
+        rewrapped_by: None,
     };
     let terms = KeyTerms {
         purpose: KeyPurpose::RawDigest,

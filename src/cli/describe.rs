@@ -131,6 +131,8 @@ fn body(body: &Body) -> (&'static str, Value) {
         | Body::AgentKeyRotated(_)
         | Body::AgentKeyDisabled(_)
         | Body::AgentKeyDestroyed(_)
+        | Body::AgentKeyObjectEnded(_)
+        | Body::AgentKeysForgotten(_)
         | Body::SignIntended(_)
         | Body::SignaturesReserved(_)
         | Body::SignaturesSealed(_)

@@ -7,7 +7,7 @@ use super::render::time;
 pub(super) use crate::acts::key_purpose_name as purpose_name;
 use crate::model::hex;
 use crate::proto::entry::Body;
-use crate::proto::{AgentKeyVersion, KeyAccounting, KeyStorage, RewrappedVersion};
+use crate::proto::{AgentKeyVersion, KeyAccounting, KeyOver, KeyStorage, RewrappedVersion};
 
 pub(super) fn body(body: &Body) -> (&'static str, Value) {
     match body {
@@ -27,6 +27,13 @@ pub(super) fn body(body: &Body) -> (&'static str, Value) {
         }
         Body::AgentKeyDestroyed(e) => {
             ("agent_key_destroyed", json!({"agent": e.agent, "epoch": e.epoch, "name": e.name, "by": operator(e.by.as_ref())}))
+        }
+        Body::AgentKeyObjectEnded(e) => (
+            "agent_key_object_ended",
+            json!({"agent": e.agent, "epoch": e.epoch, "name": e.name, "key_id": hex(&e.key_id), "cause": over_name(e.cause())}),
+        ),
+        Body::AgentKeysForgotten(e) => {
+            ("agent_keys_forgotten", json!({"agent": e.agent, "epoch": e.epoch, "names": e.names, "cause": over_name(e.cause())}))
         }
         Body::SignIntended(e) => (
             "sign_intended",
@@ -55,6 +62,15 @@ fn version(version: &AgentKeyVersion) -> Value {
     json!({"number": version.number, "kid": version.kid, "key_id": hex(&version.key_id), "spki": hex(&version.spki),
            "storage": storage_name(version.storage()), "wrapped_sha256": hex(&version.wrapped_sha256),
            "wrapping_key_id": hex(&version.wrapping_key_id), "expires": time(version.expires_unix_seconds)})
+}
+
+fn over_name(cause: KeyOver) -> &'static str {
+    match cause {
+        KeyOver::Unspecified => "unknown",
+        KeyOver::Expired => "expired",
+        KeyOver::Epoch => "epoch",
+        KeyOver::Agent => "agent",
+    }
 }
 
 pub(super) fn storage_name(storage: KeyStorage) -> &'static str {

@@ -123,7 +123,7 @@ fn code_of(refused: &Refused) -> u8 {
         | Reason::MessageExpired
         | Reason::Replayed
         | Reason::BindingMismatch => EXIT_VERIFICATION_FAILED,
-        Reason::Internal => EXIT_ERROR,
+        Reason::Internal | Reason::KeyNotAsRecorded => EXIT_ERROR,
         _ => EXIT_REFUSED,
     }
 }

@@ -105,9 +105,12 @@ impl Config {
             format!("limits.hsm_queue = {}", limits.hsm_queue),
             format!("limits.sign_deadline_ms = {}", limits.sign_deadline_ms),
             format!("limits.keys_per_agent = {}", limits.keys_per_agent),
+            format!("limits.session_keys_per_agent = {}", limits.session_keys_per_agent),
             format!("limits.resident_keys_per_agent = {}", limits.resident_keys_per_agent),
+            format!("limits.resident_keys = {}", limits.resident_keys),
             format!("limits.keys_cached = {}", limits.keys_cached),
             format!("limits.signatures_per_second = {}", limits.signatures_per_second),
+            format!("limits.key_changes_per_second = {}", limits.key_changes_per_second),
             format!("limits.crl_seconds = {}", limits.crl_seconds),
         ]);
         lines.extend(self.rotation.lines());
@@ -348,9 +351,12 @@ fn limits(mut section: Section<'_>, reader: &mut Reader<'_>) -> Limits {
         hsm_queue: count(number("hsm_queue", 16..=65_536, 1_024)),
         sign_deadline_ms: number("sign_deadline_ms", 100..=60_000, 5_000),
         keys_per_agent: count(number("keys_per_agent", 1..=1_000_000, 1_000)),
+        session_keys_per_agent: count(number("session_keys_per_agent", 1..=16_384, 64)),
         resident_keys_per_agent: count(number("resident_keys_per_agent", 1..=10_000, 16)),
+        resident_keys: count(number("resident_keys", 1..=100_000, 1_000)),
         keys_cached: count(number("keys_cached", 16..=1_000_000, 4_096)),
-        signatures_per_second: small(number("signatures_per_second", 1..=1_000_000, 10_000)),
+        signatures_per_second: small(number("signatures_per_second", 1..=1_000_000, 1_000)),
+        key_changes_per_second: small(number("key_changes_per_second", 1..=100_000, 20)),
         crl_seconds: small(number("crl_seconds", 60..=604_800, 3_600)),
     };
     section.finish(reader);

@@ -130,13 +130,19 @@ pub struct Limits {
     pub sign_deadline_ms: u64,
     /// Signing keys that an agent may have, destroyed ones not counted, 1 to 1,000,000. Default 1,000.
     pub keys_per_agent: usize,
-    /// Of them, objects in the token, 1 to 10,000. Default 16.
+    /// Of them, keys of the class session, 1 to 16,384. Default 64.
+    pub session_keys_per_agent: usize,
+    /// Of them, objects in the token, those of past epochs included, 1 to 10,000. Default 16.
     pub resident_keys_per_agent: usize,
+    /// Objects in the token of all agents, 1 to 100,000. Default 1,000.
+    pub resident_keys: usize,
     /// Signing keys held in memory, and unwrapped keys in sessions of the token, 16 to 1,000,000 (about 2 KiB each, of
     /// RSA 4). Default 4,096.
     pub keys_cached: usize,
-    /// Signatures and other calls about keys that an agent may ask for in a second, 1 to 1,000,000. Default 10,000.
+    /// Signatures, and looks at keys, that an agent may ask for in a second, 1 to 1,000,000. Default 1,000.
     pub signatures_per_second: u32,
+    /// Keys that an agent may make, rotate, disable and destroy in a second, 1 to 100,000. Default 20.
+    pub key_changes_per_second: u32,
     /// nextUpdate of the CRL, in seconds, 60 to 604,800. Default 3,600.
     pub crl_seconds: u32,
 }

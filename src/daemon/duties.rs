@@ -94,9 +94,10 @@ pub(super) async fn crl(rooms: Rooms) {
 }
 
 /// What denied agents have reserved for their counted keys is sealed; session keys that have ended make room, those of denied agents
-/// at once.
+/// at once; what is over leaves the token and the file.
 pub(super) async fn ended_keys(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
+    let mut round = acts::Round::default();
     loop {
         match tokio::time::timeout(SESSION_KEYS_EVERY, denials.changed()).await {
             Ok(Ok(())) => rooms.acts.seal_signatures(false),
@@ -104,6 +105,9 @@ pub(super) async fn ended_keys(rooms: Rooms) {
             Err(_) => {}
         }
         rooms.acts.end_session_keys().await;
+        if let Err(refusal) = rooms.acts.end_what_is_over(&mut round).await {
+            tracing::debug!(?refusal, "keys that are over have to wait");
+        }
     }
 }
 

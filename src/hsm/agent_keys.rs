@@ -1,6 +1,12 @@
 //! Agents' signing keys: what they are made, bound, used and destroyed by. Three classes of storage, one face. An authority key is never
 //! reached from here: these are bound under a type of their own, an id or public key of another key is refused, and a token object is an
 //! agent's only if its label says so.
+//!
+//! What a key signs besides what it is asked for are trials: over a tag and random bytes (`objects.rs`), which no profile's message begins
+//! with, and good for nothing. A resident key has one when it is made, and one each time that it is looked for: once in each epoch of the
+//! token that it signs in, or more often where there are more of them than are remembered. A key in a session has one only after its blob
+//! gave another key. They are in nobody's book: the ledger's sum is that of messages, and a token's own counter of signatures, where it has
+//! one, is at most trials above it.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -229,6 +235,14 @@ impl Hsm {
         // On its way home the owner buries them.
         self.0.owner_errand(shard, Instant::now() + ADMIN_DEADLINE, |_| Ok(())).await?;
         Ok(u32::try_from(of_quick + of_slow).unwrap_or(u32::MAX))
+    }
+
+    /// Signatures that the token makes in a second at its best of late, all lanes at work; `None` before the first.
+    #[must_use]
+    pub fn signatures_per_second(&self) -> Option<u64> {
+        let admission = &self.0.admission;
+        let each = u64::try_from(admission.pace().as_nanos()).unwrap_or(u64::MAX);
+        1_000_000_000_u64.checked_div(each).map(|one| one.max(1).saturating_mul(admission.lanes() as u64))
     }
 
     /// The keys of the class `session` that the token has now.

@@ -16,8 +16,8 @@ use super::keyring::{Bound, Form};
 use super::{Found, Held};
 use crate::model::{Algorithm, KeyId, PublicKey, ecdsa_sig_value};
 
-/// What a test signature signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so: a
-/// test signature is good for nothing.
+/// What a test signature signs starts with this and ends with 16 random bytes. No certificate, CRL or checkpoint starts so, and no message
+/// of a profile of agents' keys: a test signature is good for nothing.
 const TEST_TAG: &[u8] = b"keyward/hsm/test/v1\0";
 
 /// CKA_MODULUS_BITS of every RSA key here. More would be slower to make by far, and no version of a key lives for long.

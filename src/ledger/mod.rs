@@ -38,7 +38,10 @@ use crate::model::{AgentId, Clock, Digest, Meter, Reason, Refusal};
 use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
-pub use agent_keys::{AgentKey, Ends, KeyOf, KeyTerms, KeyVersion, Reserved, Rewrapped, StoredKey, VERSIONS_MAX, key_not_found};
+pub use agent_keys::{
+    AgentKey, Ends, KeyOf, KeyPage, KeyTerms, KeyVersion, Reserved, ResidentKey, Rewrapped, StoredKey, VERSIONS_MAX,
+    key_not_found, unread,
+};
 pub use generation::{Generation, Pause, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};
 pub use recover::{Opened, create};

@@ -112,8 +112,13 @@ pub(super) struct Batch {
 }
 
 impl Batch {
+    /// Of the entry that comes next.
+    pub(super) fn next_index(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
     pub(super) fn entry(&mut self, time: UnixTime, body: Body) -> u64 {
-        let index = self.first + self.entries.len() as u64;
+        let index = self.next_index();
         self.entries.push(proto::Entry { index, time_unix_micros: time.micros(), body: Some(body) });
         index
     }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use prost::Message as _;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
@@ -13,18 +13,22 @@ use crate::proto;
 use super::agent::Agent;
 use super::agent_keys::KeyOf;
 use super::agent_keys::rows::{self, AgentKeyRow};
+use super::agent_keys::{held, resident};
 use super::generation::{self, Generation, Generations};
 use super::merkle::{Tile, Tree, leaf_hash};
 use super::row::AgentRow;
 
 /// Forward only: the Nth makes schema N of schema N - 1. Once landed, none changes.
-const MIGRATIONS: [&str; 5] = [
+const MIGRATIONS: [&str; 6] = [
     include_str!("migrations/0001.sql"),
     include_str!("migrations/0002.sql"),
     include_str!("migrations/0003.sql"),
     include_str!("migrations/0004.sql"),
     include_str!("migrations/0005.sql"),
+    ENTRIES_NAMED,
 ];
+/// The one that has a part that is not SQL: the rows of agents' keys get the names of their entries.
+const ENTRIES_NAMED: &str = include_str!("migrations/0006.sql");
 /// The schema this binary writes.
 const SCHEMA: i64 = MIGRATIONS.len() as i64;
 /// Entries read in one go, at most.
@@ -61,6 +65,9 @@ pub enum StoreError {
     /// What is stored breaks a rule.
     #[error("the ledger file is damaged: {0}")]
     Damaged(String),
+    /// A row is not what the entries say that it comes from.
+    #[error("the ledger file was tampered with, or is damaged: {0}")]
+    NotAsRecorded(String),
 }
 
 /// An HSM key as the ledger knows it.
@@ -92,6 +99,10 @@ pub(super) enum Row {
     KeyEnding(KeyId, &'static str),
     AgentKey(Box<(KeyOf, proto::KeyState, AgentKeyRow)>),
     AgentKeyUsed(Box<(KeyOf, u64)>),
+    /// No signature that counts names them any more.
+    AgentKidsGone(Box<(KeyOf, Vec<Arc<str>>)>),
+    /// A key of an epoch that is over.
+    AgentKeyForgotten(Box<KeyOf>),
     Fact(&'static str, Vec<u8>),
 }
 
@@ -109,6 +120,14 @@ impl Store {
         let mut store = Self { connection: connect(path, OpenFlags::SQLITE_OPEN_CREATE)? };
         store.migrate(path, &MIGRATIONS)?;
         Ok(store)
+    }
+
+    /// A file as an earlier keyward left it.
+    #[cfg(test)]
+    pub(super) fn create_of_schema(path: &Path, schema: usize) -> Self {
+        let mut store = Self { connection: connect(path, OpenFlags::SQLITE_OPEN_CREATE).unwrap() };
+        store.migrate(path, &MIGRATIONS[..schema]).unwrap();
+        store
     }
 
     /// Opens and, where needed, migrates. Before a migration the file is copied to `<name>.schemaN.db`, N being the schema it had.
@@ -133,6 +152,9 @@ impl Store {
             // A crash between two of them leaves a whole schema; the next start goes on from it.
             let transaction = self.connection.transaction()?;
             transaction.execute_batch(migration)?;
+            if *migration == ENTRIES_NAMED {
+                held::name_entries(&transaction)?;
+            }
             transaction.pragma_update(None, "user_version", version)?;
             transaction.commit()?;
         }
@@ -275,11 +297,14 @@ fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
         }
         Row::KeyAbandoned(id) => {
             transaction.prepare_cached("UPDATE hsm_key SET state = 'abandoned' WHERE id = ?1")?.execute([id])?;
+            resident::given_up(transaction, id)?;
         }
         Row::Generation(generation) => generation::write(transaction, generation)?,
         Row::KeyEnding(id, state) => {
-            transaction.prepare_cached("UPDATE hsm_key SET state = ?2 WHERE id = ?1")?.execute(params![id.0, state])?;
+            resident::ending(transaction, id, state)?;
         }
+        Row::AgentKidsGone(gone) => rows::forget_kids(transaction, &gone.0, &gone.1)?,
+        Row::AgentKeyForgotten(of) => rows::forget(transaction, of)?,
         Row::AgentKey(key) => rows::write(transaction, &key.0, key.1, &key.2)?,
         Row::AgentKeyUsed(used) => rows::write_used(transaction, &used.0, used.1)?,
         Row::Fact(name, value) => {

@@ -255,9 +255,11 @@ fn the_bundles_sequence_grows_with_roots_and_token_signing_keys_and_nothing_else
     assert_eq!(step(Purpose::Issuing, issuing, State::Planned, None), 1);
     assert_eq!(step(Purpose::Issuing, issuing, State::Prepublished, None), 1);
     assert_eq!(step(Purpose::TokenSigning, next, State::Planned, None), 1);
-    assert_eq!(step(Purpose::TokenSigning, next, State::Prepublished, None), 2);
-    assert_eq!(step(Purpose::TokenSigning, next, State::Active, Some(tokens)), 2);
-    assert_eq!(step(Purpose::TokenSigning, tokens, State::Retired, None), 3);
+    let began = house.ledger.clock().reckoned().micros() / 1000;
+    let second = step(Purpose::TokenSigning, next, State::Prepublished, None);
+    assert!(second >= began, "what a restored ledger tells is news");
+    assert_eq!(step(Purpose::TokenSigning, next, State::Active, Some(tokens)), second);
+    assert!(step(Purpose::TokenSigning, tokens, State::Retired, None) > second);
 }
 
 #[test]

@@ -241,7 +241,7 @@ impl Ledger {
 }
 
 /// notAfter of the newest certificate that was handed out, or may have been.
-fn last_not_after(agent: &Agent) -> Option<UnixTime> {
+pub(super) fn last_not_after(agent: &Agent) -> Option<UnixTime> {
     let bound = agent.bound.as_ref()?;
     let maybe = bound.asked.as_ref().filter(|asked| asked.ending != Ending::Nothing).map(|asked| asked.not_after);
     bound.newest.as_ref().map(|newest| newest.not_after).max(maybe)

@@ -848,7 +848,10 @@ fn session_keys_that_never_sign_again_make_room_in_the_token() {
 
 #[test]
 fn more_keys_than_memory_holds_are_used_one_after_the_other() {
-    let mut house = House::new().configured("limits", "keys_cached = 16\nresident_keys_per_agent = 64").initialised().served();
+    let mut house = House::new()
+        .configured("limits", "keys_cached = 16\nresident_keys_per_agent = 64\nkey_changes_per_second = 1000")
+        .initialised()
+        .served();
     {
         let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
         let counted = |name: &str| CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..wish(name) };

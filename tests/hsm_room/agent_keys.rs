@@ -146,7 +146,7 @@ fn a_key_that_is_slow_to_make_holds_up_its_own_kind_alone_and_only_so_many_wait(
         let mut making = tokio::task::JoinSet::new();
         for _ in 0..20 {
             let hsm = room.hsm.clone();
-            making.spawn(async move { hsm.make_agent_key(KeyId::random(), Algorithm::Ps256, Session, None).await });
+            making.spawn(async move { hsm.make_agent_key(KeyId::random(), Algorithm::Ps256, Session, None, LABEL).await });
         }
         // One is being made, fifteen wait for their turn, the others hear so at once.
         for _ in 0..4 {

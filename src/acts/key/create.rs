@@ -9,6 +9,7 @@ use crate::model::{Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::super::label::label;
+use super::making::Making;
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
 use crate::formats::Jwk;
 use crate::hsm::MadeKey;
@@ -19,6 +20,10 @@ const TTL_SECONDS_DEFAULT: u32 = 2_592_000;
 pub(super) const TRIES_MAX: u32 = 3;
 /// The longest.
 const TTL_SECONDS_MAX: u32 = 31_536_000;
+/// The same of a key that dies with the daemon, and is for a task of minutes: an hour.
+const SESSION_TTL_SECONDS_DEFAULT: u32 = 3600;
+/// The longest.
+const SESSION_TTL_SECONDS_MAX: u32 = 86_400;
 
 /// What an agent would like.
 #[derive(Debug, Clone)]
@@ -35,7 +40,7 @@ pub struct KeyWish {
     pub accounting: KeyAccounting,
     /// 0: no budget.
     pub signatures_max: u64,
-    /// Of each version; 0: 30 days.
+    /// Of each version; 0: 30 days, or an hour where it is to live in a session.
     pub ttl_seconds: u32,
 }
 
@@ -45,8 +50,13 @@ impl KeyWish {
         if self.purpose == KeyPurpose::Unspecified {
             return Err(malformed("say what the key is for: it signs nothing else"));
         }
-        if self.ttl_seconds > TTL_SECONDS_MAX {
-            return Err(malformed("choose a lifetime of at most 31,536,000 seconds"));
+        // Of what is wished for: a key that lives elsewhere because the token has no such class has the same life.
+        let (ttl_seconds, longest) = match self.storage {
+            KeyStorage::Session => (SESSION_TTL_SECONDS_DEFAULT, SESSION_TTL_SECONDS_MAX),
+            _ => (TTL_SECONDS_DEFAULT, TTL_SECONDS_MAX),
+        };
+        if self.ttl_seconds > longest {
+            return Err(malformed(&format!("choose a lifetime of at most {longest} seconds for a key of this storage")));
         }
         if i64::try_from(self.signatures_max).is_err() {
             return Err(malformed("choose a smaller budget, or none"));
@@ -73,7 +83,7 @@ impl KeyWish {
                 chosen => chosen,
             },
             signatures_max: self.signatures_max,
-            ttl_seconds: if self.ttl_seconds == 0 { TTL_SECONDS_DEFAULT } else { self.ttl_seconds },
+            ttl_seconds: if self.ttl_seconds == 0 { ttl_seconds } else { self.ttl_seconds },
         })
     }
 }
@@ -83,7 +93,7 @@ impl Acts {
     ///
     /// # Errors
     /// `MALFORMED_REQUEST`, `KEY_EXISTS` (of that name, with other terms), `KEYS_TOO_MANY`, `ALGORITHM_UNSUPPORTED`, `ALGORITHM_REFUSED`;
-    /// as the agent's standing; `HSM_UNAVAILABLE`, `OVERLOADED`, `LEDGER_UNAVAILABLE`, `REQUEST_IN_PROGRESS`.
+    /// as the agent's standing; `HSM_UNAVAILABLE`, `OVERLOADED`, `RATE_LIMITED`, `LEDGER_UNAVAILABLE`, `REQUEST_IN_PROGRESS`.
     pub async fn create_key(&self, source: &Arc<Connection>, wish: KeyWish) -> Result<KeyShown, Refusal> {
         let created = self.create(source, &wish).await;
         self.refused_key_call("CreateKey", source, created).await
@@ -92,7 +102,7 @@ impl Acts {
     async fn create(&self, source: &Connection, wish: &KeyWish) -> Result<KeyShown, Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
-        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        self.keys.rates.change(caller.agent(), now.seconds())?;
         if !self.ledger.is_writable() {
             let advice = "the ledger cannot be written now; ask again later";
             return Err(Refusal::new(Reason::LedgerUnavailable, advice).retry_after(Duration::from_secs(1)));
@@ -103,7 +113,7 @@ impl Acts {
         let of = KeyOf { agent: caller.agent().clone(), epoch: caller.epoch(), name };
         let terms = wish.terms()?;
         // From here on nobody else makes this name, until its entry is durable or will never be.
-        let (making, others) = self.keys.make(&of)?;
+        let (making, others) = self.keys.making.make(&of)?;
         let (found, count) = self.look(&of).await?;
         if let Some(found) = found {
             return self.same(found, &terms);
@@ -112,7 +122,7 @@ impl Acts {
             let advice = format!("destroy a key first: an agent has at most {}", self.keys.per_agent_max);
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        self.has_room_for_resident(&*self.keys.token()?, &of, &terms).await?;
+        self.has_room(&*self.keys.token()?, &making, &of, &terms, 1).await?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
             let version = self.make_version(&token, &of, &terms, 1, now).await?;
@@ -133,23 +143,36 @@ impl Acts {
             let count = if found.is_some() { 0 } else { ledger.reader().agent_key_count(&of.agent, of.epoch)? };
             Ok::<_, crate::ledger::StoreError>((found, count))
         };
-        tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(Refusal::internal)
+        tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(crate::ledger::unread)
     }
 
-    /// Objects in the token are few: nobody fills it.
-    async fn has_room_for_resident(&self, token: &KeyToken, of: &KeyOf, terms: &KeyTerms) -> Result<(), Refusal> {
-        let algorithm = algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256);
-        if token.storage(terms.storage_asked, algorithm) != KeyStorage::Resident {
-            return Ok(());
+    /// What the token has to keep is little: nobody fills it. `more` is 0 where the new key takes the place of one.
+    pub(super) async fn has_room(
+        &self,
+        token: &KeyToken,
+        making: &Making,
+        of: &KeyOf,
+        terms: &KeyTerms,
+        more: usize,
+    ) -> Result<(), Refusal> {
+        let storage = token.storage(terms.storage_asked, algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256));
+        // Before those that are there are counted.
+        let (own_made, all_made) = making.lives(storage);
+        let (own, own_max, all, all_max) = match storage {
+            KeyStorage::Session => (self.keys.session.count(&of.agent), self.keys.session_max, 0, usize::MAX),
+            KeyStorage::Resident => {
+                let agent = of.agent.clone();
+                let (own, all) = self.read(move |reader| reader.resident_key_counts(&agent)).await?;
+                (own, self.keys.resident_max, all, self.keys.residents_max)
+            }
+            KeyStorage::Wrapped | KeyStorage::Unspecified => return Ok(()),
+        };
+        if own + own_made + more > own_max {
+            let advice = format!("choose another storage, or destroy a key first: {own_max} keys of an agent live in the token");
+            return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        let (agent, epoch) = (of.agent.clone(), of.epoch);
-        let most = self.keys.resident_max;
-        let is_resident = |key: &StoredKey| key.versions.last().is_some_and(|newest| newest.storage == KeyStorage::Resident);
-        let count = self.read(move |reader| {
-            Ok(reader.agent_keys(&agent, epoch, "", u32::MAX)?.iter().filter(|key| is_resident(key)).count())
-        });
-        if count.await? >= most {
-            let advice = format!("choose another storage, or destroy a key first: {most} keys of an agent live in the token");
+        if all + all_made + more > all_max {
+            let advice = "choose another storage: as many keys live in the token as it may hold";
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
         Ok(())
@@ -174,7 +197,7 @@ impl Acts {
     ) -> Result<KeyVersion, Refusal> {
         let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384, Ed25519 or PS256");
         let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
-        let _slow = self.keys.make_rsa(&of.agent, algorithm)?;
+        let _slow = self.keys.making_rsa.make(&of.agent, algorithm)?;
         let storage = token.storage(terms.storage_asked, algorithm);
         let key_id = KeyId::random();
         if storage == KeyStorage::Resident {
@@ -216,6 +239,8 @@ impl Acts {
             wrapped: wrapped.map(Arc::from).zip(wrapping),
             wrapped_before: Vec::new(),
             expires,
+            told_by: None,
+            rewrapped_by: None,
         })
     }
 
@@ -246,6 +271,7 @@ impl Acts {
             Ok(destroyed) => destroyed,
             Err(error) => return tracing::warn!(key = %key_id, %error, "a key that was never used may be left in the token"),
         };
+        self.keys.session.gone(key_id);
         if storage == KeyStorage::Resident
             && let Err(refusal) = super::super::keys::abandon(&self.ledger, key_id, cause, destroyed).await
         {

@@ -1,10 +1,11 @@
 //! What there is of keys, for their owners, for operators, and for those who verify.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::authn::Connection;
 use crate::formats::{Jwk, jwks};
-use crate::ledger::{KeyOf, StoreError, StoredKey};
+use crate::ledger::{KeyOf, KeyPage, Reader, StoreError, StoredKey};
 use crate::model::{AgentId, Reason, Refusal, UnixTime};
 use crate::proto::KeyState;
 
@@ -35,10 +36,11 @@ impl Acts {
     /// A key of the caller's own.
     ///
     /// # Errors
-    /// `KEY_NOT_FOUND`; as the agent's standing.
+    /// `KEY_NOT_FOUND`; as the agent's standing; `RATE_LIMITED`.
     pub async fn show_key(&self, source: &Arc<Connection>, name: &str) -> Result<KeyShown, Refusal> {
         let found = async {
             let caller = source.agent(&self.ledger)?;
+            self.keys.rates.look(caller.agent(), 1, self.ledger.clock().reckoned().seconds())?;
             let loaded = self.load_key(&Self::own_key(caller, name)?).await?;
             Ok(self.shown(stored(&loaded.key)))
         };
@@ -46,28 +48,39 @@ impl Acts {
         self.refused_key_call("GetPublicKey", source, found).await
     }
 
-    /// A page of the caller's own keys.
+    /// A page of the caller's own keys, and whether there may be more.
     ///
     /// # Errors
-    /// As the agent's standing.
-    pub async fn list_own_keys(&self, source: &Arc<Connection>, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+    /// As the agent's standing; `RATE_LIMITED`.
+    pub async fn list_own_keys(
+        &self,
+        source: &Arc<Connection>,
+        after: String,
+        limit: u32,
+    ) -> Result<(Vec<KeyShown>, bool), Refusal> {
         let caller = source.agent(&self.ledger)?;
-        self.keys.spend_rate(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
+        self.keys.rates.look(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
         self.page(caller.agent().clone(), caller.epoch(), after, limit).await
     }
 
-    /// A page of an agent's keys, for an operator; epoch 0 is the current one.
+    /// The same of any agent's, for an operator; epoch 0 is the current one.
     ///
     /// # Errors
     /// `AGENT_UNKNOWN`.
-    pub async fn list_keys(&self, agent: AgentId, epoch: u32, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+    pub async fn list_keys(
+        &self,
+        agent: AgentId,
+        epoch: u32,
+        after: String,
+        limit: u32,
+    ) -> Result<(Vec<KeyShown>, bool), Refusal> {
         let epoch = self.epoch_or_current(&agent, epoch)?;
         self.page(agent, epoch, after, limit).await
     }
 
-    async fn page(&self, agent: AgentId, epoch: u32, after: String, limit: u32) -> Result<Vec<KeyShown>, Refusal> {
+    async fn page(&self, agent: AgentId, epoch: u32, after: String, limit: u32) -> Result<(Vec<KeyShown>, bool), Refusal> {
         let page = self.read(move |reader| reader.agent_keys(&agent, epoch, &after, limit.min(PAGE_MAX))).await?;
-        Ok(page.into_iter().map(|key| self.shown(key)).collect())
+        Ok((page.keys.into_iter().map(|key| self.shown(key)).collect(), page.more))
     }
 
     /// As [`Acts::jwks`], for an agent.
@@ -81,7 +94,7 @@ impl Acts {
         after: &str,
     ) -> Result<(String, Option<String>), Refusal> {
         let caller = source.agent(&self.ledger)?;
-        self.keys.spend_rate(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
+        self.keys.rates.look(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
         self.jwks(of, after).await
     }
 
@@ -92,24 +105,32 @@ impl Acts {
     /// `MALFORMED_REQUEST`.
     pub async fn jwks(&self, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
         let now = self.ledger.clock().reckoned();
-        let page = match of {
+        let (KeyPage { keys, more }, odd) = match of {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
                 Ok(found) => {
                     let after = place(after)?.2;
-                    self.read(move |reader| reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)).await?
+                    self.read(move |reader| held(reader, reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)?)).await?
                 }
                 // Nobody's keys are none.
-                Err(_) => Vec::new(),
+                Err(_) => Default::default(),
             },
             JwksOf::Class(class) => {
                 let after = place(after)?;
-                self.read(move |reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX)).await?
+                let after = move |reader: &Reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX);
+                self.read(move |reader| held(reader, after(reader)?)).await?
             }
         };
-        let next = page.last().filter(|_| page.len() == PAGE_MAX as usize).map(|last| place_of(&last.of));
-        let admitted = self.ledger.admitted(page.iter().map(|key| (&key.of.agent, key.of.epoch)));
-        let good = page.iter().zip(admitted).filter(|(key, admitted)| *admitted && key.state != KeyState::Destroyed);
-        Ok((jwks(good.flat_map(|(key, _)| published(key, now))), next))
+        for _ in &odd {
+            self.ledger.refused_stranger(Reason::KeyNotAsRecorded, None);
+        }
+        let next = keys.last().filter(|_| more).map(|last| place_of(&last.of));
+        let admitted = self.ledger.admitted(keys.iter().map(|key| (&key.of.agent, key.of.epoch)));
+        let good = keys
+            .iter()
+            .zip(admitted)
+            .enumerate()
+            .filter(|(at, (key, admitted))| *admitted && key.state != KeyState::Destroyed && !odd.contains(at));
+        Ok((jwks(good.flat_map(|(_, (key, _))| published(key, now))), next))
     }
 
     pub(super) fn shown(&self, key: StoredKey) -> KeyShown {
@@ -128,8 +149,23 @@ impl Acts {
     ) -> Result<T, Refusal> {
         let ledger = self.ledger.clone();
         let read = tokio::task::spawn_blocking(move || read(ledger.reader())).await;
-        read.map_err(Refusal::internal)?.map_err(Refusal::internal)
+        read.map_err(Refusal::internal)?.map_err(crate::ledger::unread)
     }
+}
+
+/// Which of a page's keys, by their place, are not as recorded: they are published nowhere.
+fn held(reader: &Reader, page: KeyPage) -> Result<(KeyPage, BTreeSet<usize>), StoreError> {
+    let mut odd = BTreeSet::new();
+    for (at, key) in page.keys.iter().enumerate() {
+        match reader.hold(key) {
+            Err(error @ StoreError::NotAsRecorded(_)) => {
+                tracing::error!(%error, "a key's row was changed by somebody else: it is not published");
+                odd.insert(at);
+            }
+            other => other?,
+        }
+    }
+    Ok((page, odd))
 }
 
 /// The versions of a key that have not expired, where its purpose is one that is published.

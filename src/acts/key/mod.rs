@@ -5,14 +5,16 @@ mod create;
 mod end;
 mod list;
 mod loaded;
+mod making;
+mod over;
+mod rates;
 mod rewrap;
 mod rotate;
 mod session;
 mod sign;
 mod verify;
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -22,16 +24,19 @@ use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
 use crate::ledger::{AgentKey, Generation, KeyOf, KeyVersion, StoredKey};
-use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
+use crate::model::{Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
 use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose};
 
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
+use making::{BeingMade, RsaBeingMade};
+use rates::Rates;
 use rewrap::Rewrapping;
 use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
+pub use over::Round;
 pub use rewrap::Rewrap;
 pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
@@ -71,42 +76,17 @@ impl KeyToken {
 pub struct AgentKeys {
     token: ArcSwapOption<KeyToken>,
     loaded: LoadedKeys,
-    /// Names that are being made.
-    making: Arc<Mutex<BTreeSet<KeyOf>>>,
-    /// Agents for whom an RSA key is being made.
-    making_rsa: Arc<Mutex<BTreeSet<AgentId>>>,
-    /// Signatures asked for in this second, by agent.
-    rates: Mutex<(u64, HashMap<AgentId, u32>)>,
+    making: BeingMade,
+    making_rsa: RsaBeingMade,
+    rates: Rates,
     seen: ReplayCache,
     session: SessionKeys,
     rewrapping: Rewrapping,
     per_agent_max: usize,
+    session_max: usize,
     resident_max: usize,
-    per_second_max: u32,
-}
-
-/// Its agent has no other RSA key made until this is dropped.
-struct MakingRsa {
-    agents: Arc<Mutex<BTreeSet<AgentId>>>,
-    agent: AgentId,
-}
-
-impl Drop for MakingRsa {
-    fn drop(&mut self) {
-        self.agents.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.agent);
-    }
-}
-
-/// A name that nobody else makes a key under until this is dropped.
-struct Making {
-    names: Arc<Mutex<BTreeSet<KeyOf>>>,
-    of: KeyOf,
-}
-
-impl Drop for Making {
-    fn drop(&mut self) {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.of);
-    }
+    /// Of all agents.
+    residents_max: usize,
 }
 
 impl AgentKeys {
@@ -114,15 +94,16 @@ impl AgentKeys {
         Self {
             token: ArcSwapOption::empty(),
             loaded: LoadedKeys::new(limits.keys_cached),
-            making: Arc::default(),
-            making_rsa: Arc::default(),
-            rates: Mutex::default(),
+            making: BeingMade::default(),
+            making_rsa: RsaBeingMade::default(),
+            rates: Rates::new(limits.signatures_per_second, limits.key_changes_per_second),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             session: SessionKeys::default(),
             rewrapping: Rewrapping::default(),
             per_agent_max: limits.keys_per_agent,
+            session_max: limits.session_keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
-            per_second_max: limits.signatures_per_second,
+            residents_max: limits.resident_keys,
         }
     }
 
@@ -145,45 +126,9 @@ impl AgentKeys {
         }
     }
 
-    /// Nobody takes more of the token than its share.
-    fn spend_rate(&self, agent: &AgentId, count: usize, second: u64) -> Result<(), Refusal> {
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        if rates.0 != second {
-            *rates = (second, HashMap::new());
-        }
-        let spent = match rates.1.get_mut(agent) {
-            Some(spent) => spent,
-            None => rates.1.entry(agent.clone()).or_default(),
-        };
-        if spent.saturating_add(count) > self.per_second_max {
-            let advice = format!("ask for at most {} signatures a second", self.per_second_max);
-            return Err(Refusal::new(Reason::RateLimited, advice).retry_after(Duration::from_secs(1)));
-        }
-        *spent += count;
-        Ok(())
-    }
-
-    /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
-    fn make(&self, of: &KeyOf) -> Result<(Arc<Making>, usize), Refusal> {
-        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = making.iter().filter(|other| other.agent == of.agent).count();
-        if !making.insert(of.clone()) {
-            return Err(in_progress());
-        }
-        Ok((Arc::new(Making { names: Arc::clone(&self.making), of: of.clone() }), others))
-    }
-
-    /// RSA keys are slow to make, one at a time for all: an agent that asks for many is behind everybody else that asks for one.
-    fn make_rsa(&self, agent: &AgentId, algorithm: Algorithm) -> Result<Option<MakingRsa>, Refusal> {
-        if algorithm != Algorithm::Ps256 {
-            return Ok(None);
-        }
-        if !self.making_rsa.lock().unwrap_or_else(PoisonError::into_inner).insert(agent.clone()) {
-            let advice = "ask for one PS256 key at a time: they are slow to make";
-            return Err(Refusal::new(Reason::RateLimited, advice).retry_after(Duration::from_secs(1)));
-        }
-        Ok(Some(MakingRsa { agents: Arc::clone(&self.making_rsa), agent: agent.clone() }))
+    /// What the token makes in a second, as far as that is known.
+    fn capacity(&self) -> Option<u64> {
+        self.token.load().as_ref().and_then(|token| token.hsm.signatures_per_second())
     }
 }
 
@@ -329,5 +274,6 @@ fn stored(key: &AgentKey) -> StoredKey {
         state: key.state(),
         used: key.used(),
         versions: key.versions().to_vec(),
+        created: key.created(),
     }
 }

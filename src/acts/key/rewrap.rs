@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::ledger::{KeyVersion, Rewrapped, StoredKey};
+use crate::ledger::{KeyVersion, Reader, Rewrapped, StoreError, StoredKey};
 use crate::model::{KeyId, Refusal};
 use crate::proto::{AuthorityState as State, KeyState, Purpose};
 
@@ -165,6 +165,11 @@ impl Acts {
             let Some(last) = page.last() else { break };
             after = Some(last.of.clone());
             page.retain(|key| task.held_by(&key.versions).next().is_some());
+            // What is not as recorded is not made so: it stays where it is until an operator destroys it.
+            let (page, odd) = self.read(move |reader| held(reader, page)).await?;
+            for id in odd.iter().flat_map(|key| task.held_by(&key.versions)) {
+                *left.entry(id).or_default() += 1;
+            }
             if page.is_empty() {
                 continue;
             }
@@ -295,6 +300,21 @@ impl Acts {
         // A crash before it is durable: the keys are where they were. What was wrapped anew is of use to nobody else.
         self.ledger.rewrap_keys(pass.task.active, changed, changing).await.map(drop)
     }
+}
+
+/// The keys of a page that are as recorded, and the others.
+fn held(reader: &Reader, page: Vec<StoredKey>) -> Result<(Vec<StoredKey>, Vec<StoredKey>), StoreError> {
+    let (mut keys, mut odd) = (Vec::with_capacity(page.len()), Vec::new());
+    for key in page {
+        match reader.hold(&key) {
+            Err(error @ StoreError::NotAsRecorded(_)) => {
+                tracing::error!(%error, "a key's row was changed by somebody else");
+                odd.push(key);
+            }
+            other => other.map(|()| keys.push(key))?,
+        }
+    }
+    Ok((keys, odd))
 }
 
 /// What becomes of a key's versions.

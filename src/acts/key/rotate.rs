@@ -14,7 +14,7 @@ impl Acts {
     /// of (0: whatever it is), so that a request whose answer was lost rotates once. Gives the entry's index; none: it had been rotated.
     ///
     /// # Errors
-    /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    /// As [`Acts::sign`] of the key's state; `KEYS_TOO_MANY`; `RATE_LIMITED`; `REQUEST_IN_PROGRESS`; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
     pub async fn rotate_key(&self, source: &Arc<Connection>, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
         let rotated = self.rotate_known(source, name, known).await;
         self.refused_key_call("RotateKey", source, rotated).await
@@ -23,7 +23,7 @@ impl Acts {
     async fn rotate_known(&self, source: &Connection, name: &str, known: u32) -> Result<(KeyShown, Option<u64>), Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
-        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        self.keys.rates.change(caller.agent(), now.seconds())?;
         let of = Self::own_key(caller, name)?;
         let loaded = self.load_key(&of).await?;
         let key = &loaded.key;
@@ -44,7 +44,8 @@ impl Acts {
     /// Another version signs instead of the newest one, `before`. Gives the entry's index.
     pub(super) async fn replace_version(&self, loaded: &Loaded, before: &KeyVersion, now: UnixTime) -> Result<u64, Refusal> {
         let key = &loaded.key;
-        let (making, _) = self.keys.make(key.of())?;
+        let (making, _) = self.keys.making.make(key.of())?;
+        self.has_room(&*self.keys.token()?, &making, key.of(), key.terms(), 0).await?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
             let version = self.make_version(&token, key.of(), key.terms(), before.number + 1, now).await?;

@@ -21,6 +21,16 @@ impl SessionKeys {
     pub(super) fn made(&self, id: KeyId, agent: &AgentId, epoch: u32, expires: UnixTime) {
         self.lock().insert(id, (agent.clone(), epoch, expires));
     }
+
+    /// It has been destroyed.
+    pub(super) fn gone(&self, id: KeyId) {
+        self.lock().remove(&id);
+    }
+
+    /// How many an agent has, those among them that went since the last look.
+    pub(super) fn count(&self, agent: &AgentId) -> usize {
+        self.lock().values().filter(|(of, _, _)| of == agent).count()
+    }
 }
 
 impl Acts {

@@ -99,7 +99,7 @@ impl Acts {
             return Err(Refusal::new(Reason::RequestTooLarge, "ask for 1 to 1,000 signatures at a time"));
         }
         let now = self.trusted_now()?;
-        self.keys.spend_rate(caller.agent(), contents.len(), now.seconds())?;
+        self.keys.rates.sign(caller.agent(), contents.len(), self.keys.capacity(), now.seconds())?;
         let loaded = self.load_key(&Self::own_key(caller, name)?).await?;
         // No version changes under a signature.
         let _signing = loaded.signing.read().await;

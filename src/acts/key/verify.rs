@@ -100,7 +100,7 @@ impl Acts {
     pub async fn verify(&self, source: &Arc<Connection>, agent: Option<AgentId>, message: Message) -> Result<Signer, Refusal> {
         let caller = source.agent(&self.ledger)?;
         let now = self.trusted_now()?;
-        self.keys.spend_rate(caller.agent(), 1, now.seconds())?;
+        self.keys.rates.look(caller.agent(), 1, now.seconds())?;
         let received = match &message {
             Message::Jws { token, detached, .. } => Received::Jws(jws::Received::parse(token, detached.as_deref())?),
             Message::Http { signature_input, signature, label, .. } => {
@@ -128,7 +128,8 @@ impl Acts {
         now: UnixTime,
     ) -> Result<(VerifyingKey, u32, Signer), Refusal> {
         let wanted = kid.to_owned();
-        let found = self.read(move |reader| reader.agent_key_by_kid(&wanted)).await?.ok_or_else(unknown_kid)?;
+        let found = self.read(move |reader| reader.agent_key_by_kid(&wanted)).await;
+        let found = found.map_err(|refusal| self.as_nobodys(refusal))?.ok_or_else(unknown_kid)?;
         self.ledger.admits(&found.of.agent, found.of.epoch).map_err(|_| unknown_kid())?;
         let version = found.versions.iter().find(|version| &*version.kid == kid && version.expires > now);
         let version = version.filter(|_| found.state != KeyState::Destroyed).ok_or_else(unknown_kid)?;
@@ -145,6 +146,15 @@ impl Acts {
             jti: String::new(),
         };
         Ok((VerifyingKey::new(profile, version.public.clone()), found.of.epoch, signer))
+    }
+
+    /// By a key that is not as recorded nothing verifies. Whose it is would be told by its row, so that it is counted as a stranger's.
+    fn as_nobodys(&self, refusal: Refusal) -> Refusal {
+        if refusal.reason != Reason::KeyNotAsRecorded {
+            return refusal;
+        }
+        self.ledger.refused_stranger(refusal.reason, None);
+        unknown_kid().because(refusal)
     }
 
     fn check(

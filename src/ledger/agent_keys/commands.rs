@@ -28,12 +28,20 @@ pub(in crate::ledger) enum KeyCommand {
 impl KeyCommand {
     pub(in crate::ledger) fn decide(self, now: UnixTime, ledger: &Ledger, gate: &mut Gate, batch: &mut Batch) {
         match self {
-            Self::Record { body, rows, admitted, then, answer } => {
+            Self::Record { body, mut rows, admitted, then, answer } => {
                 let admits = admitted.map_or(Ok(()), |(slot, epoch)| gate.book.agent(slot).admits(epoch));
                 if let Err(refusal) = admits.and_then(|()| wraps(&body, gate)) {
                     return drop(answer.send(Err(refusal)));
                 }
-                let index = batch.entry(now, *body);
+                let index = batch.next_index();
+                for row in &mut rows {
+                    let Row::AgentKey(row) = row else { continue };
+                    row.2.told_by(index);
+                    if let Body::AgentKeysRewrapped(rewrapped) = &*body {
+                        row.2.rewrapped_by(index, &rewrapped.versions);
+                    }
+                }
+                batch.entry(now, *body);
                 batch.rows.extend(rows);
                 batch.after.push(Box::new(move |durable| {
                     if durable.is_ok() {

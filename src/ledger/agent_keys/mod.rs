@@ -1,10 +1,13 @@
 //! Agents' signing keys as the book knows them.
 //!
 //! A key's row is durable with the entry that tells of it; in memory are those in use. Whether a key may sign now is decided from memory
-//! under the gate, as an agent's standing is, and looked at again when a signature is released.
+//! under the gate, as an agent's standing is, and looked at again when a signature is released. What a row says is believed only as far as
+//! the entries that it names say the same (`held.rs`).
 
 pub(super) mod commands;
 mod counted;
+pub(super) mod held;
+pub(super) mod resident;
 mod rewrap;
 pub(super) mod rows;
 
@@ -24,9 +27,11 @@ use super::store::Row;
 use super::{COMMIT_DEADLINE, Ledger, answered, draining, unavailable};
 use commands::KeyCommand;
 pub use counted::Reserved;
+pub use held::unread;
+pub use resident::ResidentKey;
 pub use rewrap::Rewrapped;
 use rows::AgentKeyRow;
-pub use rows::StoredKey;
+pub use rows::{KeyPage, StoredKey};
 
 /// Versions of one key that have not expired, at most.
 pub const VERSIONS_MAX: usize = 16;
@@ -78,6 +83,10 @@ pub struct KeyVersion {
     pub wrapped_before: Vec<KeyId>,
     /// It signs, and verifies, until then.
     pub expires: UnixTime,
+    /// The entry that tells of it, once there is one.
+    pub told_by: Option<u64>,
+    /// The last of those that changed how it is wrapped.
+    pub rewrapped_by: Option<u64>,
 }
 
 impl KeyVersion {
@@ -111,6 +120,8 @@ pub struct AgentKey {
     used: AtomicU64,
     /// The newest last.
     versions: ArcSwap<Vec<KeyVersion>>,
+    /// The entry that made it, once there is one.
+    created: Option<u64>,
     blocks: counted::Blocks,
 }
 
@@ -121,20 +132,17 @@ impl std::fmt::Debug for AgentKey {
 }
 
 impl AgentKey {
-    fn new(of: KeyOf, slot: u32, terms: KeyTerms, state: KeyState, used: u64, versions: Vec<KeyVersion>) -> Self {
+    fn new(slot: u32, stored: StoredKey) -> Self {
         Self {
-            of,
+            of: stored.of,
             slot,
-            terms,
-            state: AtomicU8::new(state_number(state)),
-            used: AtomicU64::new(used),
-            versions: ArcSwap::from_pointee(versions),
+            terms: stored.terms,
+            state: AtomicU8::new(state_number(stored.state)),
+            used: AtomicU64::new(stored.used),
+            versions: ArcSwap::from_pointee(stored.versions),
+            created: stored.created,
             blocks: counted::Blocks::default(),
         }
-    }
-
-    fn of_row(row: StoredKey, slot: u32) -> Self {
-        Self::new(row.of, slot, row.terms, row.state, row.used, row.versions)
     }
 
     /// Which.
@@ -165,6 +173,12 @@ impl AgentKey {
     #[must_use]
     pub fn versions(&self) -> Guard<Arc<Vec<KeyVersion>>> {
         self.versions.load()
+    }
+
+    /// The entry that made it, once there is one.
+    #[must_use]
+    pub fn created(&self) -> Option<u64> {
+        self.created
     }
 
     /// The version that signs.
@@ -200,7 +214,7 @@ impl AgentKey {
     }
 
     fn row(&self, state: KeyState, versions: &[KeyVersion]) -> Row {
-        Row::AgentKey(Box::new((self.of.clone(), state, AgentKeyRow::new(&self.terms, versions))))
+        Row::AgentKey(Box::new((self.of.clone(), state, AgentKeyRow::new(&self.terms, self.created, versions))))
     }
 
     fn disabling(&self, by: Option<proto::Operator>) -> (KeyState, Body, Vec<Row>) {
@@ -216,7 +230,13 @@ impl AgentKey {
         let resident = versions.iter().filter(|version| version.storage == KeyStorage::Resident);
         let mut rows: Vec<Row> = resident.map(|version| Row::KeyEnding(version.key_id, "destroying")).collect();
         rows.push(self.row(KeyState::Destroyed, &[]));
+        rows.push(self.kids_gone(versions.iter()));
         (KeyState::Destroyed, body, rows)
+    }
+
+    /// Nothing verifies by these versions any more.
+    fn kids_gone<'a>(&self, versions: impl Iterator<Item = &'a KeyVersion>) -> Row {
+        Row::AgentKidsGone(Box::new((self.of.clone(), versions.map(|version| version.kid.clone()).collect())))
     }
 
     fn take_state(&self, state: KeyState) {
@@ -254,11 +274,10 @@ impl Ledger {
     /// A key by its name, from its row. Blocking. The caller sees to it that there is one of it at a time.
     ///
     /// # Errors
-    /// `INTERNAL` when the row cannot be read; `AGENT_UNKNOWN`.
+    /// `KEY_NOT_AS_RECORDED`, `INTERNAL` when the row cannot be read; `AGENT_UNKNOWN`.
     pub fn load_key(&self, of: &KeyOf) -> Result<Option<AgentKey>, Refusal> {
         let slot = self.gate().book.named(&of.agent)?.0;
-        let found = self.0.reader.agent_key(of).map_err(Refusal::internal)?;
-        Ok(found.map(|found| AgentKey::of_row(found, slot)))
+        Ok(self.0.reader.agent_key(of).map_err(unread)?.map(|found| AgentKey::new(slot, found)))
     }
 
     /// Whether a key may sign now: its agent's standing and epoch, its own state, its expiry. Memory alone, one short lock.
@@ -326,7 +345,8 @@ impl Ledger {
             ttl_seconds: terms.ttl_seconds,
             version: Some(version.entry()),
         };
-        let key = AgentKey::new(of, slot, terms, KeyState::Active, 0, vec![version.clone()]);
+        let versions = vec![version.clone()];
+        let key = AgentKey::new(slot, StoredKey { of, terms, state: KeyState::Active, used: 0, versions, created: None });
         let mut rows = vec![key.row(KeyState::Active, std::slice::from_ref(&version))];
         rows.extend(settles(&version));
         let admitted = Some((slot, key.of.epoch));
@@ -360,12 +380,16 @@ impl Ledger {
         versions.push(version);
         let mut rows = vec![key.row(KeyState::Active, &versions)];
         rows.extend(settled);
+        rows.push(key.kids_gone(key.versions().iter().filter(|version| version.expires <= now)));
         // The object that signed until now never signs again.
         let before = key.versions();
         let before = before.last().filter(|before| before.storage == KeyStorage::Resident);
         rows.extend(before.map(|before| Row::KeyEnding(before.key_id, "destroying")));
         let (admitted, key) = (Some((key.slot, key.of.epoch)), Arc::clone(key));
-        let then = Box::new(move |_| {
+        let then = Box::new(move |index| {
+            if let Some(newest) = versions.last_mut() {
+                newest.told_by = Some(index);
+            }
             key.versions.store(Arc::new(versions));
             drop((reserving, keep));
         });
@@ -407,15 +431,6 @@ impl Ledger {
         }
         self.wake();
         answered(receiver, COMMIT_DEADLINE).await.map(Some)
-    }
-
-    /// The object of a destroyed resident key is gone from the token.
-    ///
-    /// # Errors
-    /// `LEDGER_UNAVAILABLE`; the next start looks for the object again.
-    pub async fn key_object_destroyed(&self, id: KeyId) -> Result<(), Refusal> {
-        let receiver = self.ask(|answer| Command::Keep { row: Row::KeyEnding(id, "destroyed"), answer })?;
-        answered(receiver, COMMIT_DEADLINE).await
     }
 
     async fn key_entry(&self, body: Body, rows: Vec<Row>, admitted: Option<(u32, u32)>, then: Then) -> Result<u64, Refusal> {

@@ -6,6 +6,7 @@ use crate::model::{Digest, KeyId, Refusal};
 use crate::proto::{self, entry::Body};
 
 use super::super::Ledger;
+use super::super::store::Row;
 use super::{AgentKey, KeyVersion, StoredKey};
 
 /// What becomes of one key.
@@ -52,6 +53,12 @@ impl Rewrapped {
         self.told.push(told(key_id, Vec::new(), true));
     }
 
+    /// What verifies no more is named by nobody.
+    fn kids_gone(&self) -> Row {
+        let exposed = |version: &&KeyVersion| self.told.iter().any(|told| told.exposed && told.key_id == version.key_id.0);
+        self.key.kids_gone(self.key.versions().iter().filter(exposed))
+    }
+
     /// Whether nothing becomes of it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -71,9 +78,14 @@ impl Ledger {
     pub async fn rewrap_keys(&self, wrapping: KeyId, keys: Vec<Rewrapped>, keep: impl Send + 'static) -> Result<u64, Refusal> {
         let versions = keys.iter().flat_map(|one| one.told.clone()).collect();
         let body = proto::AgentKeysRewrapped { wrapping_key_id: wrapping.0.to_vec(), versions };
-        let rows = keys.iter().map(|one| one.key.row(one.key.state(), &one.versions)).collect();
-        let then = Box::new(move |_| {
-            for one in keys {
+        let rows = keys.iter().flat_map(|one| [one.key.row(one.key.state(), &one.versions), one.kids_gone()]).collect();
+        let then = Box::new(move |index| {
+            for mut one in keys {
+                for version in &mut one.versions {
+                    if one.told.iter().any(|told| told.key_id == version.key_id.0) {
+                        version.rewrapped_by = Some(index);
+                    }
+                }
                 one.key.versions.store(Arc::new(one.versions));
             }
             drop(keep);
@@ -98,6 +110,6 @@ impl Ledger {
     /// `AGENT_UNKNOWN`.
     pub fn restore_key(&self, row: StoredKey) -> Result<AgentKey, Refusal> {
         let slot = self.gate().book.named(&row.of.agent)?.0;
-        Ok(AgentKey::of_row(row, slot))
+        Ok(AgentKey::new(slot, row))
     }
 }

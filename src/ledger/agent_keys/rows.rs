@@ -9,7 +9,7 @@ use crate::model::{AgentId, KeyId, KeyName, PublicKey, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage};
 
 use super::super::store::{Reader, StoreError};
-use super::{KeyOf, KeyTerms, KeyVersion};
+use super::{KeyOf, KeyTerms, KeyVersion, held, resident};
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub(in crate::ledger) struct AgentKeyRow {
@@ -27,6 +27,9 @@ pub(in crate::ledger) struct AgentKeyRow {
     ttl_seconds: u32,
     #[prost(message, repeated, tag = "7")]
     versions: Vec<VersionRow>,
+    /// The entry that made it: what the terms are held against.
+    #[prost(uint64, optional, tag = "8")]
+    created: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -37,14 +40,22 @@ struct VersionRow {
     wrapped: Vec<u8>,
     #[prost(bytes = "vec", repeated, tag = "3")]
     wrapped_before: Vec<Vec<u8>>,
+    /// The entry that tells of it: what all of this is held against.
+    #[prost(uint64, optional, tag = "5")]
+    entry: Option<u64>,
+    /// The last entry that changed how it is wrapped.
+    #[prost(uint64, optional, tag = "6")]
+    rewrapped: Option<u64>,
 }
 
 impl AgentKeyRow {
-    pub(super) fn new(terms: &KeyTerms, versions: &[KeyVersion]) -> Self {
+    pub(super) fn new(terms: &KeyTerms, created: Option<u64>, versions: &[KeyVersion]) -> Self {
         let version = |version: &KeyVersion| VersionRow {
             version: Some(version.entry()),
             wrapped: version.wrapped.as_ref().map(|(wrapped, _)| wrapped.to_vec()).unwrap_or_default(),
             wrapped_before: version.wrapped_before.iter().map(|id| id.0.to_vec()).collect(),
+            entry: version.told_by,
+            rewrapped: version.rewrapped_by,
         };
         Self {
             purpose: terms.purpose.into(),
@@ -54,6 +65,36 @@ impl AgentKeyRow {
             signatures_max: terms.signatures_max,
             ttl_seconds: terms.ttl_seconds,
             versions: versions.iter().map(version).collect(),
+            created,
+        }
+    }
+
+    /// What names no entry yet is of the one that goes to the disk with it.
+    pub(in crate::ledger) fn told_by(&mut self, index: u64) {
+        self.created.get_or_insert(index);
+        for version in &mut self.versions {
+            version.entry.get_or_insert(index);
+        }
+    }
+
+    /// The entry `index` changed how these versions are wrapped.
+    pub(in crate::ledger) fn rewrapped_by(&mut self, index: u64, rewrapped: &[proto::RewrappedVersion]) {
+        for row in &mut self.versions {
+            let Some(version) = &row.version else { continue };
+            if rewrapped.iter().any(|one| one.key_id == version.key_id) {
+                row.rewrapped = Some(index);
+            }
+        }
+    }
+
+    /// The entry `index` tells of the version with this id, and may have made the key.
+    pub(super) fn told_of(&mut self, index: u64, made: bool, key_id: &[u8]) {
+        if made {
+            self.created = Some(index);
+        }
+        let is_it = |row: &&mut VersionRow| row.version.as_ref().is_some_and(|version| version.key_id == key_id);
+        if let Some(row) = self.versions.iter_mut().find(is_it) {
+            row.entry = Some(index);
         }
     }
 
@@ -91,8 +132,22 @@ impl VersionRow {
             wrapped,
             wrapped_before: self.wrapped_before.iter().map(|id| KeyId::from_slice(id)).collect::<Option<_>>()?,
             expires: UnixTime::from_seconds(version.expires_unix_seconds),
+            told_by: self.entry,
+            rewrapped_by: self.rewrapped,
         })
     }
+}
+
+/// A page that has as many bytes of rows is full: sixteen versions make a long row.
+const PAGE_BYTES: usize = 256 << 10;
+
+/// Some keys, in their order.
+#[derive(Debug, Default)]
+pub struct KeyPage {
+    /// Not held against their entries: [`Reader::hold`].
+    pub keys: Vec<StoredKey>,
+    /// There may be more after the last.
+    pub more: bool,
 }
 
 /// A key as its row has it.
@@ -108,6 +163,8 @@ pub struct StoredKey {
     pub used: u64,
     /// Its versions, the newest last; none of a destroyed one.
     pub versions: Vec<KeyVersion>,
+    /// The entry that made it, once there is one.
+    pub created: Option<u64>,
 }
 
 pub(in crate::ledger) fn write(
@@ -125,6 +182,14 @@ pub(in crate::ledger) fn write(
             .prepare_cached("INSERT OR IGNORE INTO agent_kid (kid, agent, epoch, name) VALUES (?1, ?2, ?3, ?4)")?
             .execute(params![newest.kid, of.agent.as_str(), of.epoch, of.name.as_str()])?;
     }
+    if state != KeyState::Active {
+        // What was forgotten meanwhile does not come back.
+        return transaction
+            .prepare_cached("UPDATE agent_key SET state = ?4, row = ?5 WHERE agent = ?1 AND epoch = ?2 AND name = ?3")?
+            .execute(params![of.agent.as_str(), of.epoch, of.name.as_str(), i32::from(state), row.encode_to_vec()])
+            .map(drop);
+    }
+    resident::puts_to_use(transaction, of, row.versions.last().and_then(|newest| newest.version.as_ref()))?;
     transaction
         .prepare_cached(
             "INSERT INTO agent_key (agent, epoch, name, state, used, row) VALUES (?1, ?2, ?3, ?4, 0, ?5) \
@@ -141,9 +206,25 @@ pub(in crate::ledger) fn write_used(transaction: &Connection, of: &KeyOf, used: 
         .map(drop)
 }
 
-const COLUMNS: &str = "SELECT agent, epoch, name, state, used, row FROM agent_key";
+pub(in crate::ledger) fn forget_kids(transaction: &Connection, of: &KeyOf, kids: &[Arc<str>]) -> Result<(), rusqlite::Error> {
+    let mut delete =
+        transaction.prepare_cached("DELETE FROM agent_kid WHERE kid = ?1 AND agent = ?2 AND epoch = ?3 AND name = ?4")?;
+    for kid in kids {
+        delete.execute(params![&**kid, of.agent.as_str(), of.epoch, of.name.as_str()])?;
+    }
+    Ok(())
+}
 
-fn stored(row: &rusqlite::Row<'_>) -> Result<StoredKey, StoreError> {
+pub(in crate::ledger) fn forget(transaction: &Connection, of: &KeyOf) -> Result<(), rusqlite::Error> {
+    transaction
+        .prepare_cached("DELETE FROM agent_key WHERE agent = ?1 AND epoch = ?2 AND name = ?3")?
+        .execute(params![of.agent.as_str(), of.epoch, of.name.as_str()])
+        .map(drop)
+}
+
+pub(super) const COLUMNS: &str = "SELECT agent, epoch, name, state, used, row FROM agent_key";
+
+pub(super) fn stored(row: &rusqlite::Row<'_>) -> Result<StoredKey, StoreError> {
     let damaged = || StoreError::Damaged("a row of agent_key".to_owned());
     let (agent, name): (String, String) = (row.get(0)?, row.get(2)?);
     let decoded = AgentKeyRow::decode(row.get_ref(5)?.as_blob().map_err(|_| damaged())?).map_err(|_| damaged())?;
@@ -156,67 +237,94 @@ fn stored(row: &rusqlite::Row<'_>) -> Result<StoredKey, StoreError> {
         terms: decoded.terms(),
         state: KeyState::try_from(row.get::<_, i32>(3)?).map_err(|_| damaged())?,
         used: row.get::<_, i64>(4)?.cast_unsigned(),
+        created: decoded.created,
         versions: decoded.versions.into_iter().map(VersionRow::restore).collect::<Option<_>>().ok_or_else(damaged)?,
     })
 }
 
+fn page(mut rows: rusqlite::Rows<'_>, limit: u32) -> Result<KeyPage, StoreError> {
+    let (mut page, mut bytes) = (KeyPage::default(), 0);
+    while let Some(row) = rows.next()? {
+        bytes += row.get_ref(5)?.as_blob().map_or(0, <[u8]>::len);
+        page.keys.push(stored(row)?);
+        if bytes >= PAGE_BYTES {
+            page.more = true;
+            return Ok(page);
+        }
+    }
+    page.more = page.keys.len() == limit as usize;
+    Ok(page)
+}
+
 impl Reader {
-    /// One key.
+    /// One key, held against its entries.
     ///
     /// # Errors
-    /// When the file cannot be read or a row breaks a rule.
+    /// When the file cannot be read, a row breaks a rule, or is not as recorded.
     pub fn agent_key(&self, of: &KeyOf) -> Result<Option<StoredKey>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name = ?3"))?;
         let found = select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| Ok(stored(row)));
-        found.optional()?.transpose()
+        let found = found.optional()?.transpose()?;
+        found.as_ref().map_or(Ok(()), |found| held::hold(&connection, found)).map(|()| found)
     }
 
-    /// The key that signatures name by `kid`.
+    /// The key that signatures name by `kid`, held against its entries.
     ///
     /// # Errors
-    /// When the file cannot be read or a row breaks a rule.
+    /// When the file cannot be read, a row breaks a rule, or is not as recorded.
     pub fn agent_key_by_kid(&self, kid: &str) -> Result<Option<StoredKey>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached(&format!(
             "{COLUMNS} WHERE (agent, epoch, name) = (SELECT agent, epoch, name FROM agent_kid WHERE kid = ?1)"
         ))?;
-        select.query_row([kid], |row| Ok(stored(row))).optional()?.transpose()
+        let found = select.query_row([kid], |row| Ok(stored(row))).optional()?.transpose()?;
+        found.as_ref().map_or(Ok(()), |found| held::hold(&connection, found)).map(|()| found)
+    }
+
+    /// What there is of a key that is not as recorded: it has no versions, whatever its row says.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn bare_agent_key(&self, of: &KeyOf) -> Result<Option<StoredKey>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name = ?3"))?;
+        let found = select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| Ok(stored(row)));
+        Ok(found.optional()?.transpose()?.map(|found| StoredKey { versions: Vec::new(), ..found }))
+    }
+
+    /// Holds a key of a page against its entries.
+    ///
+    /// # Errors
+    /// [`StoreError::NotAsRecorded`]; when the file cannot be read.
+    pub fn hold(&self, key: &StoredKey) -> Result<(), StoreError> {
+        held::hold(&self.locked(), key)
     }
 
     /// At most `limit` keys of an agent's epoch, by name, after `after`.
     ///
     /// # Errors
     /// When the file cannot be read or a row breaks a rule.
-    pub fn agent_keys(&self, agent: &AgentId, epoch: u32, after: &str, limit: u32) -> Result<Vec<StoredKey>, StoreError> {
+    pub fn agent_keys(&self, agent: &AgentId, epoch: u32, after: &str, limit: u32) -> Result<KeyPage, StoreError> {
         let connection = self.locked();
         let mut select = connection
             .prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name > ?3 ORDER BY name LIMIT ?4"))?;
-        let mut rows = select.query(params![agent.as_str(), epoch, after, limit])?;
-        let mut keys = Vec::new();
-        while let Some(row) = rows.next()? {
-            keys.push(stored(row)?);
-        }
-        Ok(keys)
+        page(select.query(params![agent.as_str(), epoch, after, limit])?, limit)
     }
 
-    /// At most `limit` keys that are not destroyed, of all agents of a class, in the order of agent, epoch and name, after `after`.
+    /// At most `limit` keys of all agents of a class, destroyed ones among them, in the order of agent, epoch and name, after `after`.
     ///
     /// # Errors
     /// When the file cannot be read or a row breaks a rule.
-    pub fn agent_keys_of_class(&self, class: &str, after: (&str, u32, &str), limit: u32) -> Result<Vec<StoredKey>, StoreError> {
+    pub fn agent_keys_of_class(&self, class: &str, after: (&str, u32, &str), limit: u32) -> Result<KeyPage, StoreError> {
         let connection = self.locked();
-        // '0' follows '/': all agents of the class and no others lie between.
+        // '0' follows '/': all agents of the class and no others lie between. What is destroyed is looked at as well, and counts: however
+        // many of them lie in between, a page is no more work for it.
         let mut select = connection.prepare_cached(&format!(
-            "{COLUMNS} WHERE agent > ?1 || '/' AND agent < ?1 || '0' AND (agent, epoch, name) > (?2, ?3, ?4) AND state <> 3 \
+            "{COLUMNS} WHERE agent > ?1 || '/' AND agent < ?1 || '0' AND (agent, epoch, name) > (?2, ?3, ?4) \
              ORDER BY agent, epoch, name LIMIT ?5"
         ))?;
-        let mut rows = select.query(params![class, after.0, after.1, after.2, limit])?;
-        let mut keys = Vec::new();
-        while let Some(row) = rows.next()? {
-            keys.push(stored(row)?);
-        }
-        Ok(keys)
+        page(select.query(params![class, after.0, after.1, after.2, limit])?, limit)
     }
 
     /// At most `limit` keys that are not destroyed, of all agents and epochs, after `after`.
@@ -248,21 +356,140 @@ impl Reader {
         let count: i64 = select.query_row(params![agent.as_str(), epoch], |row| row.get(0))?;
         Ok(count.cast_unsigned())
     }
-
-    /// Resident keys that were destroyed, and whose objects may be in the token still.
-    ///
-    /// # Errors
-    /// When the file cannot be read.
-    pub fn keys_being_destroyed(&self) -> Result<Vec<KeyId>, StoreError> {
-        let connection = self.locked();
-        let mut select = connection.prepare_cached("SELECT id FROM hsm_key WHERE state = 'destroying'")?;
-        let ids = select.query_map([], |row| row.get::<_, Vec<u8>>(0))?;
-        let mut found = Vec::new();
-        for id in ids {
-            found.push(KeyId::from_slice(&id?).ok_or_else(|| StoreError::Damaged("a row of hsm_key".to_owned()))?);
-        }
-        Ok(found)
-    }
 }
 
 const _: () = assert!(KeyState::Destroyed as i32 == 3, "the queries above say so");
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::super::store::{Row, Store};
+    use super::*;
+    use crate::model::{Algorithm, Digest};
+    use crate::proto::entry::Body;
+
+    const AGENT: &str = "builder/1";
+
+    fn version(number: u32, wrapped: usize) -> KeyVersion {
+        let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
+        let public = PublicKey::from_raw(Algorithm::P256, rcgen::PublicKeyData::der_bytes(&pair)).unwrap();
+        KeyVersion {
+            number,
+            key_id: KeyId::random(),
+            kid: crate::formats::Jwk::thumbprint(&public).into(),
+            public,
+            storage: KeyStorage::Wrapped,
+            wrapped: Some((vec![7; wrapped].into(), KeyId([1; 16]))),
+            expires: UnixTime::from_seconds(2_000_000_000),
+            wrapped_before: Vec::new(),
+            told_by: None,
+            rewrapped_by: None,
+        }
+    }
+
+    fn terms() -> KeyTerms {
+        KeyTerms {
+            purpose: KeyPurpose::Jws,
+            algorithm: KeyAlgorithm::P256,
+            storage_asked: KeyStorage::Wrapped,
+            accounting: KeyAccounting::Recorded,
+            signatures_max: 0,
+            ttl_seconds: 600,
+        }
+    }
+
+    fn of(name: &str) -> KeyOf {
+        KeyOf { agent: AgentId::parse(AGENT).unwrap(), epoch: 1, name: KeyName::parse(name).unwrap() }
+    }
+
+    /// A file with `count` keys, each of a version with so many bytes.
+    fn filled(path: &Path, count: usize, bytes: usize, state: KeyState) {
+        let mut store = Store::create(path).unwrap();
+        let row = |number: usize, state| {
+            let row = AgentKeyRow::new(&terms(), Some(0), &[version(1, bytes)]);
+            Row::AgentKey(Box::new((of(&format!("k{number:03}")), state, row)))
+        };
+        let rows: Vec<Row> = (0..count).flat_map(|number| [row(number, KeyState::Active), row(number, state)]).collect();
+        store.commit(0, &[], &[], &rows).unwrap();
+    }
+
+    #[test]
+    fn a_page_is_full_at_so_many_bytes_and_the_pages_together_are_all_keys() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        filled(&path, 20, 50_000, KeyState::Active);
+        let reader = Reader::open(&path).unwrap();
+        let (mut after, mut names, mut pages) = (String::new(), Vec::new(), 0);
+        loop {
+            let page = reader.agent_keys(&of("a").agent, 1, &after, 1000).unwrap();
+            assert!(page.keys.len() <= 6, "{} keys", page.keys.len());
+            pages += 1;
+            names.extend(page.keys.iter().map(|key| key.of.name.to_string()));
+            after = names.last().unwrap().clone();
+            if !page.more {
+                break;
+            }
+        }
+        assert_eq!((names.len(), pages), (20, 4));
+        assert!(names.is_sorted());
+        let page = reader.agent_keys_of_class("builder", ("", 0, ""), 3).unwrap();
+        assert_eq!((page.keys.len(), page.more), (3, true));
+    }
+
+    #[test]
+    fn a_page_of_a_class_is_no_more_work_for_the_destroyed_keys_between() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        filled(&path, 20, 10, KeyState::Destroyed);
+        let page = Reader::open(&path).unwrap().agent_keys_of_class("builder", ("", 0, ""), 5).unwrap();
+        assert_eq!((page.keys.len(), page.more), (5, true), "as many were looked at, and no more");
+    }
+
+    #[test]
+    fn the_keys_of_an_older_file_are_held_against_their_entries_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        let resident = KeyVersion { storage: KeyStorage::Resident, wrapped: None, ..version(1, 0) };
+        let next = KeyVersion { storage: KeyStorage::Resident, wrapped: None, ..version(2, 0) };
+        let (agent, name) = (AGENT.to_owned(), "a".to_owned());
+        let created = proto::AgentKeyCreated {
+            agent: agent.clone(),
+            epoch: 1,
+            name: name.clone(),
+            purpose: KeyPurpose::Jws.into(),
+            algorithm: KeyAlgorithm::P256.into(),
+            storage_asked: KeyStorage::Wrapped.into(),
+            accounting: KeyAccounting::Recorded.into(),
+            ttl_seconds: 600,
+            version: Some(resident.entry()),
+            ..Default::default()
+        };
+        let rotated = proto::AgentKeyRotated { agent, epoch: 1, name, version: Some(next.entry()) };
+        let entries = [Body::AgentKeyCreated(created), Body::AgentKeyRotated(rotated)];
+        let entries: Vec<Vec<u8>> = (0..)
+            .zip(entries)
+            .map(|(index, body)| proto::Entry { index, time_unix_micros: 1, body: Some(body) }.encode_to_vec())
+            .collect();
+        Store::create_of_schema(&path, 4).commit(0, &entries, &[], &[]).unwrap();
+        let row = AgentKeyRow::new(&terms(), None, &[resident.clone(), next.clone()]);
+        let db = Connection::open(&path).unwrap();
+        let key = "INSERT INTO agent_key VALUES ('builder/1', 1, ?1, ?2, 0, ?3)";
+        db.execute(key, params!["a", 1, row.encode_to_vec()]).unwrap();
+        db.execute(key, params!["b", 3, AgentKeyRow::new(&terms(), None, &[]).encode_to_vec()]).unwrap();
+        db.execute("INSERT INTO agent_kid VALUES (?1, 'builder/1', 1, 'a'), ('old', 'builder/1', 1, 'b')", [&*next.kid]).unwrap();
+        let object = "INSERT INTO hsm_key VALUES (?1, 7, 2, 2, ?2, NULL)";
+        db.execute(object, params![resident.key_id.0, "destroyed"]).unwrap();
+        db.execute(object, params![next.key_id.0, "active"]).unwrap();
+        drop(db);
+        drop(Store::open(&path).unwrap());
+        let reader = Reader::open(&path).unwrap();
+        let found = reader.agent_key_by_kid(&next.kid).unwrap().unwrap();
+        assert_eq!((found.created, found.versions[0].told_by, found.versions[1].told_by), (Some(0), Some(0), Some(1)));
+        assert_eq!(reader.resident_key_counts(&found.of.agent).unwrap(), (1, 1), "what is in the token still");
+        assert!(reader.agent_key_by_kid("old").unwrap().is_none());
+        assert_eq!(Digest::of(&entries[0]), Digest::of(&reader.entry(0).unwrap().unwrap()), "no entry is touched");
+        // One that no entry tells of is nobody's.
+        assert!(matches!(reader.agent_key(&of("b")), Err(StoreError::NotAsRecorded(_))));
+    }
+}

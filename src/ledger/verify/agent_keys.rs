@@ -9,8 +9,8 @@ use super::keys::Keys;
 use crate::formats::Jwk;
 use crate::model::{KeyId, KeyName, PublicKey};
 use crate::proto::{
-    AgentKeyCreated, AgentKeyRotated, AgentKeyVersion, AgentKeysRewrapped, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage,
-    SignIntended, SignaturesReserved, SignaturesSealed,
+    AgentKeyCreated, AgentKeyObjectEnded, AgentKeyRotated, AgentKeyVersion, AgentKeysForgotten, AgentKeysRewrapped, KeyAlgorithm,
+    KeyOver, KeyPurpose, KeyState, KeyStorage, SignIntended, SignaturesReserved, SignaturesSealed,
 };
 
 /// Digests of one intent, at most.
@@ -188,6 +188,48 @@ impl AgentKeys {
             at.violates("agent-key", format_args!("{name} of {agent} has ended before"));
         }
         key.state = state;
+    }
+
+    /// Nothing signs with the object that is destroyed: its key's next version may.
+    pub(super) fn object_ended(&mut self, ended: &AgentKeyObjectEnded, agents: &Agents, at: &mut At<'_>) {
+        let Some(found) = self.named(&ended.agent, ended.epoch, &ended.name, agents) else {
+            return at.violates("agent-key", format_args!("no key {:.64} of {:.80}", ended.name, ended.agent));
+        };
+        let key = &mut self.keys[found];
+        if key.state == KeyState::Destroyed || key.newest.key_id != ended.key_id || key.newest.storage() != KeyStorage::Resident {
+            at.violates("agent-key", format_args!("{} of {} has no such object", ended.name, ended.agent));
+        }
+        let is_over = match ended.cause() {
+            KeyOver::Epoch => agents.epoch(key.slot) > key.epoch,
+            KeyOver::Expired => key.newest.expires_unix_seconds < at.time.seconds(),
+            // How long an agent may take to come back is between it and its enrolment.
+            KeyOver::Agent => true,
+            KeyOver::Unspecified => false,
+        };
+        if !is_over {
+            at.violates("agent-key", format_args!("{} of {} is not over", ended.name, ended.agent));
+        }
+        key.newest.key_id.clear();
+    }
+
+    /// Nothing signs with these: of a past epoch, or of an agent that does not come back.
+    pub(super) fn forgotten(&mut self, gone: &AgentKeysForgotten, agents: &Agents, at: &mut At<'_>) {
+        for name in &gone.names {
+            let Some(found) = self.named(&gone.agent, gone.epoch, name, agents) else {
+                at.violates("agent-key", format_args!("no key {name:.64} of {:.80}", gone.agent));
+                continue;
+            };
+            let key = &mut self.keys[found];
+            let is_over = match gone.cause() {
+                KeyOver::Epoch => agents.epoch(key.slot) > key.epoch,
+                KeyOver::Agent => key.newest.expires_unix_seconds <= at.time.seconds() || !agents.admits(key.slot, key.epoch),
+                KeyOver::Expired | KeyOver::Unspecified => false,
+            };
+            if !is_over && key.state != KeyState::Destroyed {
+                at.violates("agent-key", format_args!("{name} of {} is not over", gone.agent));
+            }
+            key.state = KeyState::Destroyed;
+        }
     }
 
     fn named(&self, agent: &str, epoch: u32, name: &str, agents: &Agents) -> Option<usize> {

@@ -283,6 +283,8 @@ impl Verifier {
             }
             Body::AgentKeysRewrapped(rewrapped) => self.agent_keys.rewrapped(rewrapped, &self.authorities, &self.agents, at),
             Body::AgentKeyDisabled(ended) => self.agent_keys.disabled(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
+            Body::AgentKeyObjectEnded(ended) => self.agent_keys.object_ended(ended, &self.agents, at),
+            Body::AgentKeysForgotten(gone) => self.agent_keys.forgotten(gone, &self.agents, at),
             Body::AgentKeyDestroyed(ended) => self.agent_keys.destroyed(&ended.agent, ended.epoch, &ended.name, &self.agents, at),
             Body::SignIntended(intent) => {
                 let signer = self.agent_keys.sign_intended(intent, &self.agents, at);

@@ -1,0 +1,107 @@
+//! What is over leaves nothing behind but its entries: objects in the token that nothing signs with any more, and the rows of epochs that
+//! are past. A little at a time, round and round.
+
+use std::sync::Arc;
+
+use crate::ledger::{KeyOf, ResidentKey};
+use crate::model::{AgentId, KeyId, Refusal, UnixTime};
+use crate::proto::{KeyOver, KeyState, KeyStorage};
+
+use super::Acts;
+
+/// Resident keys that are looked at in one go.
+const KEYS: u32 = 256;
+/// Agents and epochs that are looked at in one go.
+const EPOCHS: usize = 64;
+/// Rows that go with one entry.
+const ROWS: u32 = 64;
+/// A key that has expired, or whose agent cannot come back, keeps its object for so long, in seconds: a clock may have been wrong.
+const GRACE_SECONDS: u64 = 3600;
+
+/// How far a round has come.
+#[derive(Debug, Default)]
+pub struct Round {
+    resident: Option<KeyId>,
+    epoch: Option<(AgentId, u32)>,
+}
+
+impl Acts {
+    /// A step of the round: resident keys whose epoch is over or that have expired lose their objects; of epochs that are over the rows go.
+    /// Whoever signs or verifies meets none of them any more. Each is an entry first: what a crash or a token that is away leaves undone is
+    /// done in a later round.
+    ///
+    /// # Errors
+    /// `CLOCK_UNTRUSTED`: then nothing is ended by it; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
+    pub async fn end_what_is_over(&self, round: &mut Round) -> Result<(), Refusal> {
+        let now = self.trusted_now()?;
+        self.end_objects(round, now).await?;
+        self.forget_epochs(round, now).await
+    }
+
+    async fn end_objects(&self, round: &mut Round, now: UnixTime) -> Result<(), Refusal> {
+        let token = self.keys.token()?;
+        let after = round.resident;
+        let (found, left) =
+            self.read(move |reader| Ok((reader.resident_keys(after, KEYS)?, reader.keys_being_destroyed()?))).await?;
+        round.resident = found.last().filter(|_| found.len() == KEYS as usize).map(|last| last.id);
+        let over = self.ledger.over(found.iter().map(|key| (&key.of.agent, key.of.epoch)), now, GRACE_SECONDS);
+        for (key, over) in found.into_iter().zip(over) {
+            let expired = key.expires.plus_seconds(GRACE_SECONDS) < now;
+            let Some(cause) = over.or(expired.then_some(KeyOver::Expired)) else { continue };
+            if let Err(refusal) = self.end_object(key, cause, now).await {
+                tracing::debug!(?refusal, "a resident key that is over stays for a while");
+            }
+        }
+        // What could not be destroyed when it ended.
+        self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
+        Ok(())
+    }
+
+    async fn end_object(&self, ResidentKey { id, of, .. }: ResidentKey, cause: KeyOver, now: UnixTime) -> Result<(), Refusal> {
+        let token = self.keys.token()?;
+        let loaded = self.load_key(&of).await?;
+        // It may be rotated or destroyed right now: then its object goes with that.
+        let _changing = Arc::clone(&loaded.changing).lock_owned().await;
+        if loaded.key.state() == KeyState::Destroyed {
+            return Ok(());
+        }
+        let newest = loaded.key.newest()?;
+        // As it was recorded, and not as it is listed.
+        let expired = newest.expires.plus_seconds(GRACE_SECONDS) < now;
+        if newest.key_id != id || (cause == KeyOver::Expired && !expired) {
+            return Ok(());
+        }
+        tracing::info!(agent = %of.agent, epoch = of.epoch, key = %of.name, cause = cause.as_str_name(), "a resident key is over");
+        self.ledger.end_key_object(&loaded.key, id, cause).await?;
+        self.ledger.seal_signatures(&loaded.key);
+        loaded.unbind();
+        self.destroy_objects(&token, vec![(id, KeyStorage::Resident)]).await;
+        Ok(())
+    }
+
+    async fn forget_epochs(&self, round: &mut Round, now: UnixTime) -> Result<(), Refusal> {
+        let after = round.epoch.clone();
+        let found = self.read(move |reader| reader.key_epochs(after.as_ref(), EPOCHS)).await?;
+        round.epoch = found.last().filter(|_| found.len() == EPOCHS).cloned();
+        let over = self.ledger.over(found.iter().map(|(agent, epoch)| (agent, *epoch)), now, GRACE_SECONDS);
+        for ((agent, epoch), over) in found.into_iter().zip(over) {
+            if let Some(cause) = over {
+                self.forget(agent, epoch, cause, now).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn forget(&self, agent: AgentId, epoch: u32, cause: KeyOver, now: UnixTime) -> Result<(), Refusal> {
+        let whose = agent.clone();
+        let mut keys = self.read(move |reader| reader.keys_without_object(&whose, epoch, ROWS)).await?;
+        // Where the epoch is not past, messages verify by what was signed in it.
+        let verifies = |of: &KeyOf, expires: UnixTime| self.ledger.admits(&of.agent, of.epoch).is_ok() && expires > now;
+        keys.retain(|key| !key.versions.iter().any(|version| verifies(&key.of, version.expires)));
+        if keys.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(%agent, epoch, keys = keys.len(), cause = cause.as_str_name(), "keys of an epoch that is over are forgotten");
+        self.ledger.forget_keys(&agent, epoch, &keys, cause).await.map(drop)
+    }
+}

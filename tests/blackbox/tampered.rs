@@ -1,0 +1,224 @@
+//! Who can write to the ledger's file, but has neither a token's PIN nor a key, gains no key by it.
+
+use keyward::proto::{
+    AgentKeyVersion, CreateKeyRequest, KeyPurpose, KeyStorage, VerifyRequest, entry::Body, get_jwks_request, verify_request,
+};
+use prost::Message as _;
+use rusqlite::{Connection, params};
+
+use crate::house::House;
+use crate::house::keys::{digest, wish};
+use crate::house::wire::{Identity, refused};
+
+/// A key's row, as the file has it.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Row {
+    #[prost(int32, tag = "1")]
+    purpose: i32,
+    #[prost(int32, tag = "2")]
+    algorithm: i32,
+    #[prost(int32, tag = "3")]
+    storage_asked: i32,
+    #[prost(int32, tag = "4")]
+    accounting: i32,
+    #[prost(uint64, tag = "5")]
+    signatures_max: u64,
+    #[prost(uint32, tag = "6")]
+    ttl_seconds: u32,
+    #[prost(message, repeated, tag = "7")]
+    versions: Vec<Version>,
+    #[prost(uint64, optional, tag = "8")]
+    created: Option<u64>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Version {
+    #[prost(message, optional, tag = "1")]
+    version: Option<AgentKeyVersion>,
+    #[prost(bytes = "vec", tag = "2")]
+    wrapped: Vec<u8>,
+    #[prost(uint64, optional, tag = "5")]
+    entry: Option<u64>,
+}
+
+fn file(house: &House) -> Connection {
+    Connection::open(house.state().join("keyward.db")).unwrap()
+}
+
+fn row(db: &Connection, agent: &str, name: &str) -> Row {
+    let of = params![agent, name];
+    let bytes: Vec<u8> = db.query_row("SELECT row FROM agent_key WHERE agent = ?1 AND name = ?2", of, |row| row.get(0)).unwrap();
+    Row::decode(bytes.as_slice()).unwrap()
+}
+
+fn write(db: &Connection, agent: &str, name: &str, row: &Row) {
+    let of = params![agent, name, row.encode_to_vec()];
+    assert_eq!(db.execute("UPDATE agent_key SET row = ?3 WHERE agent = ?1 AND name = ?2", of).unwrap(), 1);
+}
+
+fn version(row: &mut Row) -> &mut AgentKeyVersion {
+    row.versions[0].version.as_mut().unwrap()
+}
+
+type Change = fn(&mut Row, &Row);
+
+/// Each to a key of its own; with the row of somebody else's key at hand.
+const CHANGES: [(&str, Change); 15] = [
+    ("version", |own, other| own.versions = other.versions.clone()),
+    ("version-as-own", |own, other| {
+        let entry = own.versions[0].entry;
+        own.versions = other.versions.clone();
+        own.versions[0].entry = entry;
+    }),
+    ("version-more", |own, other| {
+        own.versions.push(other.versions[0].clone());
+        version(own).number = 1;
+        own.versions[1].version.as_mut().unwrap().number = 2;
+    }),
+    ("whole", |own, other| *own = other.clone()),
+    ("purpose", |own, _| own.purpose = KeyPurpose::Jws.into()),
+    ("budget", |own, _| own.signatures_max = 0),
+    ("accounting", |own, _| own.accounting = 2),
+    ("life", |own, _| own.ttl_seconds += 1),
+    ("expires", |own, _| version(own).expires_unix_seconds += 1),
+    ("blob", |own, other| own.versions[0].wrapped = [&other.versions[0].wrapped[..], b"x"].concat()),
+    ("blob-wrapping", |own, _| version(own).wrapping_key_id = vec![7; 16]),
+    ("storage", |own, _| version(own).storage = KeyStorage::Session.into()),
+    ("twice", |own, _| own.versions.push(own.versions[0].clone())),
+    ("no-entry", |own, _| own.versions[0].entry = None),
+    ("not-made", |own, _| own.created = None),
+];
+
+#[test]
+fn a_keys_row_that_is_not_what_its_entry_says_signs_nothing() {
+    let mut house =
+        House::new().configured("limits", "resident_keys_per_agent = 64\nkey_changes_per_second = 1000").initialised().served();
+    let limited = |name: &str| CreateKeyRequest { signatures_max: 5, ..wish(name) };
+    {
+        let (mut own, mut other) =
+            (house.keys(&Identity::of(&house.attested("builder/1"))), house.keys(&Identity::of(&house.attested("builder/2"))));
+        other.create(limited("other")).unwrap();
+        for (name, _) in CHANGES {
+            own.create(limited(name)).unwrap();
+        }
+        own.create(limited("good")).unwrap();
+        own.rotate("good", 0).unwrap();
+    }
+    assert_eq!(house.stop(), 0);
+    {
+        let db = file(&house);
+        let other = row(&db, "builder/2", "other");
+        for (name, change) in CHANGES {
+            let before = row(&db, "builder/1", name);
+            let mut changed = before.clone();
+            change(&mut changed, &other);
+            // A token that does not wrap gives no blobs to change, and no wrapping keys.
+            if changed == before || other.versions[0].wrapped.is_empty() && name.starts_with("blob") {
+                continue;
+            }
+            write(&db, "builder/1", name, &changed);
+        }
+    }
+    house.serve();
+    let wraps = !row(&file(&house), "builder/2", "other").versions[0].wrapped.is_empty();
+    {
+        let mut own = house.keys(&Identity::of(&house.agent("builder/1")));
+        own.sign("good", digest(b"x")).unwrap();
+        for (name, _) in CHANGES.iter().filter(|(name, _)| wraps || !name.starts_with("blob")) {
+            let refusal = refused(own.sign(name, digest(b"x")), "KEY_NOT_AS_RECORDED");
+            assert_eq!(refusal.code, tonic::Code::DataLoss, "{name}");
+        }
+        own.sign("good", digest(b"x")).unwrap();
+        // An operator takes it away, and with it nothing of what it was made to look like.
+        refused(own.destroy("", "version"), "KEY_NOT_AS_RECORDED");
+        assert!(house.operator_keys().destroy("builder/1", "version").unwrap() > 0);
+        refused(own.sign("version", digest(b"x")), "KEY_DESTROYED");
+        house.keys(&Identity::of(&house.agent("builder/2"))).sign("other", digest(b"x")).unwrap();
+    }
+    assert!(house.log().contains("a key's row was changed by somebody else"), "an operator hears of it");
+    let entries = house.stopped_entries();
+    let told = |body: &&Body| matches!(body, Body::Refused(refused) if refused.reason().as_str_name() == "KEY_NOT_AS_RECORDED");
+    assert!(entries.iter().filter(told).count() >= 5, "each is an entry, up to five a second");
+    house.verify().ok();
+}
+
+#[test]
+fn a_keys_row_that_is_not_what_its_entry_says_verifies_nothing_and_is_published_nowhere() {
+    let mut house = House::serving();
+    let for_jws = |name: &str| CreateKeyRequest { purpose: KeyPurpose::Jws.into(), ..wish(name) };
+    let mut tokens = Vec::new();
+    {
+        let (mut own, mut other) =
+            (house.keys(&Identity::of(&house.attested("builder/1"))), house.keys(&Identity::of(&house.attested("builder/2"))));
+        own.create(for_jws("forged")).unwrap();
+        own.create(for_jws("good")).unwrap();
+        other.create(for_jws("other")).unwrap();
+        tokens.push(other.jws("other", "{}").unwrap());
+        tokens.push(own.jws("good", "{}").unwrap());
+    }
+    assert_eq!(house.stop(), 0);
+    {
+        // What the other signs is to count as builder/1's.
+        let db = file(&house);
+        let other = row(&db, "builder/2", "other");
+        let kid = &other.versions[0].version.as_ref().unwrap().kid;
+        write(&db, "builder/1", "forged", &other);
+        let moved = db.execute("UPDATE agent_kid SET agent = 'builder/1', name = 'forged' WHERE kid = ?1", [kid]);
+        assert_eq!(moved.unwrap(), 1);
+    }
+    house.serve();
+    let received = |token: &String| VerifyRequest {
+        agent: String::new(),
+        message: Some(verify_request::Message::Jws(verify_request::Jws { token: token.clone(), ..Default::default() })),
+    };
+    {
+        let mut reader = house.keys(&Identity::of(&house.agent("builder/2")));
+        refused(reader.verify(received(&tokens[0])), "KID_UNKNOWN");
+        assert_eq!(reader.verify(received(&tokens[1])).unwrap().agent, "builder/1");
+        let of = get_jwks_request::Of::Agent("builder/1".to_owned());
+        assert_eq!(reader.kids(of).unwrap().len(), 1, "the good one");
+        assert_eq!(reader.kids(get_jwks_request::Of::Class("builder".to_owned())).unwrap().len(), 2);
+    }
+    let entries = house.stopped_entries();
+    let counted = |body: &&Body| match body {
+        Body::RefusalsCounted(sealed) => sealed.counts.iter().any(|one| one.reason().as_str_name() == "KEY_NOT_AS_RECORDED"),
+        _ => false,
+    };
+    assert!(entries.iter().any(|body| counted(&body)), "it is counted in the book");
+}
+
+#[test]
+fn an_entry_that_was_changed_with_the_row_is_found_by_its_leaf() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(CreateKeyRequest { signatures_max: 200, ..wish("a") }).unwrap();
+        keys.create(wish("b")).unwrap();
+        // Its tile is complete then.
+        for number in 0_u32..140 {
+            keys.sign("b", digest(&number.to_be_bytes())).unwrap();
+        }
+    }
+    assert_eq!(house.stop(), 0);
+    {
+        let db = file(&house);
+        let mut changed = row(&db, "builder/1", "a");
+        let index = changed.created.unwrap();
+        let bytes: Vec<u8> =
+            db.query_row("SELECT bytes FROM entry WHERE idx = ?1", [index.cast_signed()], |row| row.get(0)).unwrap();
+        let mut entry = keyward::proto::Entry::decode(bytes.as_slice()).unwrap();
+        let Some(Body::AgentKeyCreated(created)) = &mut entry.body else { panic!("{entry:?}") };
+        created.signatures_max = 300;
+        changed.signatures_max = 300;
+        db.execute("UPDATE entry SET bytes = ?2 WHERE idx = ?1", params![index.cast_signed(), entry.encode_to_vec()]).unwrap();
+        write(&db, "builder/1", "a", &changed);
+    }
+    house.serve();
+    {
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
+        refused(keys.sign("a", digest(b"x")), "KEY_NOT_AS_RECORDED");
+        keys.sign("b", digest(b"x")).unwrap();
+    }
+    assert_eq!(house.stop(), 0);
+    house.verify().exits(6);
+}

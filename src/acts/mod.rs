@@ -49,7 +49,9 @@ pub use crl::Crl;
 pub use due::Arrow;
 pub use enrol::JoinTerms;
 pub use init::{Initialised, Root, initialise};
-pub use key::{AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, Round, SignaturesMade, Signer};
+pub use key::{
+    AgentKeys, Content, JwksOf, KeyShown, KeyToken, KeyWish, Message, Rewrap, Round, SignaturesMade, Signer, key_purpose_name,
+};
 pub use keys::Tokens;
 pub use reconcile::{Stray, Unwanted};
 pub use unlock::unlock;

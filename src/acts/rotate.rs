@@ -162,12 +162,13 @@ impl Acts {
         keys::reconcile(&self.ledger, tokens).await
     }
 
-    /// An operator wants an authority replaced. Goes as far as it can go now; gives the new generation's key.
+    /// An operator wants an authority replaced. Goes as far as it can go now; gives the new generation's key, and whether it was on its way
+    /// as soon as this before.
     ///
     /// # Errors
-    /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY`,
-    /// and those of its own arrows: what was planned stays planned, but one whose key the token has lost (`KEY_LOST`).
-    pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<KeyId, Refusal> {
+    /// `MALFORMED_REQUEST` for a purpose that does not rotate, `NO_SUCH_AUTHORITY_HERE`, `ROTATION_PAUSED`, `ROTATION_UNDER_WAY` (without `now`,
+    /// or for too many), and those of its own arrows: what was planned stays planned, but one whose key the token has lost (`KEY_LOST`).
+    pub async fn rotate(&self, operator: &Operator, purpose: Purpose, now: bool, reason: &str) -> Result<(KeyId, bool), Refusal> {
         use Purpose::{Issuing, Ledger, Root, TokenSigning, Wrapping};
         if !matches!(purpose, Root | Issuing | Ledger | TokenSigning | Wrapping) {
             let advice = "name one that rotates: root, issuing, ledger, token-signing or wrapping";
@@ -192,15 +193,16 @@ impl Acts {
             return Err(Refusal::new(Reason::RotationUnderWay, advice));
         }
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
-        let key_id = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
-            Some(coming) if now && !coming.now => {
+        let (key_id, already) = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
+            Some(coming) if now && coming.now => (coming.key_id, true),
+            Some(coming) if now => {
                 self.record_step(AuthorityStepped { to: coming.state.into(), ..step(coming, &wish) }).await?;
-                coming.key_id
+                (coming.key_id, false)
             }
-            _ => self.plan(purpose, wish).await?,
+            _ => (self.plan(purpose, wish).await?, false),
         };
         self.take_arrows().await?.of(&key_id)?;
-        Ok(key_id)
+        Ok((key_id, already))
     }
 
     /// A key may be in other hands. Goes as far as it can go now; gives the entry.
@@ -216,26 +218,35 @@ impl Acts {
         Ok(index)
     }
 
-    /// No arrow is taken until the resumption, but those that follow from a taint. Gives the entry.
+    /// No arrow is taken until the resumption, but those that follow from a taint. Gives the entry; none where an operator holds it up
+    /// already.
     ///
     /// # Errors
     /// `LEDGER_UNAVAILABLE`.
-    pub async fn pause_rotation(&self, operator: &Operator, reason: &str) -> Result<u64, Refusal> {
+    pub async fn pause_rotation(&self, operator: &Operator, reason: &str) -> Result<Option<u64>, Refusal> {
         let _one = self.rotating.lock().await;
-        self.ledger.record(Body::RotationPaused(proto::RotationPaused { by: Some(operator.signs(reason)) })).await
+        if self.ledger.is_rotation_paused() {
+            return Ok(None);
+        }
+        let paused = proto::RotationPaused { by: Some(operator.signs(reason)) };
+        self.ledger.record(Body::RotationPaused(paused)).await.map(Some)
     }
 
-    /// Arrows are taken again. Gives the entry.
+    /// Arrows are taken again. Gives the entry; none where nobody holds it up.
     ///
     /// # Errors
     /// `LEDGER_UNAVAILABLE`; `ROTATION_PAUSED` when it is the configuration that holds it up.
-    pub async fn resume_rotation(&self, operator: &Operator, reason: &str) -> Result<u64, Refusal> {
+    pub async fn resume_rotation(&self, operator: &Operator, reason: &str) -> Result<Option<u64>, Refusal> {
         if self.rotation.paused {
             let advice = "the configuration holds it up: [rotation] paused; change it and restart the daemon";
             return Err(Refusal::new(Reason::RotationPaused, advice));
         }
         let _one = self.rotating.lock().await;
-        self.ledger.record(Body::RotationResumed(proto::RotationResumed { by: Some(operator.signs(reason)) })).await
+        if !self.ledger.is_rotation_paused() {
+            return Ok(None);
+        }
+        let resumed = proto::RotationResumed { by: Some(operator.signs(reason)) };
+        self.ledger.record(Body::RotationResumed(resumed)).await.map(Some)
     }
 
     /// A generation to come, under an id that is nobody's yet.

@@ -1,7 +1,7 @@
 //! Authorities, their rotation and the strays of the tokens, as the wire has them.
 
 use crate::acts::{Acts, Arrow, Stray};
-use crate::ledger::Generation;
+use crate::ledger::{Generation, Pause};
 use crate::model::KeyId;
 use crate::proto::{self, AuthorityState};
 
@@ -33,6 +33,10 @@ fn authority(acts: &Acts, of: Generation, next: Option<Arrow>) -> proto::Authori
         csr: request.map(|(_, der)| der).unwrap_or_default(),
         keys_left: acts.keys_left_under(of.key_id),
     }
+}
+
+pub(super) fn pause(pause: Pause) -> proto::RotationPause {
+    proto::RotationPause { by: pause.by, since_unix_seconds: pause.since.map_or(0, |since| since.seconds()) }
 }
 
 pub(super) fn stray(stray: Stray) -> proto::Stray {

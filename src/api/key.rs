@@ -1,4 +1,4 @@
-//! KeyService, on both faces: an agent has its own keys, an operator ends and lists those of any.
+//! KeyService, on both faces: an agent has its own keys, an operator ends and lists those of any, and both learn by which to verify.
 
 use std::sync::Arc;
 
@@ -315,7 +315,7 @@ impl KeyService for Keys {
     }
 
     async fn get_jwks(&self, request: Request<proto::GetJwksRequest>) -> Result<Response<proto::GetJwksResponse>, Status> {
-        let connection = owner(&request)?;
+        let caller = caller(&request)?;
         let proto::GetJwksRequest { of, after } = request.into_inner();
         let of = match of {
             Some(proto::get_jwks_request::Of::Agent(agent)) => JwksOf::Agent(agent_id(&agent)?),
@@ -325,7 +325,11 @@ impl KeyService for Keys {
             }
             _ => return Err(refuse(Reason::MalformedRequest, "name an agent as <class>/<instance>, or a class")),
         };
-        let (jwks, next) = told(self.acts.jwks(&connection, of, &after).await)?;
+        let page = match caller {
+            Caller::Agent(connection) => self.acts.jwks_for_agent(&connection, of, &after).await,
+            Caller::Operator(_) => self.acts.jwks(of, &after).await,
+        };
+        let (jwks, next) = told(page)?;
         Ok(Response::new(proto::GetJwksResponse { jwks, next: next.unwrap_or_default() }))
     }
 }

@@ -180,7 +180,8 @@ impl OperatorService for Operators {
     ) -> Result<Response<proto::GetAuthoritiesResponse>, Status> {
         operator(&request)?;
         let (authorities, rotation_paused) = (authorities::list(&self.acts), self.acts.is_rotation_paused());
-        Ok(Response::new(proto::GetAuthoritiesResponse { authorities, rotation_paused }))
+        let pause = self.acts.ledger().rotation_pause().map(authorities::pause);
+        Ok(Response::new(proto::GetAuthoritiesResponse { authorities, rotation_paused, pause }))
     }
 
     async fn get_crl(&self, request: Request<proto::GetCrlRequest>) -> Result<Response<proto::GetCrlResponse>, Status> {
@@ -198,8 +199,8 @@ impl OperatorService for Operators {
         let (ask, acts) = (request.into_inner(), Arc::clone(&self.acts));
         let purpose = ask.purpose();
         let (now, reason) = (ask.now, checked_reason(ask.reason)?);
-        let key = act(async move { acts.rotate(&operator, purpose, now, &reason).await }).await?;
-        Ok(Response::new(proto::RotateResponse { authority: authorities::one(&self.acts, key) }))
+        let (key, already) = act(async move { acts.rotate(&operator, purpose, now, &reason).await }).await?;
+        Ok(Response::new(proto::RotateResponse { authority: authorities::one(&self.acts, key), already }))
     }
 
     async fn adopt(&self, request: Request<proto::AdoptRequest>) -> Result<Response<proto::AdoptResponse>, Status> {
@@ -224,8 +225,8 @@ impl OperatorService for Operators {
     ) -> Result<Response<proto::PauseRotationResponse>, Status> {
         let operator = operator(&request)?;
         let (reason, acts) = (checked_reason(request.into_inner().reason)?, Arc::clone(&self.acts));
-        let ledger_index = act(async move { acts.pause_rotation(&operator, &reason).await }).await?;
-        Ok(Response::new(proto::PauseRotationResponse { ledger_index }))
+        let index = act(async move { acts.pause_rotation(&operator, &reason).await }).await?;
+        Ok(Response::new(proto::PauseRotationResponse { ledger_index: index.unwrap_or(0) }))
     }
 
     async fn resume_rotation(
@@ -234,8 +235,8 @@ impl OperatorService for Operators {
     ) -> Result<Response<proto::ResumeRotationResponse>, Status> {
         let operator = operator(&request)?;
         let (reason, acts) = (checked_reason(request.into_inner().reason)?, Arc::clone(&self.acts));
-        let ledger_index = act(async move { acts.resume_rotation(&operator, &reason).await }).await?;
-        Ok(Response::new(proto::ResumeRotationResponse { ledger_index }))
+        let index = act(async move { acts.resume_rotation(&operator, &reason).await }).await?;
+        Ok(Response::new(proto::ResumeRotationResponse { ledger_index: index.unwrap_or(0) }))
     }
 
     async fn reconcile(&self, request: Request<proto::ReconcileRequest>) -> Result<Response<proto::ReconcileResponse>, Status> {
@@ -271,7 +272,15 @@ impl OperatorService for Operators {
             0 => CANARIES,
             wanted => wanted.min(CANARIES_MAX) as usize,
         };
-        Ok(Response::new(proto::TestTokensResponse { checks: self.readiness.test_tokens(signatures).await }))
+        let mut checks = self.readiness.test_tokens(signatures).await;
+        // Where the ledger cannot be read the answer says less.
+        let Ok(known) = self.read(Reader::keys).await else { return Ok(Response::new(proto::TestTokensResponse { checks })) };
+        for check in checks.iter_mut().filter(|check| !check.key_id.is_empty()) {
+            let row = known.iter().find(|row| row.id.0[..] == check.key_id);
+            // Agents' keys have rows of their own.
+            check.purpose = row.map_or(proto::Purpose::Agent, |row| row.purpose).into();
+        }
+        Ok(Response::new(proto::TestTokensResponse { checks }))
     }
 
     async fn accept_clock(

@@ -97,7 +97,7 @@ impl Readiness {
             label: token.label,
             name: "open".to_owned(),
             error: token.fault,
-            micros: 0,
+            ..proto::TokenCheck::default()
         };
         let mut checks: Vec<_> = pending.into_iter().map(unopened).collect();
         for token in tokens {
@@ -196,6 +196,11 @@ fn token(status: TokenState) -> proto::TokenStatus {
             ed25519: status.capabilities.ed25519,
             session_keys: status.capabilities.session_keys,
             read_only_sessions: status.capabilities.read_only_sessions,
+            p384: status.capabilities.p384,
+            wrapped_keys: status.capabilities.wrapped_keys,
+            wrapped_ed25519: status.capabilities.wrapped_ed25519,
+            ps256: status.capabilities.ps256,
+            wrapped_ps256: status.capabilities.wrapped_ps256,
             sessions_max: status.capabilities.sessions_max.map_or(0, |most| most as u64),
         }),
     }
@@ -210,7 +215,8 @@ fn check(role: TokenRole, label: &str, check: Check) -> proto::TokenCheck {
         Ok(took) => (String::new(), u64::try_from(took.as_micros()).unwrap_or(u64::MAX)),
         Err(error) => (error.to_string(), 0),
     };
-    proto::TokenCheck { role: role.into(), label: label.to_owned(), name: check.name, error, micros }
+    let (role, label, key_id) = (role.into(), label.to_owned(), check.key.map_or_else(Vec::new, |key| key.0.to_vec()));
+    proto::TokenCheck { role, label, name: check.name, error, micros, key_id, ..proto::TokenCheck::default() }
 }
 
 fn cpu(ledger: &Ledger) -> proto::CpuParts {

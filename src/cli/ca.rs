@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Subcommand, ValueEnum};
 
 use super::agents::Daemon;
-use super::ca_list::{Authority, Certificate, List};
+use super::ca_list::{Authority, Certificate, List, Pause};
 use super::quarantine::reason;
 use super::render::pairs;
 use super::{EXIT_NOT_FOUND, Failure, Global, Output};
@@ -47,7 +47,7 @@ pub(super) enum Verb {
         /// Which.
         #[arg(value_enum)]
         purpose: Rotating,
-        /// Wait for no maintenance window; also for one that is on its way already.
+        /// Wait for no maintenance window. One that is on its way is hurried, and no other begun: it may be repeated.
         #[arg(long)]
         now: bool,
         /// Why; kept in the ledger, at most 256 characters.
@@ -92,14 +92,16 @@ pub(super) enum Verb {
         #[arg(long)]
         yes: bool,
     },
-    /// Hold up every rotation but what a taint asks for.
+    /// Hold up every rotation but what a taint asks for. `ca list` and `status` say who does, since when and why.
+    ///
+    /// Where somebody does already, that is said, and nothing is recorded.
     #[command(after_help = "Example:\n  keyward ca pause --reason 'change freeze'")]
     Pause {
         /// Why; kept in the ledger, at most 256 characters.
         #[arg(long, value_parser = reason)]
         reason: String,
     },
-    /// Rotate again. What became due meanwhile is done now: each authority once.
+    /// Rotate again. What became due meanwhile is done now: each authority once. Where nothing is paused, nothing is recorded.
     #[command(after_help = "Example:\n  keyward ca resume --reason 'freeze is over'")]
     Resume {
         /// Why; kept in the ledger, at most 256 characters.
@@ -141,8 +143,8 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Verb::List => {
             let answer = authorities(&mut daemon).await?;
             let list = List::of(&answer);
-            if list.rotation_paused {
-                output.say("rotation is paused, by an operator or in [rotation]: nothing moves but what is tainted; see `keyward ca resume`");
+            if let Some(pause) = &list.pause {
+                output.say(&format!("rotation is paused {}: nothing moves but what is tainted", pause.who()));
             }
             Ok(output.show(&list.authorities, |rows| List::table(rows))?)
         }
@@ -160,6 +162,9 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             }
             let request = proto::RotateRequest { purpose: proto::Purpose::from(purpose).into(), now, reason };
             let answer = daemon.service.rotate(request).await.map_err(|status| daemon.failed(&status))?.into_inner();
+            if answer.already {
+                output.say("this was under way before, and nothing else was begun:");
+            }
             told(answer.authority, output)
         }
         Verb::Adopt { issuing_certificate, root_certificate, reason } => {
@@ -180,12 +185,21 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Verb::Pause { reason } => {
             let request = proto::PauseRotationRequest { reason };
             let answer = daemon.service.pause_rotation(request).await.map_err(|status| daemon.failed(&status))?;
-            entry(answer.into_inner().ledger_index, "paused", output)
+            let ledger_index = answer.into_inner().ledger_index;
+            if ledger_index > 0 {
+                return entry(ledger_index, "rotation is paused", output);
+            }
+            let pause = Pause::of(&authorities(&mut daemon).await?);
+            let who = pause.as_ref().map(Pause::who).unwrap_or_default();
+            entry(0, &format!("rotation was paused before, {who}; nothing was recorded"), output)
         }
         Verb::Resume { reason } => {
             let request = proto::ResumeRotationRequest { reason };
             let answer = daemon.service.resume_rotation(request).await.map_err(|status| daemon.failed(&status))?;
-            entry(answer.into_inner().ledger_index, "resumed", output)
+            match answer.into_inner().ledger_index {
+                0 => entry(0, "rotation was not paused; nothing was recorded", output),
+                index => entry(index, "rotation is resumed", output),
+            }
         }
     }
 }
@@ -248,10 +262,12 @@ fn told(authority: Option<proto::Authority>, output: &mut Output) -> Result<(), 
     Ok(output.show(&row, Authority::text)?)
 }
 
+/// What was done, and its entry; without one it was so before.
 fn entry(ledger_index: u64, done: &str, output: &mut Output) -> Result<(), Failure> {
-    output.say(&format!("rotation is {done}"));
-    let entry = serde_json::json!({ "ledger_index": ledger_index });
-    Ok(output.show(&entry, |_| pairs(&[("ledger entry", ledger_index.to_string())]))?)
+    output.say(done);
+    let index = (ledger_index > 0).then_some(ledger_index);
+    let entry = serde_json::json!({ "already": index.is_none(), "ledger_index": index });
+    Ok(output.show(&entry, |_| index.map(|index| pairs(&[("ledger entry", index.to_string())])).unwrap_or_default())?)
 }
 
 fn csr_pem(der: &[u8]) -> String {

@@ -2,15 +2,44 @@
 
 use serde::Serialize;
 
-use super::describe::{purpose_name, state_name};
-use super::render::{pairs, table, time, time_or_null};
+use super::describe::{operator, purpose_name, state_name};
+use super::render::{brief, day, pairs, table, time, time_or_null};
 use crate::model::{Digest, UnixTime, hex};
 use crate::proto::{self, AuthorityState};
 
 /// All generations, and whether they move.
 pub(super) struct List {
     pub(super) authorities: Vec<Authority>,
-    pub(super) rotation_paused: bool,
+    pub(super) pause: Option<Pause>,
+}
+
+/// That nothing is rotated, as JSON has it: who holds it up.
+#[derive(Serialize)]
+pub(super) struct Pause {
+    in_configuration: bool,
+    since: Option<String>,
+    by: serde_json::Value,
+    #[serde(skip)]
+    who: String,
+}
+
+impl Pause {
+    pub(super) fn of(answer: &proto::GetAuthoritiesResponse) -> Option<Self> {
+        let told = answer.pause.as_ref();
+        let since = told.and_then(|told| time_or_null(told.since_unix_seconds));
+        let by = told.and_then(|told| told.by.as_ref());
+        let who = match (told, by, &since) {
+            (_, Some(by), Some(since)) => format!("since {since} by uid {}, {:?}; see `keyward ca resume`", by.uid, by.reason),
+            (Some(_), _, _) => "by an operator; see `keyward ca resume`".to_owned(),
+            (None, _, _) => "in the configuration, [rotation]".to_owned(),
+        };
+        answer.rotation_paused.then_some(Self { in_configuration: told.is_none(), since, by: operator(by), who })
+    }
+
+    /// By whom, since when and why; what ends it.
+    pub(super) fn who(&self) -> &str {
+        &self.who
+    }
 }
 
 /// One generation, as JSON has it.
@@ -33,6 +62,7 @@ pub(super) struct Authority {
 #[derive(Serialize)]
 pub(super) struct Rotation {
     paused: bool,
+    pause: Option<Pause>,
     awaits_certificate: bool,
     root_not_after: Option<String>,
     issuing_not_after: Option<String>,
@@ -46,6 +76,7 @@ impl Rotation {
         let end = |purpose| all.iter().find(|one| one.purpose == purpose && one.state == "active")?.not_after.clone();
         Self {
             paused: answer.rotation_paused,
+            pause: Pause::of(answer),
             awaits_certificate: all.iter().any(|one| one.awaits_certificate),
             root_not_after: end("root"),
             issuing_not_after: end("issuing"),
@@ -59,42 +90,38 @@ impl Rotation {
             Some(end) if *end <= self.now => format!("ENDED {end}: nothing under it is believed"),
             Some(end) => format!("until {end}"),
         };
-        let rotation = match (self.paused, self.awaits_certificate) {
-            (true, _) => "PAUSED, here or in [rotation]: nothing moves but what is tainted; `keyward ca resume`",
-            (false, true) => "WAITS FOR THE OUTSIDE ROOT: sign `keyward ca show --csr`, then `keyward ca adopt`",
-            (false, false) => "by itself; `keyward ca list` says when",
+        let rotation = match (&self.pause, self.awaits_certificate) {
+            (Some(pause), _) => format!("PAUSED {}: nothing moves but what is tainted", pause.who()),
+            (None, true) => "WAITS FOR THE OUTSIDE ROOT: sign `keyward ca show --csr`, then `keyward ca adopt`".into(),
+            (None, false) => "by itself; `keyward ca list` says when".into(),
         };
-        vec![("root", until(&self.root_not_after)), ("issuing", until(&self.issuing_not_after)), ("rotation", rotation.into())]
+        vec![("root", until(&self.root_not_after)), ("issuing", until(&self.issuing_not_after)), ("rotation", rotation)]
     }
 }
 
 impl List {
     pub(super) fn of(answer: &proto::GetAuthoritiesResponse) -> Self {
         let authorities = answer.authorities.iter().map(Authority::of).collect();
-        Self { authorities, rotation_paused: answer.rotation_paused }
+        Self { authorities, pause: Pause::of(answer) }
     }
 
     pub(super) fn table(rows: &[Authority]) -> String {
+        let now = UnixTime::wall();
         let cells = |one: &Authority| {
             let due = match (&one.next_due, one.next) {
                 _ if one.awaits_certificate => "ca adopt".into(),
-                (Some(due), _) => minutes(due),
+                (Some(due), _) => brief(due, now),
                 (None, Some(_)) if one.keys_left > 0 => format!("{} keys left", one.keys_left),
                 (None, Some(_)) => "waits".into(),
                 (None, None) => "-".into(),
             };
-            let not_after = one.not_after.as_deref().map_or_else(|| "-".into(), minutes);
+            let not_after = one.not_after.as_deref().map_or_else(|| "-".into(), |end| brief(end, now));
             let state = if one.tainted { format!("{}!", one.state) } else { one.state.to_owned() };
             let key = one.key_id.get(..8).unwrap_or_default().to_owned();
-            vec![one.purpose.to_owned(), state, key, minutes(&one.since), due, not_after]
+            vec![one.purpose.to_owned(), state, key, day(&one.since), due, not_after]
         };
         table(&["PURPOSE", "STATE", "KEY ID", "SINCE", "NEXT STEP DUE", "NOT AFTER"], &rows.iter().map(cells).collect::<Vec<_>>())
     }
-}
-
-/// To the minute: what a table has room for.
-fn minutes(time: &str) -> String {
-    time.get(..16).map_or_else(|| time.to_owned(), |start| format!("{start}Z"))
 }
 
 impl Authority {
@@ -202,7 +229,14 @@ mod tests {
     fn rotation() -> Rotation {
         let end = Some("2027-01-15T08:00:00Z".to_owned());
         let now = "2027-01-15T07:59:59Z".to_owned();
-        Rotation { paused: false, awaits_certificate: false, root_not_after: end.clone(), issuing_not_after: end, now }
+        Rotation {
+            paused: false,
+            pause: None,
+            awaits_certificate: false,
+            root_not_after: end.clone(),
+            issuing_not_after: end,
+            now,
+        }
     }
 
     fn told(rotation: &Rotation) -> String {
@@ -220,7 +254,15 @@ mod tests {
     fn whoever_has_to_act_is_told() {
         assert!(told(&rotation()).contains("rotation by itself"));
         assert!(told(&Rotation { awaits_certificate: true, ..rotation() }).contains("`keyward ca adopt`"));
-        let paused = Rotation { paused: true, awaits_certificate: true, ..rotation() };
-        assert!(told(&paused).contains("`keyward ca resume`"));
+        let paused = |pause| {
+            let answer = proto::GetAuthoritiesResponse { rotation_paused: true, pause, ..Default::default() };
+            told(&Rotation { awaits_certificate: true, ..Rotation::of(&answer) })
+        };
+        let by = proto::Operator { uid: 1000, reason: "change freeze".into() };
+        let text = paused(Some(proto::RotationPause { by: Some(by), since_unix_seconds: 1_800_000_000 }));
+        let words = ["PAUSED", "2027-01-15T08:00:00Z", "uid 1000", "\"change freeze\"", "`keyward ca resume`"];
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        assert!(paused(Some(proto::RotationPause::default())).contains("by an operator"), "a ledger of before says no more");
+        assert!(paused(None).contains("in the configuration"));
     }
 }

@@ -4,9 +4,10 @@ use serde_json::{Value, json};
 
 use super::describe::{algorithm_name, operator};
 use super::render::time;
+pub(super) use crate::acts::key_purpose_name as purpose_name;
 use crate::model::hex;
 use crate::proto::entry::Body;
-use crate::proto::{AgentKeyVersion, KeyAccounting, KeyOver, KeyPurpose, KeyStorage, RewrappedVersion};
+use crate::proto::{AgentKeyVersion, KeyAccounting, KeyOver, KeyStorage, RewrappedVersion};
 
 pub(super) fn body(body: &Body) -> (&'static str, Value) {
     match body {
@@ -61,18 +62,6 @@ fn version(version: &AgentKeyVersion) -> Value {
     json!({"number": version.number, "kid": version.kid, "key_id": hex(&version.key_id), "spki": hex(&version.spki),
            "storage": storage_name(version.storage()), "wrapped_sha256": hex(&version.wrapped_sha256),
            "wrapping_key_id": hex(&version.wrapping_key_id), "expires": time(version.expires_unix_seconds)})
-}
-
-/// What an agent's key signs.
-pub(super) fn purpose_name(purpose: KeyPurpose) -> &'static str {
-    match purpose {
-        KeyPurpose::Unspecified => "unknown",
-        KeyPurpose::Jws => "jws",
-        KeyPurpose::HttpMessageSignature => "http-message-signature",
-        KeyPurpose::Dpop => "dpop",
-        KeyPurpose::RawDigest => "raw-digest",
-        KeyPurpose::Tls => "tls",
-    }
 }
 
 fn over_name(cause: KeyOver) -> &'static str {

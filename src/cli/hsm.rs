@@ -8,6 +8,7 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 
 use super::agents::Daemon;
+use super::describe::purpose_name;
 use super::failure::EXIT_UNAVAILABLE;
 use super::hsm_reconcile::Unwanted;
 use super::hsm_status::{Token, role};
@@ -15,7 +16,7 @@ use super::render::table;
 use super::{Failure, Global, Output, hsm_reconcile, hsm_unlock, quarantine, status};
 use crate::config;
 use crate::hsm::{self, Modules, SlotSeen};
-use crate::proto::{TestTokensRequest, TokenCheck};
+use crate::proto::{Purpose, TestTokensRequest, TokenCheck};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -229,6 +230,7 @@ struct Checked {
     role: &'static str,
     label: String,
     check: String,
+    purpose: Option<&'static str>,
     passed: bool,
     error: Option<String>,
     micros: u64,
@@ -238,6 +240,7 @@ impl From<TokenCheck> for Checked {
     fn from(check: TokenCheck) -> Self {
         Self {
             role: role(check.role()),
+            purpose: (check.purpose() != Purpose::Unspecified).then(|| purpose_name(check.purpose())),
             passed: check.error.is_empty(),
             label: check.label,
             check: check.name,
@@ -256,7 +259,8 @@ async fn test(signatures: Option<u32>, global: &Global, output: &mut Output) -> 
         let cells = |check: &Checked| {
             let result =
                 check.error.clone().unwrap_or_else(|| format!("passed, {}.{:03} ms", check.micros / 1000, check.micros % 1000));
-            vec![check.role.to_owned(), check.label.clone(), check.check.clone(), result]
+            let of = check.purpose.map(|purpose| format!("{purpose} ")).unwrap_or_default();
+            vec![check.role.to_owned(), check.label.clone(), format!("{of}{}", check.check), result]
         };
         table(&["TOKEN", "LABEL", "CHECK", "RESULT"], &checks.iter().map(cells).collect::<Vec<_>>())
     })?;

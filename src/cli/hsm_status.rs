@@ -40,7 +40,11 @@ struct Fault {
 /// What was found out about a token when it was opened.
 #[derive(Serialize)]
 struct Capabilities {
+    algorithms: Vec<&'static str>,
     ed25519: bool,
+    p384: bool,
+    wrapped_keys: bool,
+    wrapped_algorithms: Vec<&'static str>,
     session_keys: bool,
     read_only_sessions: bool,
     sessions_max: Option<u64>,
@@ -78,8 +82,16 @@ impl From<TokenStatus> for Token {
 
 impl From<TokenCapabilities> for Capabilities {
     fn from(told: TokenCapabilities) -> Self {
+        // Without the first no token is opened. By the names that `keyward key create --algorithm` has.
+        let algorithms = [(true, "es256"), (told.p384, "es384"), (told.ed25519, "eddsa"), (told.ps256, "ps256")];
+        let wrapped = [true, told.p384, told.ed25519 && told.wrapped_ed25519, told.ps256 && told.wrapped_ps256];
+        let wrapped = algorithms.iter().zip(wrapped).filter(|(_, wrapped)| *wrapped && told.wrapped_keys);
         Self {
+            wrapped_algorithms: wrapped.map(|((_, name), _)| *name).collect(),
+            algorithms: algorithms.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect(),
             ed25519: told.ed25519,
+            p384: told.p384,
+            wrapped_keys: told.wrapped_keys,
             session_keys: told.session_keys,
             read_only_sessions: told.read_only_sessions,
             sessions_max: (told.sessions_max > 0).then_some(told.sessions_max),
@@ -95,9 +107,14 @@ impl Fault {
 
 impl Capabilities {
     fn text(&self) -> String {
-        let has =
-            [(self.ed25519, "Ed25519"), (self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
-        let mut words: Vec<String> = has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })).collect();
+        let wraps = match () {
+            () if !self.wrapped_keys => "wraps no keys".to_owned(),
+            () if self.wrapped_algorithms == self.algorithms => "wraps keys".to_owned(),
+            () => format!("wraps keys of {} alone", self.wrapped_algorithms.join(" ")),
+        };
+        let has = [(self.session_keys, "session keys"), (self.read_only_sessions, "read-only sessions")];
+        let mut words = vec![self.algorithms.join(" "), wraps];
+        words.extend(has.iter().map(|(has, what)| format!("{}{what}", if *has { "" } else { "no " })));
         words.push(self.sessions_max.map_or_else(|| "any number of sessions".into(), |most| format!("{most} sessions")));
         words.join(", ")
     }

@@ -27,6 +27,29 @@ struct Unlocked {
     unlocked: Vec<&'static str>,
     /// Those of them that a running daemon has logged in to.
     logged_in: Vec<&'static str>,
+    /// Those of them that refused the PIN again.
+    refused: Vec<&'static str>,
+    /// Those that somebody unlocked before, which no daemon has recorded yet: this unlock was not kept.
+    not_kept: Vec<&'static str>,
+}
+
+impl Unlocked {
+    fn text(&self) -> String {
+        let came_of = |name: &&'static str| match () {
+            () if self.logged_in.contains(name) => format!("{name}: logged in\n"),
+            () if self.refused.contains(name) => format!("{name}: unlocked, and the PIN refused again\n"),
+            () => format!("{name}: unlocked\n"),
+        };
+        let not_kept = self.not_kept.iter().map(|name| format!("{name}: unlocked before\n"));
+        self.unlocked.iter().map(came_of).chain(not_kept).collect()
+    }
+}
+
+/// What came of it.
+#[derive(Default)]
+struct Outcome {
+    logged_in: Vec<TokenRole>,
+    refused: Vec<TokenRole>,
 }
 
 /// Word that was left in the state directory.
@@ -45,7 +68,7 @@ pub(super) async fn run(which: Which, reason: &str, global: &Global, output: &mu
         None => Vec::new(),
     };
     let word = leave_word(which, reason, &state)?;
-    let mut logged_in = Vec::new();
+    let mut came = Outcome::default();
     let outcome = match daemon {
         _ if word.left.is_empty() => {
             output.say(if word.before.is_empty() { "no login was locked" } else { "nothing was unlocked" });
@@ -55,12 +78,16 @@ pub(super) async fn run(which: Which, reason: &str, global: &Global, output: &mu
             output.say("no daemon answers: it logs in again when it is started next");
             Ok(())
         }
-        Some(mut daemon) => follow(&mut daemon, &state, &word.left, &seen, &mut logged_in, output).await,
+        Some(mut daemon) => follow(&mut daemon, &state, &word.left, &seen, &mut came).await,
     };
     let names = |roles: &[TokenRole]| roles.iter().copied().map(role).collect();
-    output.show(&Unlocked { unlocked: names(&word.left), logged_in: names(&logged_in) }, |unlocked| {
-        unlocked.unlocked.iter().map(|name| format!("{name}\n")).collect()
-    })?;
+    let unlocked = Unlocked {
+        unlocked: names(&word.left),
+        logged_in: names(&came.logged_in),
+        refused: names(&came.refused),
+        not_kept: word.before.iter().map(|(of, _)| role(*of)).collect(),
+    };
+    output.show(&unlocked, Unlocked::text)?;
     outcome?;
     match word.before.first() {
         None => Ok(()),
@@ -112,30 +139,27 @@ async fn follow(
     state: &Path,
     of: &[TokenRole],
     seen: &[TokenStatus],
-    logged_in: &mut Vec<TokenRole>,
-    output: &mut Output,
+    came: &mut Outcome,
 ) -> Result<(), Failure> {
     let until = Instant::now() + OUTCOME_DEADLINE;
     let mut waiting = of.to_vec();
     loop {
         let now = tokens(daemon).await.map_err(|gone| gone.and_then_said("it logs in again when it is started next"))?;
-        let mut refused = None;
         waiting.retain(|one| {
             // Until it is recorded nothing comes of it.
             let recorded = matches!(hsm::asked_to_unlock(state, *one), Ok(None));
             let Some(token) = now.iter().find(|token| token.role() == *one).filter(|_| recorded) else { return true };
             if token.usable {
-                output.say(&format!("{}: logged in", role(*one)));
-                logged_in.push(*one);
+                came.logged_in.push(*one);
             } else if refusals(&now, *one) > refusals(seen, *one) {
-                refused = Some(*one);
+                came.refused.push(*one);
             } else {
                 return true;
             }
             false
         });
-        if let Some(one) = refused {
-            let message = format!("{}: the PIN was refused again; correct it, then `keyward hsm unlock` once more", role(one));
+        if let Some(one) = came.refused.first() {
+            let message = format!("{}: the PIN was refused again; correct it, then `keyward hsm unlock` once more", role(*one));
             return Err(Failure::new(EXIT_UNAVAILABLE, message));
         }
         let Some(one) = waiting.first() else { return Ok(()) };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::key_show::{KeyShown, Signed, Verified, keys_table};
+use super::key_show::{Ended, KeyShown, Signed, Verified, keys_table, public_key_pem};
 use super::{Failure, Global, Output, duration};
 use crate::client::key::Keys;
 use crate::model::{AgentId, KeyName, unhex};
@@ -64,7 +64,7 @@ pub(super) enum Verb {
     },
     /// Verify what an agent's key has signed, as an agent.
     ///
-    /// An HTTP message has to carry a nonce, and is accepted once; so is a DPoP proof, and a JWS with --audience.
+    /// An HTTP message is accepted once, by its nonce, or without one by what was signed; so are a DPoP proof and a JWS with --audience.
     #[command(
         after_help = "Examples:\n  keyward key verify --dir /run/coder --jws token.jws --audience https://api.example\n  keyward key verify --dir /run/coder --signer coder/8 --dpop proof.jws --method POST --uri https://api.example/token\n  keyward key verify --dir /run/coder --signature-input \"$INPUT\" --signature \"$SIGNATURE\" --component '@method=POST' --component '@authority=api.example'"
     )]
@@ -77,10 +77,22 @@ pub(super) enum Verb {
         #[command(flatten)]
         message: MessageArgs,
     },
-    /// List keys: an agent its own, an operator those of any agent.
+    /// Show a key of one's own: its terms, what it has signed, its versions that have not expired.
     #[command(
-        after_help = "Examples:\n  keyward key list --dir /run/coder\n  keyward key list --agent coder/7 --format json\n  keyward key list --dir /run/coder --format json | jq -r '.[] | select(.name == \"meter\").versions[0].spki' | xxd -r -p | openssl pkey -pubin -inform DER"
+        after_help = "Examples:\n  keyward key show tokens --dir /run/coder\n  keyward key show meter --dir /run/coder --pem > meter.pub"
     )]
+    Show {
+        /// The key.
+        #[arg(value_parser = name)]
+        name: String,
+        #[command(flatten)]
+        own: Own,
+        /// Print the newest version's public key as PEM (SubjectPublicKeyInfo).
+        #[arg(long)]
+        pem: bool,
+    },
+    /// List keys: an agent its own, an operator those of any agent.
+    #[command(after_help = "Examples:\n  keyward key list --dir /run/coder\n  keyward key list --agent coder/7 --format json")]
     List {
         #[command(flatten)]
         whose: Whose,
@@ -110,13 +122,12 @@ pub(super) enum Verb {
         #[command(flatten)]
         end: End,
     },
-    /// Print the keys by which an agent's signatures, or those of a class, verify (JWKS, RFC 7517).
-    #[command(
-        after_help = "Examples:\n  keyward key jwks --dir /run/coder --of coder/8\n  keyward key jwks --dir /run/coder --class coder"
-    )]
+    /// Print the keys by which an agent's signatures, or those of a class, verify (JWKS, RFC 7517): as an agent, or as an operator.
+    #[command(after_help = "Examples:\n  keyward key jwks --class coder\n  keyward key jwks --dir /run/coder --of coder/8")]
     Jwks {
-        #[command(flatten)]
-        own: Own,
+        /// Directory of the credentials of the agent that asks [default: an operator asks, over the daemon's socket].
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
         /// Whose.
         #[arg(long, value_parser = AgentId::parse, value_name = "AGENT", required_unless_present = "class")]
         of: Option<AgentId>,
@@ -203,7 +214,7 @@ pub(super) struct ContentArgs {
     /// dpop: SHA-256 of the access token, in hexadecimal.
     #[arg(long, value_name = "HEX", requires = "method")]
     token_sha256: Option<String>,
-    /// dpop, http-message-signature: nonce. `keyward key verify` asks one of HTTP messages.
+    /// dpop, http-message-signature: nonce. Without one, two HTTP messages that are the same within a second are one to a verifier.
     #[arg(long, value_name = "NONCE")]
     nonce: Option<String>,
     /// tls: sign as the server.
@@ -250,7 +261,7 @@ pub(super) struct MessageArgs {
     /// The tag that has to be there.
     #[arg(long, value_name = "TAG", requires = "signature_input")]
     tag: Option<String>,
-    /// The nonce that was given out [default: any].
+    /// The nonce that was given out [default: any, or none].
     #[arg(long, value_name = "NONCE")]
     nonce: Option<String>,
 }
@@ -365,6 +376,16 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             let listed = list(&whose, global).await?;
             Ok(output.show(&listed, |listed| keys_table(listed))?)
         }
+        Verb::Show { name, own, pem } => {
+            let mut keys = Keys::of_agent(&own.dir).await?;
+            let request = proto::GetPublicKeyRequest { key: name };
+            let answer = keys.service.get_public_key(request).await.map_err(|status| keys.failed(&status))?.into_inner();
+            let key = answer.key.ok_or_else(unanswered)?;
+            match key.versions.first() {
+                Some(newest) if pem => Ok(output.raw(public_key_pem(&newest.spki).as_bytes())?),
+                _ => Ok(output.show(&KeyShown::of(key), KeyShown::text_with_versions)?),
+            }
+        }
         Verb::Rotate { name, own } => {
             let mut keys = Keys::of_agent(&own.dir).await?;
             let request = proto::RotateKeyRequest { key: name, version: 0 };
@@ -377,7 +398,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             let request =
                 proto::DisableKeyRequest { agent, key: end.name.clone(), epoch: 0, reason: end.reason.unwrap_or_default() };
             let answer = keys.service.disable_key(request).await.map_err(|status| keys.failed(&status))?.into_inner();
-            ended(&end.name, "disabled", answer.ledger_index, output)
+            Ok(output.show(&Ended::of(&end.name, "disabled", answer.ledger_index), Ended::text)?)
         }
         Verb::Destroy { end } => {
             confirm(&end, "Destroy it? Nothing that it signed verifies any more.", global, output).await?;
@@ -385,10 +406,13 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             let request =
                 proto::DestroyKeyRequest { agent, key: end.name.clone(), epoch: 0, reason: end.reason.unwrap_or_default() };
             let answer = keys.service.destroy_key(request).await.map_err(|status| keys.failed(&status))?.into_inner();
-            ended(&end.name, "destroyed", answer.ledger_index, output)
+            Ok(output.show(&Ended::of(&end.name, "destroyed", answer.ledger_index), Ended::text)?)
         }
-        Verb::Jwks { own, of, class } => {
-            let mut keys = Keys::of_agent(&own.dir).await?;
+        Verb::Jwks { dir, of, class } => {
+            let mut keys = match dir {
+                Some(dir) => Keys::of_agent(&dir).await?,
+                None => Keys::of_operator(&global.socket()?).await?,
+            };
             let whose = match (of, class) {
                 (Some(agent), _) => proto::get_jwks_request::Of::Agent(agent.to_string()),
                 (None, class) => proto::get_jwks_request::Of::Class(class.unwrap_or_default()),
@@ -454,25 +478,13 @@ async fn confirm(end: &End, question: &str, global: &Global, output: &mut Output
     }
 }
 
+fn unanswered() -> Failure {
+    Failure::error("the daemon answered without a key")
+}
+
 fn show(key: Option<proto::Key>, output: &mut Output) -> Result<(), Failure> {
-    let key = key.ok_or_else(|| Failure::error("the daemon answered without a key"))?;
+    let key = key.ok_or_else(unanswered)?;
     Ok(output.show(&KeyShown::of(key), KeyShown::text)?)
-}
-
-#[derive(serde::Serialize)]
-struct Ended<'a> {
-    name: &'a str,
-    state: &'a str,
-    already: bool,
-    ledger_index: Option<u64>,
-}
-
-fn ended(name: &str, state: &str, ledger_index: u64, output: &mut Output) -> Result<(), Failure> {
-    let ended = Ended { name, state, already: ledger_index == 0, ledger_index: (ledger_index != 0).then_some(ledger_index) };
-    Ok(output.show(&ended, |ended| match ended.ledger_index {
-        Some(index) => format!("{} is {}, ledger entry {index}\n", ended.name, ended.state),
-        None => format!("{} was {} before\n", ended.name, ended.state),
-    })?)
 }
 
 fn hexadecimal(text: &str) -> Result<Vec<u8>, Failure> {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::Failure;
 use super::describe::algorithm_name;
 use super::describe_keys::{accounting_name, purpose_name, storage_name};
-use super::render::{pairs, table, time};
+use super::render::{brief, pairs, table, time};
 use crate::model::{UnixTime, hex};
 use crate::proto::{self, KeyAlgorithm, KeyState, signature::Form};
 
@@ -85,6 +85,22 @@ impl KeyShown {
             ("expires", newest.map_or("-".into(), |newest| newest.expires.clone())),
         ])
     }
+
+    /// With what still verifies beside the newest, where there is any.
+    pub(super) fn text_with_versions(&self) -> String {
+        if self.versions.len() < 2 {
+            return self.text();
+        }
+        let row = |one: &Version| vec![one.number.to_string(), one.kid.clone(), one.expires.clone()];
+        let versions = table(&["VERSION", "KID", "EXPIRES"], &self.versions.iter().map(row).collect::<Vec<_>>());
+        format!("{}\n{versions}", self.text())
+    }
+}
+
+/// SubjectPublicKeyInfo, in lines.
+pub(super) fn public_key_pem(spki: &[u8]) -> String {
+    let lf = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new("PUBLIC KEY", spki), lf)
 }
 
 /// By the names that `--algorithm` has.
@@ -117,6 +133,7 @@ fn state_name(state: KeyState) -> &'static str {
 }
 
 pub(super) fn keys_table(keys: &[KeyShown]) -> String {
+    let now = UnixTime::wall();
     let row = |key: &KeyShown| {
         let newest = key.versions.first();
         vec![
@@ -126,10 +143,33 @@ pub(super) fn keys_table(keys: &[KeyShown]) -> String {
             key.storage.into(),
             key.state.into(),
             newest.map_or("-".into(), |newest| newest.number.to_string()),
-            newest.map_or("-".into(), |newest| newest.expires.clone()),
+            newest.map_or("-".into(), |newest| brief(&newest.expires, now)),
         ]
     };
-    table(&["NAME", "PURPOSE", "ALGORITHM", "STORAGE", "STATE", "VERSION", "EXPIRES"], &keys.iter().map(row).collect::<Vec<_>>())
+    table(&["NAME", "PURPOSE", "ALG", "STORAGE", "STATE", "V", "EXPIRES"], &keys.iter().map(row).collect::<Vec<_>>())
+}
+
+/// A key that signs no more.
+#[derive(Serialize)]
+pub(super) struct Ended<'a> {
+    name: &'a str,
+    state: &'a str,
+    already: bool,
+    ledger_index: Option<u64>,
+}
+
+impl<'a> Ended<'a> {
+    /// Without an entry it was so before.
+    pub(super) fn of(name: &'a str, state: &'a str, ledger_index: u64) -> Self {
+        Self { name, state, already: ledger_index == 0, ledger_index: (ledger_index != 0).then_some(ledger_index) }
+    }
+
+    pub(super) fn text(&self) -> String {
+        match self.ledger_index {
+            Some(index) => format!("{} is {}, ledger entry {index}\n", self.name, self.state),
+            None => format!("{} was {} before\n", self.name, self.state),
+        }
+    }
 }
 
 /// The result alone is what a program wants; the rest is in the JSON.

@@ -147,6 +147,21 @@ pub fn time_or_null(unix_seconds: u64) -> Option<String> {
     (unix_seconds != 0).then(|| time(unix_seconds))
 }
 
+/// A time of RFC 3339 as a table has room for it: to the minute where it is less than two days from `now`, else to the day.
+pub(super) fn brief(time: &str, now: UnixTime) -> String {
+    const NEAR_SECONDS: u64 = 2 * 86_400;
+    let (from, to) = (now.minus_seconds(NEAR_SECONDS).to_string(), now.plus_seconds(NEAR_SECONDS).to_string());
+    match time.get(..16) {
+        Some(start) if *from <= *time && *time < *to => format!("{start}Z"),
+        _ => day(time),
+    }
+}
+
+/// Its day.
+pub(super) fn day(time: &str) -> String {
+    time.get(..10).unwrap_or(time).to_owned()
+}
+
 fn fit(widths: &mut [usize], at_most: usize) {
     let available = at_most.saturating_sub(GAP.len() * widths.len().saturating_sub(1));
     while widths.iter().sum::<usize>() > available {
@@ -218,6 +233,20 @@ mod tests {
     fn control_characters_do_not_reach_the_terminal() {
         assert!(!table(&["A"], &[row(&["\x1b[2Jgone"])]).contains('\x1b'));
         assert!(!pairs(&[("reason", "fine\x07".into())]).contains('\x07'));
+    }
+
+    #[test]
+    fn a_time_in_a_table_is_to_the_minute_when_it_is_near_and_else_to_the_day() {
+        let now = UnixTime::from_seconds(1_800_000_000);
+        for (text, wanted) in [
+            ("2027-01-15T08:00:00Z", "2027-01-15T08:00Z"),
+            ("2027-01-17T07:59:59Z", "2027-01-17T07:59Z"),
+            ("2027-01-17T08:00:00Z", "2027-01-17"),
+            ("2027-01-13T07:59:59Z", "2027-01-13"),
+            ("-", "-"),
+        ] {
+            assert_eq!(brief(text, now), wanted);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::keyring::Location;
 use super::modules::Modules;
 use super::probe::Capabilities;
 use super::{ADMIN_DEADLINE, Hsm, health, objects};
-use crate::model::Algorithm;
+use crate::model::{Algorithm, KeyId};
 use crate::proto::{KeyStorage, TokenRole};
 
 /// A token's state, for `keyward status`.
@@ -88,6 +88,8 @@ pub struct TokenSeen {
 pub struct Check {
     /// What was asked.
     pub name: String,
+    /// Of which key.
+    pub key: Option<KeyId>,
     /// How long it took, or what is wrong.
     pub outcome: Result<Duration, Error>,
 }
@@ -170,7 +172,7 @@ impl Hsm {
     pub async fn test(&self, signatures: usize) -> Vec<Check> {
         let token = &self.0;
         if let Err(error) = self.check_usable() {
-            return vec![Check { name: "in service".into(), outcome: Err(error) }];
+            return vec![Check { name: "in service".into(), key: None, outcome: Err(error) }];
         }
         let mut checks = Vec::new();
         if let Some(canary) = token.canary() {
@@ -185,7 +187,7 @@ impl Hsm {
                     }
                 }
             }
-            checks.push(Check { name: format!("{signatures} signatures"), outcome: longest });
+            checks.push(Check { name: format!("{signatures} signatures"), key: None, outcome: longest });
         }
         let mut keys = token.keyring.all();
         keys.sort_by_key(|key| key.id.0);
@@ -200,11 +202,11 @@ impl Hsm {
             {
                 key.set_trouble(Some(error.to_string()));
             }
-            checks.push(Check { name: format!("key {}", key.id), outcome: found.map(|_| from.elapsed()) });
+            checks.push(Check { name: format!("key {}", key.id), key: Some(key.id), outcome: found.map(|_| from.elapsed()) });
         }
         if checks.is_empty() {
             let session = token.errand(Instant::now() + ADMIN_DEADLINE, |_| Ok(())).await;
-            checks.push(Check { name: "a session".into(), outcome: session.map(|()| Duration::ZERO) });
+            checks.push(Check { name: "a session".into(), key: None, outcome: session.map(|()| Duration::ZERO) });
         }
         checks
     }

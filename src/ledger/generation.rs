@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 
+use prost::Message as _;
 use rusqlite::{Connection, Row as Fields, params};
 
 use crate::model::{KeyId, Reason, Refusal, UnixTime};
-use crate::proto::{AuthorityActivated, AuthorityStepped, AuthorityTainted};
+use crate::proto::{AuthorityActivated, AuthorityStepped, AuthorityTainted, Operator};
 use crate::proto::{AuthorityState as State, IntentKind, Purpose, entry::Body};
 
 use super::store::{Row, StoreError};
@@ -82,7 +83,36 @@ pub(super) struct Generations {
     /// Grows with every change of what is in the bundle, once there is a root in it: milliseconds since the Unix epoch, from the second
     /// bundle on.
     bundle_sequence: u64,
-    paused: bool,
+    paused: Option<Pause>,
+}
+
+/// That an operator holds up the rotation.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pause {
+    /// Who, and why; unknown in a file that was written before this was kept.
+    pub by: Option<Operator>,
+    /// Since when; unknown as well.
+    pub since: Option<UnixTime>,
+}
+
+impl Pause {
+    /// As the file has it: whether, in one byte; and eight bytes of seconds with the operator after them, which older files lack.
+    fn read(fact: &[u8], by: &[u8]) -> Option<Self> {
+        let known = by.split_first_chunk().and_then(|(since, by)| Some((u64::from_be_bytes(*since), Operator::decode(by).ok()?)));
+        (fact == [1]).then(|| match known {
+            Some((since, by)) => Self { by: Some(by), since: Some(UnixTime::from_seconds(since)) },
+            None => Self::default(),
+        })
+    }
+
+    fn rows(paused: Option<&Self>) -> Vec<Row> {
+        let known = paused.and_then(|paused| Some((paused.since?, paused.by.as_ref()?)));
+        let by = known.map(|(since, by)| [&since.seconds().to_be_bytes()[..], &by.encode_to_vec()].concat());
+        vec![
+            Row::Fact("rotation_paused", vec![u8::from(paused.is_some())]),
+            Row::Fact("rotation_paused_by", by.unwrap_or_default()),
+        ]
+    }
 }
 
 impl Generations {
@@ -99,7 +129,7 @@ impl Generations {
             by_key.insert(generation.key_id, generation);
         }
         let bundle_sequence = fact("bundle_sequence")?.and_then(|bytes| bytes.try_into().ok()).map_or(1, u64::from_be_bytes);
-        let paused = fact("rotation_paused")?.is_some_and(|bytes| bytes == [1]);
+        let paused = Pause::read(&fact("rotation_paused")?.unwrap_or_default(), &fact("rotation_paused_by")?.unwrap_or_default());
         Ok(Self { by_key, bundle_sequence, paused })
     }
 
@@ -111,8 +141,8 @@ impl Generations {
         self.bundle_sequence
     }
 
-    pub(super) fn paused(&self) -> bool {
-        self.paused
+    pub(super) fn paused(&self) -> Option<&Pause> {
+        self.paused.as_ref()
     }
 
     /// Whether a generation in this state signs this. A key that is no generation is one that `init` makes, while there is none in force
@@ -150,8 +180,11 @@ impl Generations {
                 planned.map(|planned| row(Generation { state: State::Destroyed, since: now, ..planned })).into_iter().collect()
             }
             Body::RotationPaused(_) | Body::RotationResumed(_) => {
-                self.paused = matches!(body, Body::RotationPaused(_));
-                return Ok(vec![Row::Fact("rotation_paused", vec![u8::from(self.paused)])]);
+                self.paused = match body {
+                    Body::RotationPaused(paused) => Some(Pause { by: paused.by.clone(), since: Some(now) }),
+                    _ => None,
+                };
+                return Ok(Pause::rows(self.paused.as_ref()));
             }
             _ => return Ok(Vec::new()),
         };
@@ -333,4 +366,23 @@ pub(super) fn read(row: &Fields<'_>) -> Result<Generation, StoreError> {
         tainted: row.get("tainted")?,
         now: row.get("now")?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_that_an_older_file_tells_of_holds() {
+        assert_eq!(Pause::read(&[1], &[]), Some(Pause::default()));
+        assert_eq!(Pause::read(&[0], &[]), None);
+        let pause = Pause { by: Some(Operator { uid: 7, reason: "r".into() }), since: Some(UnixTime::from_seconds(9)) };
+        let facts = Pause::rows(Some(&pause)).into_iter().map(|row| match row {
+            Row::Fact(_, value) => value,
+            other => panic!("{other:?}"),
+        });
+        let [whether, by] = <[Vec<u8>; 2]>::try_from(facts.collect::<Vec<_>>()).unwrap();
+        assert_eq!(Pause::read(&whether, &by), Some(pause));
+        assert_eq!(Pause::read(&[0], &by), None, "an older daemon has resumed it");
+    }
 }

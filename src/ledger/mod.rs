@@ -42,7 +42,7 @@ pub use agent_keys::{
     AgentKey, Ends, KeyOf, KeyPage, KeyTerms, KeyVersion, Reserved, ResidentKey, Rewrapped, StoredKey, VERSIONS_MAX,
     key_not_found, unread,
 };
-pub use generation::{Generation, outside_id};
+pub use generation::{Generation, Pause, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};
 pub use recover::{Opened, create};
 pub use standing::Standing;

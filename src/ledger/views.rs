@@ -4,7 +4,7 @@ use crate::model::{AgentId, Digest, KeyId, KeyTag, PublicKey, Reason, Refusal, S
 use crate::proto::{self, AgentState};
 
 use super::agent::{Agent, Ending, Live, Quarantine, Token};
-use super::{Generation, Ledger, Standing};
+use super::{Generation, Ledger, Pause, Standing};
 
 /// An agent, for people.
 #[derive(Debug, Clone)]
@@ -158,7 +158,13 @@ impl Ledger {
     /// Whether an operator holds up the rotation.
     #[must_use]
     pub fn is_rotation_paused(&self) -> bool {
-        self.gate().book.generations.paused()
+        self.gate().book.generations.paused().is_some()
+    }
+
+    /// Which operator holds it up, since when and why.
+    #[must_use]
+    pub fn rotation_pause(&self) -> Option<Pause> {
+        self.gate().book.generations.paused().cloned()
     }
 
     /// The longest lifetime that any agent was enrolled for, in seconds: no certificate signed by now lives longer.

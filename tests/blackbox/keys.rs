@@ -112,7 +112,8 @@ fn a_key_signs_its_purpose_and_nothing_else() {
     let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
     keys.create(wish("digests")).unwrap();
     keys.create(for_jws("tokens")).unwrap();
-    refused(keys.sign("digests", payload("{}")), "PROFILE_MISMATCH");
+    let told = refused(keys.sign("digests", payload("{}")), "PROFILE_MISMATCH");
+    assert!(told.message.contains("raw-digest"), "its owner hears what it is for: {told:?}");
     refused(keys.sign("tokens", digest(b"x")), "PROFILE_MISMATCH");
     let dpop = content::DpopProof { method: "GET".into(), uri: "https://a.example/".into(), ..Default::default() };
     refused(keys.sign("tokens", Content { content: Some(content::Content::Dpop(dpop)) }), "PROFILE_MISMATCH");
@@ -569,6 +570,7 @@ fn a_jwks_drops_an_agents_keys_the_moment_it_is_quarantined() {
     assert_eq!(reader.kids(Of::Class("builder".into())).unwrap().len(), 2);
     house.wire().quarantine("builder/1");
     assert!(reader.kids(Of::Agent("builder/1".into())).unwrap().is_empty());
+    assert!(house.operator_keys().kids(Of::Agent("builder/1".into())).unwrap().is_empty());
     assert_eq!(reader.kids(Of::Class("builder".into())).unwrap(), [stays]);
     assert!(reader.kids(Of::Agent("builder/9".into())).unwrap().is_empty());
     refused(reader.verify(received(token)), "KID_UNKNOWN");
@@ -652,7 +654,8 @@ fn a_proof_and_an_http_message_are_signed_and_verified() {
     };
     let other = vec![component("@method", "DELETE"), component("@authority", "api.example")];
     refused(reader.verify(check(other)), "SIGNATURE_INVALID");
-    assert_eq!(reader.verify(check(components)).unwrap().covered.len(), 2);
+    assert_eq!(reader.verify(check(components.clone())).unwrap().covered.len(), 2);
+    refused(reader.verify(check(components)), "REPLAYED");
 }
 
 /// As openssl verifies RSASSA-PSS: SHA-256, MGF1 with SHA-256, a salt of 32 bytes.
@@ -887,9 +890,25 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         std::fs::write(&token, signed["jws"].as_str().unwrap()).unwrap();
         let verified = own("verify", &["--jws", token.to_str().unwrap(), "--format", "json"]).ok().json();
         assert_eq!((verified["agent"].as_str(), verified["key"].as_str()), (Some("builder/1"), Some("tokens")));
+        let pem = own("show", &["tokens", "--pem"]).ok().stdout;
+        let first = made["versions"][0]["spki"].as_str().unwrap();
+        let der = spki_of(&pem);
+        assert_eq!(der.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), first);
         own("rotate", &["tokens"]).ok();
+        let shown = own("show", &["tokens", "--format", "json"]).ok().json();
+        assert_eq!(shown["versions"].as_array().unwrap().len(), 2);
+        assert_eq!(shown["versions"][1]["spki"].as_str(), Some(first));
+        assert_ne!(own("show", &["tokens", "--pem"]).ok().stdout, pem, "the newest version");
+        let table = own("show", &["tokens"]).ok().stdout;
+        let kids = shown["versions"].as_array().unwrap().iter().map(|version| version["kid"].as_str().unwrap());
+        assert!(kids.clone().all(|kid| table.contains(kid)), "{table}");
+        own("show", &["nobodys"]).exits(4).says("KEY_NOT_FOUND");
         let set = own("jwks", &["--class", "builder"]).ok().json();
         assert_eq!(set["keys"].as_array().unwrap().len(), 2);
+        for whose in [["--class", "builder"], ["--of", "builder/1"]] {
+            let told = house.keyward(&[&["key", "jwks"][..], &whose].concat()).ok().json();
+            assert_eq!(told, set, "an operator is told the same over the daemon's socket");
+        }
         let listed = house.keyward(&["key", "list", "--agent", "builder/1", "--format", "json"]).ok().json();
         assert_eq!(listed[0]["versions"].as_array().unwrap().len(), 2);
         own("disable", &["tokens", "--yes"]).ok();
@@ -898,6 +917,13 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         gone.refused("KEY_DESTROYED");
     }
     house.stop_and_verify();
+}
+
+fn spki_of(pem: &str) -> Vec<u8> {
+    use base64::Engine as _;
+    let body = pem.strip_prefix("-----BEGIN PUBLIC KEY-----\n").and_then(|rest| rest.strip_suffix("-----END PUBLIC KEY-----\n"));
+    let lines: String = body.expect(pem).lines().collect();
+    base64::engine::general_purpose::STANDARD.decode(lines).unwrap()
 }
 
 #[test]

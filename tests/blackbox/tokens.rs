@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
-use keyward::proto::Purpose;
+use keyward::proto::{KeyStorage, Purpose};
 use serde_json::Value;
 
+use crate::house::keys::lives;
 use crate::house::wire::{Face, ServingStatus};
 use crate::house::{Body, DEADLINE, House, Output, instrument, run};
 use crate::instruments;
@@ -250,6 +251,11 @@ fn the_status_tells_what_a_token_is_what_it_can_and_what_it_has_been_through() {
         |value: &Value| value.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert!(words(&before["mechanisms"]).contains(&"CKM_ECDSA".to_owned()), "{before}");
     assert_eq!(before["capabilities"]["session_keys"], true);
+    let wraps = lives(KeyStorage::Wrapped) == KeyStorage::Wrapped;
+    assert_eq!(before["capabilities"]["wrapped_keys"], wraps, "{before}");
+    assert!(words(&before["capabilities"]["algorithms"]).contains(&"es256".to_owned()), "{before}");
+    let told = if wraps { "wraps keys" } else { "wraps no keys" };
+    assert!(house.keyward(&["hsm", "status"]).ok().stdout.contains(told));
     assert!(before["signatures"].as_u64().unwrap() > 0 && before["sessions"].as_u64().unwrap() >= 3, "{before}");
     house.shim().tell("lose");
     house.wire().health_becomes(Face::Operator, "hsm", ServingStatus::NotServing);
@@ -277,11 +283,12 @@ fn a_test_of_the_tokens_has_every_key_in_use_looked_up_and_sign() {
     }
     for purpose in [Purpose::Root, Purpose::Issuing, Purpose::TokenSigning, Purpose::Ledger, Purpose::Canary] {
         let id: String = key_of(&house, purpose).iter().map(|byte| format!("{byte:02x}")).collect();
-        let of_key = |check: &&Value| check["check"] == format!("key {id}");
+        let named = purpose.as_str_name().to_lowercase().replace("purpose_", "").replace('_', "-");
+        let of_key = |check: &&Value| check["check"] == format!("key {id}") && check["purpose"] == *named;
         assert_eq!(checks.iter().filter(of_key).count(), 1, "{purpose:?}: {checks:?}");
     }
     let table = house.keyward(&["hsm", "test"]).ok().stdout;
-    assert!(table.contains("8 signatures") && table.contains("passed"), "{table}");
+    assert!(table.contains("8 signatures") && table.contains("issuing key ") && table.contains("passed"), "{table}");
 }
 
 #[test]

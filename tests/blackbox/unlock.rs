@@ -124,6 +124,7 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     house.shim().tell("fail C_Login rv=0xa0");
     let said = unlock_ends_with(&house, "the first", 5);
     assert!(said.stderr.contains("refused again") && said.json()["logged_in"] == serde_json::json!([]), "{said:?}");
+    assert_eq!(said.json()["refused"], serde_json::json!(["authority"]), "what came of it is on standard output, too");
     logins_become(&house, logins + 1);
     is_locked(&house);
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]));
@@ -181,6 +182,7 @@ fn of_two_unlocks_before_a_daemon_hears_of_one_the_second_says_so() {
     let said = house.keyward(&["hsm", "unlock", "--reason", "the second", "--format", "json"]).exits(3);
     assert!(said.stderr.contains("the first") && said.stderr.contains("not kept"), "{said:?}");
     assert_eq!(said.json()["unlocked"], serde_json::json!([]));
+    assert_eq!(said.json()["not_kept"], serde_json::json!(["authority"]));
     house.start();
     assert!(!house.daemon().was_ready());
     assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first"]));
@@ -196,7 +198,8 @@ fn an_unlock_names_the_token_that_was_locked() {
     house.return_pins();
     let said = house.keyward(&["hsm", "unlock", "--token", "authority"]).ok();
     assert!(said.stderr.contains("no login was locked"), "{said:?}");
-    house.keyward(&["hsm", "unlock", "--token", "agents"]).ok();
+    let said = house.keyward(&["hsm", "unlock", "--token", "agents"]).ok();
+    assert_eq!(said.stdout, "agents: logged in\n");
     assert!(house.daemon().is_ready());
     assert_eq!(unlocks(&house.stopped_entries()), [(TokenRole::Agents, String::new())]);
     house.verify().ok();

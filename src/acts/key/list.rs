@@ -83,15 +83,28 @@ impl Acts {
         Ok((page.keys.into_iter().map(|key| self.shown(key)).collect(), page.more))
     }
 
+    /// As [`Acts::jwks`], for an agent.
+    ///
+    /// # Errors
+    /// As the caller's standing; `RATE_LIMITED`; `MALFORMED_REQUEST`.
+    pub async fn jwks_for_agent(
+        &self,
+        source: &Arc<Connection>,
+        of: JwksOf,
+        after: &str,
+    ) -> Result<(String, Option<String>), Refusal> {
+        let caller = source.agent(&self.ledger)?;
+        self.keys.rates.look(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
+        self.jwks(of, after).await
+    }
+
     /// The keys by which messages of an agent, or of a class, verify now, and where the next page starts. Nothing is kept: an agent
     /// that is denied has no keys from that moment on.
     ///
     /// # Errors
-    /// As the caller's standing; `MALFORMED_REQUEST`.
-    pub async fn jwks(&self, source: &Arc<Connection>, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
-        let caller = source.agent(&self.ledger)?;
+    /// `MALFORMED_REQUEST`.
+    pub async fn jwks(&self, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
         let now = self.ledger.clock().reckoned();
-        self.keys.rates.look(caller.agent(), PAGE_COSTS, now.seconds())?;
         let (KeyPage { keys, more }, odd) = match of {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
                 Ok(found) => {

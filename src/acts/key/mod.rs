@@ -243,6 +243,19 @@ fn profile_of(purpose: KeyPurpose) -> Option<Profile> {
     }
 }
 
+/// A purpose as whoever makes a key says it.
+#[must_use]
+pub fn key_purpose_name(purpose: KeyPurpose) -> &'static str {
+    match purpose {
+        KeyPurpose::Jws => "jws",
+        KeyPurpose::HttpMessageSignature => "http-message-signature",
+        KeyPurpose::Dpop => "dpop",
+        KeyPurpose::RawDigest => "raw-digest",
+        KeyPurpose::Tls => "tls",
+        KeyPurpose::Unspecified => "unknown",
+    }
+}
+
 fn algorithm_of(algorithm: KeyAlgorithm) -> Option<Algorithm> {
     match algorithm {
         KeyAlgorithm::P256 => Some(Algorithm::P256),

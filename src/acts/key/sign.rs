@@ -13,7 +13,7 @@ use crate::ledger::{AgentKey, Intent, KeyVersion};
 use crate::model::{Digest, KeyId, Reason, Refusal, UnixTime};
 use crate::proto::KeyAccounting;
 
-use super::{Acts, key_refusal, profile_of};
+use super::{Acts, key_purpose_name, key_refusal, profile_of};
 
 /// Signatures of one call, at most.
 const BATCH_MAX: usize = 1000;
@@ -221,7 +221,11 @@ fn prepare(key: &AgentKey, version: &KeyVersion, content: &Content, now: UnixTim
         }
     }?;
     if profile_of(key.terms().purpose) != Some(input.profile()) {
-        return Err(Refusal::new(Reason::ProfileMismatch, "this key is for another purpose; it signs nothing else"));
+        let purpose = key_purpose_name(key.terms().purpose);
+        return Err(Refusal::new(
+            Reason::ProfileMismatch,
+            format!("this key is for {purpose} and signs nothing else; make another"),
+        ));
     }
     Ok(input)
 }

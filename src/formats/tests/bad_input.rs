@@ -1,7 +1,7 @@
 //! What strangers send: each refused with its reason.
 
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -17,6 +17,23 @@ fn token(signer: &Signer, header: &str, payload: &str) -> String {
     let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(payload));
     let signature = signer.message(message.as_bytes());
     format!("{message}.{}", URL_SAFE_NO_PAD.encode(signature))
+}
+
+/// The other signature that verifies where this ECDSA signature on P-256 does: r and n - s.
+fn mirrored(field: &str) -> String {
+    const ORDER: [u8; 32] = [
+        0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xbc, 0xe6, 0xfa, 0xad, 0xa7, 0x17,
+        0x9e, 0x84, 0xf3, 0xb9, 0xca, 0xc2, 0xfc, 0x63, 0x25, 0x51,
+    ];
+    let base64 = field.strip_prefix("sig1=:").and_then(|rest| rest.strip_suffix(':')).unwrap();
+    let mut signature = STANDARD.decode(base64).unwrap();
+    let mut borrow = 0;
+    for at in (0..32).rev() {
+        let left = i16::from(ORDER[at]) - i16::from(signature[32 + at]) - borrow;
+        borrow = i16::from(left < 0);
+        signature[32 + at] = u8::try_from(left.rem_euclid(256)).unwrap();
+    }
+    format!("sig1=:{}:", STANDARD.encode(signature))
 }
 
 fn verdict(signer: &Signer, token: &str) -> Reason {
@@ -463,7 +480,22 @@ fn an_http_signature_over_another_message_or_with_other_parameters_is_refused() 
 
     let (unnamed, by_it) = signed_http(&signer, &POST, None);
     let once = received_http::Expected { once: Some(memory(&cache)), ..good };
-    assert_eq!(verdict(&unnamed, &by_it, &once), Reason::MalformedRequest, "no nonce");
+    assert_eq!(verdict(&unnamed, &by_it, &once), Reason::Unspecified, "RFC 9421 asks for no nonce");
+    assert_eq!(verdict(&unnamed, &by_it, &once), Reason::Replayed, "it is remembered by what was signed");
+    assert_eq!(verdict(&unnamed, &mirrored(&by_it), &good), Reason::Unspecified, "of one ECDSA signature anybody makes another");
+    assert_eq!(verdict(&unnamed, &mirrored(&by_it), &once), Reason::Replayed);
+    let by_hand = |nonce: &str| {
+        let list = format!("(\"@method\");created={};keyid=\"{}\";nonce=\"{nonce}\"", NOW.seconds(), signer.kid());
+        let signature = signer.message(format!("\"@method\": POST\n\"@signature-params\": {list}").as_bytes());
+        (format!("sig1={list}"), format!("sig1=:{}:", STANDARD.encode(signature)))
+    };
+    let once = received_http::Expected { tag: None, ..once };
+    let verdict_of = |nonce: &str| {
+        let (input, signature) = by_hand(nonce);
+        verdict(&input, &signature, &once)
+    };
+    assert_eq!(verdict_of(&"n".repeat(256)), Reason::Unspecified);
+    assert_eq!(verdict_of(&"n".repeat(257)), Reason::MalformedRequest, "what nobody remembers");
     assert_eq!(verdict(&unnamed, &signature, &good), Reason::SignatureInvalid);
 
     let replaced = |from: &str, to: &str| {

@@ -1,5 +1,7 @@
 //! A received HTTP message signature (RFC 9421 §3.2).
 
+use std::borrow::Cow;
+
 use sfv::{Dictionary, InnerList, ListEntry, Parser, StringRef};
 
 use super::{Memory, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid};
@@ -9,7 +11,7 @@ use crate::formats::http_signature::{
 };
 use crate::formats::signing::Profile;
 use crate::formats::{NAME_BYTES_MAX, algorithm, malformed, too_large};
-use crate::model::Refusal;
+use crate::model::{Digest, Refusal};
 
 /// A signature that nobody has looked at.
 pub struct Received {
@@ -31,7 +33,8 @@ pub struct Expected<'a> {
     pub nonce: Option<&'a str>,
     /// A signature counts from `created` (which has to be there) for `lifetime_seconds_max`, or until `expires` if that is earlier.
     pub window: Window,
-    /// With it a nonce has to be there, and the signature is accepted once.
+    /// With it the signature is accepted once: by its nonce, and where it has none (RFC 9421 asks for none) by what was signed. Two
+    /// messages without one that are the same, made in the same second, are then one.
     pub once: Option<Memory<'a>>,
 }
 
@@ -114,9 +117,8 @@ impl Received {
         window.check_made(made)?;
         window.check_end(end)?;
         if let Some(once) = expected.once {
-            let nonce =
-                nonce.filter(|nonce| !nonce.is_empty() && nonce.len() <= NAME_BYTES_MAX).ok_or_else(|| missing("nonce"))?;
-            once.accept(&signed.kid, nonce, made, window.last_second(end), window.now)?;
+            let name = name(nonce, &signed.message)?;
+            once.accept(&signed.kid, &name, made, window.last_second(end), window.now)?;
         }
         Ok(Verified { kid: signed.kid, covered: self.list.items.iter().map(serialized_item).collect() })
     }
@@ -131,6 +133,16 @@ impl Received {
             covered.push(Component { identifier, value });
         }
         Ok(Covered::of(&covered)?.base(&serialized(&self.list)?))
+    }
+}
+
+/// What a signature is remembered by. Not by its own bytes: of one ECDSA signature anybody makes a second one that verifies as well.
+fn name<'a>(nonce: Option<&'a str>, signed: &[u8]) -> Result<Cow<'a, str>, Refusal> {
+    match nonce.unwrap_or_default() {
+        // No nonce has a line feed.
+        "" => Ok(Cow::Owned(format!("\n{}", Digest::of(signed)))),
+        long if long.len() > NAME_BYTES_MAX => Err(malformed(format!("send a nonce of at most {NAME_BYTES_MAX} bytes"))),
+        nonce => Ok(Cow::Borrowed(nonce)),
     }
 }
 

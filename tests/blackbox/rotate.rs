@@ -64,7 +64,9 @@ fn signatures_of(note: &str) -> usize {
 /// Something new is recorded, and a checkpoint that has it comes.
 fn next_checkpoint(house: &House, why: &str) -> String {
     let before = newest_checkpoint(house);
-    house.keyward(&["ca", "resume", "--reason", why]).ok();
+    for verb in ["pause", "resume"] {
+        house.keyward(&["ca", verb, "--reason", why]).ok();
+    }
     comes_about("a checkpoint", || newest_checkpoint(house) != before);
     newest_checkpoint(house)
 }
@@ -623,7 +625,8 @@ fn a_house_from_before_there_were_token_signing_keys_gets_one_by_itself() {
     assert_eq!(gone, 1);
     house.serve();
     become_states(&house, "token-signing", &["prepublished"]);
-    assert_eq!((told_of_tokens(&house).0.len(), told_of_tokens(&house).1), (1, 2));
+    let (keys, sequence) = told_of_tokens(&house);
+    assert!(keys.len() == 1 && sequence > 1, "{keys:?} {sequence}");
     house.restart();
     later(&house, 901);
     become_states(&house, "token-signing", &["active"]);

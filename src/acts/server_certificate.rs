@@ -48,7 +48,7 @@ impl Acts {
         self.tls.serve(chain, PrivatePkcs8KeyDer::from(pair.serialize_der()).into()).map_err(Refusal::internal)?;
         self.served.store(Some(Arc::new(Served { issuer: issuing.key().id(), not_before, not_after })));
         tracing::info!(index, "the server has a new certificate");
-        Ok(Duration::from_secs(LIFETIME_SECONDS / 3))
+        Ok(Duration::from_secs((not_after.seconds().saturating_sub(now.seconds()) / 3).max(1)))
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::acts::{self, Rewrap};
 use crate::config::section;
@@ -94,10 +94,9 @@ pub(super) async fn crl(rooms: Rooms) {
 }
 
 /// What denied agents have reserved for their counted keys is sealed; session keys that have ended make room, those of denied agents
-/// at once; what is over leaves the token and the file.
+/// at once.
 pub(super) async fn ended_keys(rooms: Rooms) {
     let mut denials = rooms.acts.ledger().denials();
-    let mut round = acts::Round::default();
     loop {
         match tokio::time::timeout(SESSION_KEYS_EVERY, denials.changed()).await {
             Ok(Ok(())) => rooms.acts.seal_signatures(false),
@@ -105,6 +104,14 @@ pub(super) async fn ended_keys(rooms: Rooms) {
             Err(_) => {}
         }
         rooms.acts.end_session_keys().await;
+    }
+}
+
+/// Keys that are over leave the token and the file, a few at each look.
+pub(super) async fn keys_over(rooms: Rooms) {
+    let mut round = acts::Round::default();
+    loop {
+        sleep(SESSION_KEYS_EVERY).await;
         if let Err(refusal) = rooms.acts.end_what_is_over(&mut round).await {
             tracing::debug!(?refusal, "keys that are over have to wait");
         }
@@ -130,10 +137,12 @@ pub(super) async fn rotation(rooms: Rooms) {
     }
 }
 
-/// Agents' keys come under the wrapping key that is active. What could not now is tried again, later each time.
+/// Agents' keys come under the wrapping key that is active. What could not now is tried again, later each time; a taint waits for none of
+/// that.
 pub(super) async fn rewrapping(rooms: Rooms) {
     let mut tries = 0;
     loop {
+        let before = rooms.acts.wrapping_keys();
         let wait = match rooms.acts.rewrap_due().await {
             Ok(Rewrap::Idle) => {
                 tries = 0;
@@ -152,7 +161,14 @@ pub(super) async fn rewrapping(rooms: Rooms) {
                 back_off(tries)
             }
         };
-        sleep(wait).await;
+        let until = Instant::now() + wait;
+        while Instant::now() < until {
+            sleep(ROTATION_LOOK.min(wait)).await;
+            if rooms.acts.wrapping_keys() != before {
+                tries = 0;
+                break;
+            }
+        }
     }
 }
 

@@ -230,12 +230,13 @@ pub(super) async fn serve_agents(rooms: Rooms, modules: Modules, stop: Arc<watch
         let crl = tokio::spawn(duties::crl(rooms.clone()));
         let checkpoints = tokio::spawn(duties::checkpoints(rooms.clone()));
         let ended_keys = tokio::spawn(duties::ended_keys(rooms.clone()));
+        let keys_over = tokio::spawn(duties::keys_over(rooms.clone()));
         let rotation = tokio::spawn(duties::rotation(rooms.clone()));
         let rewrapping = tokio::spawn(duties::rewrapping(rooms.clone()));
         let until = end_of_service(stopping);
         let (acts, tls) = (Arc::clone(&rooms.acts), Arc::clone(&rooms.tls));
         let served = api::serve_agents(acts, &rooms.config, listener, tls, &rooms.health, until).await;
-        for duty in [certificates, crl, checkpoints, rotation, rewrapping, ended_keys] {
+        for duty in [certificates, crl, checkpoints, rotation, rewrapping, ended_keys, keys_over] {
             duty.abort();
         }
         served.map_err(|error| error.to_string())

@@ -98,6 +98,8 @@ pub(super) enum Row {
     /// A resident key of an agent is being destroyed, or has been.
     KeyEnding(KeyId, &'static str),
     AgentKey(Box<(KeyOf, proto::KeyState, AgentKeyRow)>),
+    /// The versions of a key that is there: what was forgotten meanwhile does not come back.
+    AgentKeyVersions(Box<(KeyOf, AgentKeyRow)>),
     AgentKeyUsed(Box<(KeyOf, u64)>),
     /// No signature that counts names them any more.
     AgentKidsGone(Box<(KeyOf, Vec<Arc<str>>)>),
@@ -306,6 +308,7 @@ fn write_row(transaction: &Connection, row: &Row) -> Result<(), StoreError> {
         Row::AgentKidsGone(gone) => rows::forget_kids(transaction, &gone.0, &gone.1)?,
         Row::AgentKeyForgotten(of) => rows::forget(transaction, of)?,
         Row::AgentKey(key) => rows::write(transaction, &key.0, key.1, &key.2)?,
+        Row::AgentKeyVersions(key) => rows::write_versions(transaction, &key.0, &key.1)?,
         Row::AgentKeyUsed(used) => rows::write_used(transaction, &used.0, used.1)?,
         Row::Fact(name, value) => {
             transaction

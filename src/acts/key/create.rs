@@ -123,6 +123,7 @@ impl Acts {
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
         self.has_room(&*self.keys.token()?, &making, &of, &terms, 1).await?;
+        let _turn = self.keys.making_rsa.make(&of.agent, terms.algorithm)?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
             let version = self.make_version(&token, &of, &terms, 1, now).await?;
@@ -197,7 +198,6 @@ impl Acts {
     ) -> Result<KeyVersion, Refusal> {
         let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384, Ed25519 or PS256");
         let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
-        let _slow = self.keys.making_rsa.make(&of.agent, algorithm)?;
         let storage = token.storage(terms.storage_asked, algorithm);
         let key_id = KeyId::random();
         if storage == KeyStorage::Resident {

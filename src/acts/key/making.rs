@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::ledger::KeyOf;
-use crate::model::{AgentId, Algorithm, Reason, Refusal};
-use crate::proto::KeyStorage;
+use crate::model::{AgentId, Reason, Refusal};
+use crate::proto::{KeyAlgorithm, KeyStorage};
 
 use super::in_progress;
 
@@ -57,7 +57,7 @@ impl Drop for Making {
 }
 
 /// Agents for whom an RSA key is being made. They are slow to make, one at a time for all: an agent that asks for many is behind
-/// everybody else that asks for one.
+/// everybody else that asks for one. What the daemon replaces by itself takes no agent's turn.
 #[derive(Default)]
 pub(super) struct RsaBeingMade(Arc<Mutex<BTreeSet<AgentId>>>);
 
@@ -66,8 +66,8 @@ impl RsaBeingMade {
     ///
     /// # Errors
     /// `RATE_LIMITED` when it has it already.
-    pub(super) fn make(&self, agent: &AgentId, algorithm: Algorithm) -> Result<Option<MakingRsa>, Refusal> {
-        if algorithm != Algorithm::Ps256 {
+    pub(super) fn make(&self, agent: &AgentId, algorithm: KeyAlgorithm) -> Result<Option<MakingRsa>, Refusal> {
+        if algorithm != KeyAlgorithm::Ps256 {
             return Ok(None);
         }
         if !self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(agent.clone()) {

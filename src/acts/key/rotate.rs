@@ -37,6 +37,7 @@ impl Acts {
             let advice = format!("wait until an older version expires: {VERSIONS_MAX} of them verify at once");
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
+        let _turn = self.keys.making_rsa.make(&of.agent, key.terms().algorithm)?;
         let index = self.replace_version(&loaded, &before, now).await?;
         Ok((self.shown(stored(key)), Some(index)))
     }

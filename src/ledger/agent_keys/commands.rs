@@ -35,10 +35,10 @@ impl KeyCommand {
                 }
                 let index = batch.next_index();
                 for row in &mut rows {
-                    let Row::AgentKey(row) = row else { continue };
-                    row.2.told_by(index);
-                    if let Body::AgentKeysRewrapped(rewrapped) = &*body {
-                        row.2.rewrapped_by(index, &rewrapped.versions);
+                    match (row, &*body) {
+                        (Row::AgentKey(row), _) => row.2.told_by(index),
+                        (Row::AgentKeyVersions(row), Body::AgentKeysRewrapped(told)) => row.1.rewrapped_by(index, &told.versions),
+                        _ => {}
                     }
                 }
                 batch.entry(now, *body);

@@ -217,6 +217,11 @@ impl AgentKey {
         Row::AgentKey(Box::new((self.of.clone(), state, AgentKeyRow::new(&self.terms, self.created, versions))))
     }
 
+    /// The row that is there, with these versions.
+    fn versions_row(&self, versions: &[KeyVersion]) -> Row {
+        Row::AgentKeyVersions(Box::new((self.of.clone(), AgentKeyRow::new(&self.terms, self.created, versions))))
+    }
+
     fn disabling(&self, by: Option<proto::Operator>) -> (KeyState, Body, Vec<Row>) {
         let (agent, epoch, name) = (self.of.agent.to_string(), self.of.epoch, self.of.name.to_string());
         let body = Body::AgentKeyDisabled(proto::AgentKeyDisabled { by, agent, epoch, name });

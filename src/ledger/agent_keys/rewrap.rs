@@ -74,7 +74,7 @@ impl Ledger {
     pub async fn rewrap_keys(&self, wrapping: KeyId, keys: Vec<Rewrapped>, keep: impl Send + 'static) -> Result<u64, Refusal> {
         let versions = keys.iter().flat_map(|one| one.told.clone()).collect();
         let body = proto::AgentKeysRewrapped { wrapping_key_id: wrapping.0.to_vec(), versions };
-        let rows = keys.iter().flat_map(|one| [one.key.row(one.key.state(), &one.versions), one.kids_gone()]).collect();
+        let rows = keys.iter().flat_map(|one| [one.key.versions_row(&one.versions), one.kids_gone()]).collect();
         let then = Box::new(move |index| {
             for mut one in keys {
                 for version in &mut one.versions {

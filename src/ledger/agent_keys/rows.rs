@@ -199,6 +199,14 @@ pub(in crate::ledger) fn write(
         .map(drop)
 }
 
+/// A row that is there, as it is from now on; where it stands and what names it stays.
+pub(in crate::ledger) fn write_versions(transaction: &Connection, of: &KeyOf, row: &AgentKeyRow) -> Result<(), rusqlite::Error> {
+    transaction
+        .prepare_cached("UPDATE agent_key SET row = ?4 WHERE agent = ?1 AND epoch = ?2 AND name = ?3")?
+        .execute(params![of.agent.as_str(), of.epoch, of.name.as_str(), row.encode_to_vec()])
+        .map(drop)
+}
+
 pub(in crate::ledger) fn write_used(transaction: &Connection, of: &KeyOf, used: u64) -> Result<(), rusqlite::Error> {
     transaction
         .prepare_cached("UPDATE agent_key SET used = ?4 WHERE agent = ?1 AND epoch = ?2 AND name = ?3")?
@@ -444,6 +452,28 @@ mod tests {
         filled(&path, 20, 10, KeyState::Destroyed);
         let page = Reader::open(&path).unwrap().agent_keys_of_class("builder", ("", 0, ""), 5).unwrap();
         assert_eq!((page.keys.len(), page.more), (5, true), "as many were looked at, and no more");
+    }
+
+    #[test]
+    fn what_was_forgotten_does_not_come_back_by_being_rewrapped() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        let mut store = Store::create(&path).unwrap();
+        let row = |versions: &[KeyVersion]| AgentKeyRow::new(&terms(), Some(0), versions);
+        let object = KeyVersion { storage: KeyStorage::Resident, wrapped: None, ..version(2, 0) };
+        let there = Row::AgentKey(Box::new((of("there"), KeyState::Active, row(&[version(1, 10), object.clone()]))));
+        let gone = Row::AgentKey(Box::new((of("gone"), KeyState::Active, row(&[version(1, 10)]))));
+        store.commit(0, &[], &[], &[there, gone, Row::KeyEnding(object.key_id, "destroyed")]).unwrap();
+        store.commit(0, &[], &[], &[Row::AgentKeyForgotten(Box::new(of("gone")))]).unwrap();
+        let again = |name, versions: &[KeyVersion]| Row::AgentKeyVersions(Box::new((of(name), row(versions))));
+        let rewrapped = KeyVersion { rewrapped_by: Some(3), ..version(1, 20) };
+        let rows = [again("gone", &[rewrapped.clone()]), again("there", &[rewrapped, object])];
+        store.commit(0, &[], &[], &rows).unwrap();
+        let reader = Reader::open(&path).unwrap();
+        let keys = reader.all_agent_keys(None, 10).unwrap();
+        assert_eq!(keys.iter().map(|key| key.of.name.to_string()).collect::<Vec<_>>(), ["there"]);
+        assert_eq!(keys[0].versions[0].rewrapped_by, Some(3));
+        assert_eq!(reader.resident_key_counts(&of("there").agent).unwrap(), (0, 0), "an object that has ended");
     }
 
     #[test]

@@ -150,6 +150,10 @@ impl AgentKeys {
                     at.violates("rewrapped", format_args!("what may sign is kept no longer"));
                 }
                 key.forgotten = true;
+                if version.exposed {
+                    // It verifies no more, either.
+                    key.newest.expires_unix_seconds = 0;
+                }
             } else if version.exposed || key.forgotten {
                 at.violates("rewrapped", format_args!("what was in other hands, or kept no longer, is wrapped anew"));
             } else {

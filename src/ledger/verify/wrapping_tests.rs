@@ -121,3 +121,25 @@ fn what_may_sign_is_kept_and_what_is_not_kept_signs_no_more() {
     lost.rewrap(NEW, KEY, true);
     assert_eq!(lost.broken(), ["rewrapped", "sign-key", "rewrapped"]);
 }
+
+#[test]
+fn a_key_is_forgotten_before_it_expires_only_where_it_verifies_no_more() {
+    let forgotten = |exposed| {
+        let mut book = replaced();
+        book.add(Body::AuthorityTainted(proto::AuthorityTainted { by: None, key_id: OLD.to_vec() }));
+        let (agent, name) = (AGENT.to_owned(), "a".to_owned());
+        book.add(Body::AgentKeyDisabled(proto::AgentKeyDisabled {
+            by: None,
+            agent: agent.clone(),
+            epoch: 1,
+            name: name.clone(),
+        }));
+        let versions = vec![RewrappedVersion { key_id: KEY.to_vec(), wrapped_sha256: Vec::new(), exposed }];
+        book.add(Body::AgentKeysRewrapped(AgentKeysRewrapped { wrapping_key_id: NEW.to_vec(), versions }));
+        let cause = proto::KeyOver::Agent.into();
+        book.add(Body::AgentKeysForgotten(proto::AgentKeysForgotten { agent, epoch: 1, names: vec![name], cause }));
+        book.broken()
+    };
+    assert_eq!(forgotten(true), [""; 0]);
+    assert_eq!(forgotten(false), ["agent-key"]);
+}

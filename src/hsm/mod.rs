@@ -114,11 +114,14 @@ impl Hsm {
         });
         if let Err(error) = opened {
             token.stop();
-            if error.awaits_unlock() {
+            // The module may go on with a token that is gone.
+            let is_gone = matches!(error, Error::Token { .. }) && module.may_restart(&mut lifecycle);
+            if is_gone || error.awaits_unlock() {
                 lifecycle.forget();
             }
             return Err(error);
         }
+        lifecycle.settle();
         Ok(hsm)
     }
 

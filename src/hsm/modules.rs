@@ -162,7 +162,8 @@ pub(super) struct Module {
 /// Proof that nobody else connects or recovers.
 pub(super) struct Lifecycle {
     initialized: bool,
-    /// A PIN was refused: the next one is tried on what is there then, not on what the module remembers.
+    /// A PIN was refused, or a token gave way while it was opened: the next try is made on what is there then, not on what the module
+    /// remembers.
     stale: bool,
     missing: Option<Missing>,
 }
@@ -178,6 +179,11 @@ impl Lifecycle {
     /// The next look for a token begins with a restart.
     pub(super) fn forget(&mut self) {
         self.stale = true;
+    }
+
+    /// The token that was wanted is in service.
+    pub(super) fn settle(&mut self) {
+        self.missing = None;
     }
 
     /// Whether the module may be restarted under those who use it, for a token that is not there.
@@ -341,18 +347,18 @@ impl Module {
         }
         let found = self.find(wanted);
         let afresh = match &found {
-            Err(Error::TokenNotFound { .. } | Error::Token { .. }) => {
-                !self.tokens().iter().any(|token| token.is_usable()) || lifecycle.is_restart_due()
-            }
+            Err(Error::TokenNotFound { .. } | Error::Token { .. }) => self.may_restart(lifecycle),
             _ => std::mem::take(&mut lifecycle.stale),
         };
         if afresh {
             self.restart(lifecycle, self.generation(), &wanted.label)?;
             return self.find(wanted);
         }
-        if found.is_ok() {
-            lifecycle.missing = None;
-        }
         found
+    }
+
+    /// Whether it may be restarted for a token that cannot be opened.
+    pub(super) fn may_restart(&self, lifecycle: &mut Lifecycle) -> bool {
+        !self.tokens().iter().any(|token| token.is_usable()) || lifecycle.is_restart_due()
     }
 }

@@ -335,10 +335,12 @@ fn an_unlock_that_finds_no_pin_or_no_token_says_so_and_is_good_for_one_try_when_
     // There is nothing to unlock any more: it was, and no try was spent.
     let said = house.keyward(&["hsm", "unlock", "--reason", "the second"]).ok();
     assert!(said.stderr.contains("no login was locked"), "{said:?}");
-    assert_eq!(house.signatures().logins, logins);
+    // A module that keeps what it has open takes the PIN of a token that is gone.
+    let meanwhile = logins + usize::from(house.tokens_are_kept_open());
+    assert_eq!(house.signatures().logins, meanwhile);
     house.bring_tokens_back();
     assert!(house.daemon().is_ready());
-    assert_eq!(house.signatures().logins, logins + 2, "once for each token");
+    assert_eq!(house.signatures().logins, meanwhile + 2, "once for each token");
     assert_eq!(unlocks(&house.stopped_entries()), of_authority(&["the first"]));
     house.verify().ok();
 }

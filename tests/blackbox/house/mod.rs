@@ -385,6 +385,11 @@ impl House {
         token::bring_back(self.dir.path());
     }
 
+    /// Whether the module goes on with a token that is gone, until it is opened anew.
+    pub fn tokens_are_kept_open(&self) -> bool {
+        token::kept_open()
+    }
+
     /// Puts the right PINs back.
     pub fn return_pins(&self) {
         self.write_pins(token::PIN);

@@ -157,6 +157,11 @@ pub fn take_one_away(dir: &Path, label: &str) {
     }
 }
 
+/// Kryoptic keeps its files open.
+pub fn kept_open() -> bool {
+    matches!(kind(), Kind::Kryoptic)
+}
+
 /// The tokens that were taken away are there again.
 pub fn bring_back(dir: &Path) {
     let (here, away) = (tokens(dir), away(dir));

@@ -92,6 +92,9 @@ pub(super) fn run(against: &Against, output: &mut Output) -> Result<(), Failure>
     let mut verifier = Verifier::new(checkpoints.chain(vouchers), against.signatures);
     seals.into_iter().for_each(|(key, size)| verifier.expect_in_service(key, size));
     followers.into_iter().for_each(|(key, size)| verifier.expect_follower(key, size));
+    if let Some((size, rows)) = reader.authority_rows().map_err(failed)? {
+        verifier.expect_authorities(size, rows);
+    }
     let mut from = 0;
     loop {
         let page = reader.entries(from, PAGE_ENTRIES).map_err(failed)?;

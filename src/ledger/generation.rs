@@ -3,6 +3,10 @@
 //! Each arrow of a generation's life is one entry with its row in the same transaction; which arrows there are is decided here, in the order
 //! of the book. Destroyed ones are in the file alone.
 
+pub(super) mod held;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use prost::Message as _;
@@ -84,6 +88,8 @@ pub(super) struct Generations {
     /// bundle on.
     bundle_sequence: u64,
     paused: Option<Pause>,
+    /// Which entries have made them what they are, eight bytes each: a start holds the rows against these.
+    told_by: Vec<u8>,
 }
 
 /// That an operator holds up the rotation.
@@ -130,7 +136,7 @@ impl Generations {
         }
         let bundle_sequence = fact("bundle_sequence")?.and_then(|bytes| bytes.try_into().ok()).map_or(1, u64::from_be_bytes);
         let paused = Pause::read(&fact("rotation_paused")?.unwrap_or_default(), &fact("rotation_paused_by")?.unwrap_or_default());
-        Ok(Self { by_key, bundle_sequence, paused })
+        Ok(Self { by_key, bundle_sequence, paused, told_by: Vec::new() })
     }
 
     pub(super) fn all(&self) -> Vec<Generation> {
@@ -166,8 +172,17 @@ impl Generations {
         self.active(Purpose::Wrapping).is_some_and(|active| active.key_id.0 == key)
     }
 
-    /// Takes an entry that is about to be written into account, or refuses it. Gives the rows that follow from it.
-    pub(super) fn fold(&mut self, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
+    /// Takes an entry that is about to be written at `index` into account, or refuses it. Gives the rows that follow from it.
+    pub(super) fn fold(&mut self, index: u64, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
+        let mut rows = self.change(now, body)?;
+        if held::is_listed(body, &rows) {
+            self.told_by.extend(index.to_be_bytes());
+            rows.push(Row::Fact(held::LIST, self.told_by.clone()));
+        }
+        Ok(rows)
+    }
+
+    fn change(&mut self, now: UnixTime, body: &Body) -> Result<Vec<Row>, Refusal> {
         let told = self.in_bundle();
         let mut rows = match body {
             Body::AuthorityActivated(activated) => vec![self.activated(now, activated)?],
@@ -366,23 +381,4 @@ pub(super) fn read(row: &Fields<'_>) -> Result<Generation, StoreError> {
         tainted: row.get("tainted")?,
         now: row.get("now")?,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pause_that_an_older_file_tells_of_holds() {
-        assert_eq!(Pause::read(&[1], &[]), Some(Pause::default()));
-        assert_eq!(Pause::read(&[0], &[]), None);
-        let pause = Pause { by: Some(Operator { uid: 7, reason: "r".into() }), since: Some(UnixTime::from_seconds(9)) };
-        let facts = Pause::rows(Some(&pause)).into_iter().map(|row| match row {
-            Row::Fact(_, value) => value,
-            other => panic!("{other:?}"),
-        });
-        let [whether, by] = <[Vec<u8>; 2]>::try_from(facts.collect::<Vec<_>>()).unwrap();
-        assert_eq!(Pause::read(&whether, &by), Some(pause));
-        assert_eq!(Pause::read(&[0], &by), None, "an older daemon has resumed it");
-    }
 }

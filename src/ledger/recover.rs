@@ -64,12 +64,12 @@ impl Ledger {
     pub fn open(settings: &Settings, meter: Arc<Meter>) -> Result<Opened, StoreError> {
         let lock = lock(&settings.state)?;
         let path = Self::file(&settings.state);
-        let store = Store::open(&path)?;
+        let mut store = Store::open(&path)?;
         let tree = store.tree()?;
         if tree.size() == 0 {
             return Err(StoreError::Missing(path));
         }
-        let replayed = replay(&store, settings.forget_seconds)?;
+        let replayed = replay(&mut store, settings.forget_seconds)?;
         let Replayed { book, genesis, last_time } = replayed;
         let reserve = Arc::new(Reserve::new(&settings.state));
         let writable = match reserve.hold() {
@@ -189,10 +189,11 @@ struct Replayed {
     last_time: UnixTime,
 }
 
-fn replay(store: &Store, forget_seconds: u64) -> Result<Replayed, StoreError> {
+fn replay(store: &mut Store, forget_seconds: u64) -> Result<Replayed, StoreError> {
     let mut book = Book::default();
-    // Their rows go with their entries: there is nothing to replay.
+    // Their rows go with their entries: there is nothing to replay, but nothing is believed that the entries do not say.
     book.generations = store.generations()?;
+    store.hold(&mut book.generations)?;
     store.agents(|agent| book.restore(agent))?;
     let from = match store.fact("snapshot")? {
         Some(bytes) => {

@@ -273,16 +273,19 @@ impl Sequencer {
             }
             Command::Enrol { agent, limits, by, token, answer } => enrol(agent, limits, by, token, answer, now, book, batch),
             // By the clock as it is, too: what an authority waits for is not to be a year away after the clock was set back a year.
-            Command::Record { body, rows, answer } => match book.generations.fold(self.ledger.0.clock.reckoned(), &body) {
-                Ok(more) => {
-                    let index = batch.entry(now, body);
-                    batch.rows.extend(rows.into_iter().chain(more));
-                    if let Some(answer) = answer {
-                        batch.then(answer, index);
+            // Where the clock was not set back, that is the entry's own time: what follows from the entry can be told from it.
+            Command::Record { body, rows, answer } => {
+                match book.generations.fold(batch.next_index(), self.ledger.0.clock.reckoned().min(now), &body) {
+                    Ok(more) => {
+                        let index = batch.entry(now, body);
+                        batch.rows.extend(rows.into_iter().chain(more));
+                        if let Some(answer) = answer {
+                            batch.then(answer, index);
+                        }
                     }
+                    Err(refusal) => drop(answer.map(|answer| answer.send(Err(refusal)))),
                 }
-                Err(refusal) => drop(answer.map(|answer| answer.send(Err(refusal)))),
-            },
+            }
             Command::Key(command) => command.decide(now, &self.ledger, gate, batch),
             Command::Edge { answer } => batch.edge.push(answer),
             Command::Keep { row, answer } => {

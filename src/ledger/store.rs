@@ -222,6 +222,18 @@ impl Store {
         Generations::load(&self.connection, |name| self.fact(name))
     }
 
+    /// Holds the rows of the authorities against the entries, and keeps the list of these where it was missing or was not all of them.
+    pub(super) fn hold(&mut self, generations: &mut Generations) -> Result<(), StoreError> {
+        let listed = self.fact(generation::held::LIST)?;
+        if let Some(list) = generation::held::hold(&self.connection, generations, listed)?
+            && let Err(error) = self.commit(0, &[], &[], &[list])
+        {
+            // A full disk is no reason not to serve quarantines: the next start looks through all entries again.
+            tracing::warn!(%error, "the list of the authorities' entries was not kept");
+        }
+        Ok(())
+    }
+
     pub(super) fn fact(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
         Ok(self.connection.query_row("SELECT value FROM fact WHERE name = ?1", [name], |row| row.get(0)).optional()?)
     }
@@ -442,6 +454,21 @@ impl Reader {
             generations.push(generation::read(row)?);
         }
         Ok(generations)
+    }
+
+    /// The rows of all generations, and how many entries there were when they were read; `None` in a file that has none yet.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a row breaks a rule.
+    pub fn authority_rows(&self) -> Result<Option<(u64, Vec<Generation>)>, StoreError> {
+        let connection = self.locked();
+        // One look: a daemon may be writing.
+        let look = connection.unchecked_transaction()?;
+        if !look.table_exists(None, "generation")? {
+            return Ok(None);
+        }
+        let last: Option<i64> = look.query_row("SELECT max(idx) FROM entry", [], |row| row.get(0))?;
+        Ok(Some((last.map_or(0, |last| last.cast_unsigned() + 1), generation::held::rows(&look)?)))
     }
 }
 

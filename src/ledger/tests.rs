@@ -9,8 +9,8 @@ use crate::proto::IntentKind;
 
 use prost::Message as _;
 
-struct House {
-    ledger: Ledger,
+pub(super) struct House {
+    pub(super) ledger: Ledger,
     runtime: tokio::runtime::Runtime,
     directory: tempfile::TempDir,
 }
@@ -23,7 +23,7 @@ fn agent() -> AgentId {
     AgentId::parse("builder/1").unwrap()
 }
 
-fn key() -> PublicKey {
+pub(super) fn key() -> PublicKey {
     let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
     PublicKey::from_raw(Algorithm::P256, rcgen::PublicKeyData::der_bytes(&pair)).unwrap()
 }
@@ -54,7 +54,7 @@ fn bound(prover: &PublicKey, sequence: u64) -> Evidence {
 
 impl House {
     /// A book, with what `before` writes into its file before it is opened.
-    fn new(before: impl FnOnce(&Path)) -> Self {
+    pub(super) fn new(before: impl FnOnce(&Path)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let settings = settings(directory.path());
         create(&settings.state, &TrustDomain::parse("example.org").unwrap(), [1; 16]).unwrap();
@@ -62,6 +62,14 @@ impl House {
         let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         Self { ledger, runtime, directory }
+    }
+
+    pub(super) fn file(&self) -> PathBuf {
+        Ledger::file(&self.directory.path().join("state"))
+    }
+
+    pub(super) fn record(&self, body: Body) {
+        self.runtime.block_on(self.ledger.record(body)).unwrap();
     }
 
     fn enrol(&self, token: Token) -> Result<u64, Refusal> {
@@ -191,7 +199,7 @@ fn after_a_clock_was_set_back_tokens_are_good_and_live_certificates_are_known() 
     assert_eq!(house.ledger.denied_certificates(house.ledger.clock().reckoned()).len(), 1);
 }
 
-fn in_force(purpose: proto::Purpose, key: KeyId) -> Body {
+pub(super) fn in_force(purpose: proto::Purpose, key: KeyId) -> Body {
     Body::AuthorityActivated(proto::AuthorityActivated {
         purpose: purpose.into(),
         key_id: key.0.to_vec(),
@@ -199,7 +207,7 @@ fn in_force(purpose: proto::Purpose, key: KeyId) -> Body {
     })
 }
 
-fn stepped(key: KeyId, to: proto::AuthorityState, replaces: Option<KeyId>) -> Body {
+pub(super) fn stepped(key: KeyId, to: proto::AuthorityState, replaces: Option<KeyId>) -> Body {
     Body::AuthorityStepped(proto::AuthorityStepped {
         purpose: proto::Purpose::Issuing.into(),
         key_id: key.0.to_vec(),

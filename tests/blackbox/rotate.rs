@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keyward::proto::{AuthorityState, CreateKeyRequest, EnrolRequest, KeyStorage, Purpose};
+use keyward::proto::{AuthorityState, CreateKeyRequest, EnrolRequest, Entry, KeyStorage, Purpose, Stopped};
+use prost::Message as _;
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
@@ -621,8 +622,16 @@ fn a_house_from_before_there_were_token_signing_keys_gets_one_by_itself() {
     let mut house = House::new().with_preload().initialised();
     let db = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
     let gone = db.execute("DELETE FROM generation WHERE purpose = ?1", [Purpose::TokenSigning as i32]).unwrap();
-    drop(db);
     assert_eq!(gone, 1);
+    // Nor did an earlier keyward tell of one, or list the entries about authorities: something else stands there.
+    let first = |body: &Body| matches!(body, Body::AuthorityActivated(first) if first.purpose() == Purpose::TokenSigning);
+    let at = house.ended_entries().iter().position(first).unwrap();
+    let at = i64::try_from(at).unwrap();
+    let told: Vec<u8> = db.query_row("SELECT bytes FROM entry WHERE idx = ?1", [at], |row| row.get(0)).unwrap();
+    let other = Entry { body: Some(Body::Stopped(Stopped::default())), ..Entry::decode(told.as_slice()).unwrap() };
+    db.execute("UPDATE entry SET bytes = ?2 WHERE idx = ?1", rusqlite::params![at, other.encode_to_vec()]).unwrap();
+    db.execute("DELETE FROM fact WHERE name = 'authority_entries'", []).unwrap();
+    drop(db);
     house.serve();
     become_states(&house, "token-signing", &["prepublished"]);
     let (keys, sequence) = told_of_tokens(&house);

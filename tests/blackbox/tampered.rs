@@ -9,6 +9,7 @@ use rusqlite::{Connection, params};
 use crate::house::House;
 use crate::house::keys::{digest, wish};
 use crate::house::wire::{Identity, refused};
+use crate::rotate::{become_states, generations, later, rotate};
 
 /// A key's row, as the file has it.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -221,4 +222,42 @@ fn an_entry_that_was_changed_with_the_row_is_found_by_its_leaf() {
     }
     assert_eq!(house.stop(), 0);
     house.verify().exits(6);
+}
+
+/// Each to the rows of the authorities, in a house with an issuing authority that is retired and one that is tainted.
+const AUTHORITY_CHANGES: [&str; 5] = [
+    "UPDATE generation SET state = 4 WHERE state = 5",
+    "INSERT INTO generation SELECT substr(certificate, -16), 1, 2, since_micros, certificate, NULL, '', 0, 0 FROM generation \
+     WHERE purpose = 1",
+    "UPDATE generation SET tainted = 0 WHERE tainted = 1",
+    "UPDATE generation SET certificate = (SELECT certificate FROM generation WHERE purpose = 1) WHERE purpose = 2 AND state = 3",
+    "DELETE FROM generation WHERE state = 5",
+];
+
+#[test]
+fn a_row_of_an_authority_that_is_not_what_the_entries_say_stops_the_daemon_and_shows_in_ledger_verify() {
+    let mut house = House::new().with_preload().initialised().served();
+    rotate(&house, "issuing").ok();
+    become_states(&house, "issuing", &["active", "retiring"]);
+    later(&house, 90_000);
+    become_states(&house, "issuing", &["active", "retired"]);
+    let active = generations(&house, "token-signing").remove(0).0;
+    house.keyward(&["ca", "taint", &active, "--reason", "a test", "--yes"]).ok();
+    become_states(&house, "token-signing", &["active", "retiring"]);
+    house.restart();
+    assert_eq!(house.stop(), 0);
+    house.verify().ok();
+    let db = file(&house);
+    db.execute_batch("CREATE TABLE kept AS SELECT * FROM generation").unwrap();
+    for change in AUTHORITY_CHANGES {
+        assert!(db.execute(change, []).unwrap() > 0, "{change}");
+        house.start();
+        assert_eq!(house.ended(), Some(1), "{change}");
+        assert!(house.log().contains("the ledger file was tampered with"), "{change}: {}", house.log());
+        house.verify().exits(6).says("violations");
+        db.execute_batch("DELETE FROM generation; INSERT INTO generation SELECT * FROM kept").unwrap();
+    }
+    db.execute_batch("DROP TABLE kept").unwrap();
+    house.serve();
+    house.stop_and_verify();
 }

@@ -82,8 +82,8 @@ struct Told {
 
 /// `None`: nothing of this key, or its bytes are not those of its leaf.
 fn told(connection: &Connection, index: u64, of: &KeyOf) -> Result<Option<Told>, StoreError> {
-    let body = entry(connection, index)?;
-    Ok(body.and_then(told_by).and_then(|(named, told)| (named == Named::from(of)).then_some(told)))
+    let entry = entry(connection, index)?;
+    Ok(entry.and_then(|entry| entry.body).and_then(told_by).and_then(|(named, told)| (named == Named::from(of)).then_some(told)))
 }
 
 /// SHA-256 of a wrapped key, and under which key it is.
@@ -91,7 +91,7 @@ type Wrapped = (Vec<u8>, Vec<u8>);
 
 /// How a version is wrapped by this entry.
 fn rewrapped(connection: &Connection, index: u64, key_id: &[u8]) -> Result<Option<Wrapped>, StoreError> {
-    let Some(Body::AgentKeysRewrapped(told)) = entry(connection, index)? else { return Ok(None) };
+    let Some(Body::AgentKeysRewrapped(told)) = entry(connection, index)?.and_then(|entry| entry.body) else { return Ok(None) };
     let one = told.versions.into_iter().find(|one| one.key_id == key_id);
     Ok(one.map(|one| {
         let wrapping = if one.wrapped_sha256.is_empty() { Vec::new() } else { told.wrapping_key_id };
@@ -99,8 +99,8 @@ fn rewrapped(connection: &Connection, index: u64, key_id: &[u8]) -> Result<Optio
     }))
 }
 
-/// What an entry tells, unless its bytes are not those of its leaf.
-fn entry(connection: &Connection, index: u64) -> Result<Option<Body>, StoreError> {
+/// An entry, unless its bytes are not those of its leaf.
+pub(in crate::ledger) fn entry(connection: &Connection, index: u64) -> Result<Option<proto::Entry>, StoreError> {
     let bytes: Option<Vec<u8>> = connection
         .prepare_cached("SELECT bytes FROM entry WHERE idx = ?1")?
         .query_row([index.cast_signed()], |row| row.get(0))
@@ -114,8 +114,7 @@ fn entry(connection: &Connection, index: u64) -> Result<Option<Body>, StoreError
     if leaf.is_some_and(|leaf| leaf != leaf_hash(&bytes).0) {
         return Ok(None);
     }
-    let entry = proto::Entry::decode(bytes.as_slice()).ok().filter(|entry| entry.index == index);
-    Ok(entry.and_then(|entry| entry.body))
+    Ok(proto::Entry::decode(bytes.as_slice()).ok().filter(|entry| entry.index == index))
 }
 
 #[derive(Clone, PartialEq, Eq)]

@@ -14,14 +14,22 @@ const OVERLAP_SECONDS: u64 = 300;
 /// An entry that says that the clock is set back comes at most so long before that takes effect, in seconds.
 const ACCEPTED_WITHIN_SECONDS: u64 = 10;
 
-struct Generation {
-    purpose: Purpose,
-    state: State,
+pub(super) struct Generation {
+    pub(super) purpose: Purpose,
+    pub(super) state: State,
     since: UnixTime,
-    issuer: Option<KeyId>,
+    /// When it got there at the earliest, where the clock was set back: entries' times are not.
+    pub(super) since_earliest: UnixTime,
+    /// The entry that changed it last.
+    pub(super) told_by: u64,
+    pub(super) certificate: Vec<u8>,
+    pub(super) checkpoint: String,
+    /// It was told to wait for no maintenance window.
+    pub(super) now: bool,
+    pub(super) issuer: Option<KeyId>,
     /// Of an outside root: its key.
     outside: Option<PublicKey>,
-    tainted: bool,
+    pub(super) tainted: bool,
     /// Since which entry it is trusted.
     prepublished: Option<u64>,
     /// notAfter of the last agent's certificate under it.
@@ -30,13 +38,17 @@ struct Generation {
 
 #[derive(Default)]
 pub(super) struct Authorities {
-    by_id: HashMap<KeyId, Generation>,
+    pub(super) by_id: HashMap<KeyId, Generation>,
+    /// There is an entry by which the first ledger key is a generation: a house from before there were any has none.
+    pub(super) ledger_begun: bool,
     /// Ledger keys that followed another, and when they came into service: that has to be in the tree by which the other vouches for them.
     followers: Vec<(PublicKey, u64)>,
     /// Ledger keys that are out of service, and since which entry.
     retired: Vec<(PublicKey, u64)>,
     /// The clock was set back; entries' times stand still until it is there again, and do not tell how much time has passed.
     still_until: Option<UnixTime>,
+    /// How far it was set back since then, and is behind entries' times at most.
+    behind_micros: i64,
 }
 
 /// What an outside root is called.
@@ -61,8 +73,17 @@ impl Authorities {
     /// An operator took the wall clock for true, so far from the daemon's own.
     pub(super) fn clock_accepted(&mut self, deviation_micros: i64, at: &At<'_>) {
         if deviation_micros < 0 {
+            self.behind_micros = if self.times_tell(at) { 0 } else { self.behind_micros }.saturating_add(deviation_micros);
             self.still_until = Some(at.time.plus_seconds(ACCEPTED_WITHIN_SECONDS));
+            // What has happened by the time that it ran ahead has happened just now.
+            let earliest = self.earliest(at);
+            self.by_id.values_mut().for_each(|found| found.since_earliest = found.since_earliest.min(earliest));
         }
+    }
+
+    /// When an entry was decided, at the earliest.
+    fn earliest(&self, at: &At<'_>) -> UnixTime {
+        UnixTime(at.time.0.saturating_add_signed(if self.times_tell(at) { 0 } else { self.behind_micros }))
     }
 
     fn times_tell(&self, at: &At<'_>) -> bool {
@@ -108,7 +129,11 @@ impl Authorities {
         }
         let issuer = if purpose == Purpose::Issuing { self.active(Purpose::Root) } else { None };
         let outside = if activated.key_id.is_empty() { key_of(&activated.certificate) } else { None };
-        self.by_id.insert(id, Generation { outside, ..Generation::new(purpose, State::Active, at.time, issuer) });
+        self.ledger_begun |= purpose == Purpose::Ledger;
+        let mut first = Generation::new(purpose, State::Active, at.time, issuer);
+        first.comes_to(State::Active, self.earliest(at), at);
+        first.certificate.clone_from(&activated.certificate);
+        self.by_id.insert(id, Generation { outside, ..first });
     }
 
     /// `signer` is whose key the intent of its certificate was signed with, where it has one.
@@ -125,6 +150,7 @@ impl Authorities {
         };
         self.check_arrow(id, step, at);
         let (purpose, to) = (step.purpose(), step.to());
+        let earliest = self.earliest(at);
         match to {
             State::Active => {
                 self.check_activation(id, step, at);
@@ -145,15 +171,24 @@ impl Authorities {
         if to == State::Active
             && let Some(before) = KeyId::from_slice(&step.replaces).and_then(|before| self.by_id.get_mut(&before))
         {
-            (before.state, before.since) = (State::Retiring, at.time);
+            before.comes_to(State::Retiring, earliest, at);
         }
+        let is_new = !self.by_id.contains_key(&id);
         let found = self.by_id.entry(id).or_insert_with(|| Generation::new(purpose, to, at.time, None));
-        if found.state != to {
-            (found.state, found.since) = (to, at.time);
+        // Told again, it is where it was.
+        if is_new || found.state != to {
+            found.comes_to(to, earliest, at);
+            found.now |= is_new && step.now;
+        } else {
+            found.now |= step.now;
+        }
+        if to == State::Active {
+            found.checkpoint.clone_from(&step.checkpoint);
         }
         if to == State::Prepublished && found.prepublished.is_none() {
             found.prepublished = Some(at.index);
             found.issuer = KeyId::from_slice(&step.issuer);
+            found.certificate.clone_from(&step.certificate);
             if outside(&step.certificate) == Some(id) {
                 found.outside = key_of(&step.certificate);
             }
@@ -253,16 +288,21 @@ impl Authorities {
             return at.violates("authority-tainted", format_args!("no authority has this key"));
         };
         let root = if found.purpose == Purpose::Root { Some(id) } else { found.issuer };
-        for (other, generation) in &mut self.by_id {
+        let earliest = self.earliest(at);
+        for (other, generation) in self.by_id.iter_mut().filter(|(_, found)| found.state != State::Destroyed) {
             let of_the_root = root.is_some() && (Some(*other) == root || generation.issuer == root);
-            generation.tainted |= *other == id || of_the_root;
+            if *other == id || of_the_root {
+                (generation.tainted, generation.told_by) = (true, at.index);
+                generation.since_earliest = generation.since_earliest.min(earliest);
+            }
         }
     }
 
     /// A key that was planned for was given up. Nothing comes back from there, as from what is destroyed.
-    pub(super) fn abandoned(&mut self, id: &[u8]) {
+    pub(super) fn abandoned(&mut self, id: &[u8], at: &At<'_>) {
+        let earliest = self.earliest(at);
         if let Some(found) = KeyId::from_slice(id).and_then(|id| self.by_id.get_mut(&id)) {
-            found.state = State::Destroyed;
+            found.comes_to(State::Destroyed, earliest, at);
         }
     }
 
@@ -299,6 +339,29 @@ impl Authorities {
 
 impl Generation {
     fn new(purpose: Purpose, state: State, since: UnixTime, issuer: Option<KeyId>) -> Self {
-        Self { purpose, state, since, issuer, outside: None, tainted: false, prepublished: None, leaf_until_seconds: 0 }
+        Self {
+            purpose,
+            state,
+            since,
+            since_earliest: since,
+            told_by: 0,
+            certificate: Vec::new(),
+            checkpoint: String::new(),
+            now: false,
+            issuer,
+            outside: None,
+            tainted: false,
+            prepublished: None,
+            leaf_until_seconds: 0,
+        }
+    }
+
+    fn comes_to(&mut self, state: State, earliest: UnixTime, at: &At<'_>) {
+        (self.state, self.since, self.since_earliest, self.told_by) = (state, at.time, earliest, at.index);
+    }
+
+    /// When it got there by the entry's time, which is the latest.
+    pub(super) fn since_latest(&self) -> UnixTime {
+        self.since
     }
 }

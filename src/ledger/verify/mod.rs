@@ -16,6 +16,7 @@
 //! | `authority-step`, `authority-overlap` | an arrow that does not lead there; a root that signs before its bundle can be everywhere |
 //! | `authority-retired` | one retired over a certificate in force |
 //! | `authority-tainted` | a taint of nobody's key; one that comes to sign all the same, or has a certificate by a root that is |
+//! | `authority-row` | a row of an authority, by which the daemon goes, that is not what the entries make of it |
 //! | `ledger-key` | a ledger key that the one before it did not vouch for; a checkpoint by one that was out of service |
 //! | `intent-key` | an intent for a key whose generation does not sign that, or which has another purpose |
 //! | `intent-agent`, `intent-epoch` | an intent for an agent that is not enrolled, or of an epoch that has not begun |
@@ -39,6 +40,7 @@
 mod agent_keys;
 mod agents;
 mod authorities;
+mod authority_rows;
 #[cfg(test)]
 mod authority_tests;
 #[cfg(test)]
@@ -55,6 +57,7 @@ use std::fmt;
 
 use prost::Message as _;
 
+use super::generation::Generation;
 use super::merkle::{Tree, empty_root, leaf_hash};
 use super::note::{Checkpoint, ledger_name};
 use crate::model::{Digest, PublicKey, TrustDomain, UnixTime};
@@ -169,6 +172,7 @@ pub struct Verifier {
     intents: intents::Intents,
     expected: Vec<(PublicKey, u64)>,
     seals: Vec<(PublicKey, u64)>,
+    authority_rows: Option<(u64, Vec<Generation>)>,
     violations: Vec<Violation>,
     violations_total: u64,
 }
@@ -194,6 +198,7 @@ impl Verifier {
             intents: intents::Intents::new(signatures),
             expected: Vec::new(),
             seals: Vec::new(),
+            authority_rows: None,
             violations: Vec::new(),
             violations_total: 0,
         };
@@ -209,6 +214,11 @@ impl Verifier {
     /// A checkpoint of `size` entries counts because this key has signed it: it has to have been in service then.
     pub fn expect_in_service(&mut self, key: PublicKey, size: u64) {
         self.seals.push((key, size));
+    }
+
+    /// The rows of the authorities that the file had when it had `size` entries. To be told before the first of them is taken.
+    pub fn expect_authorities(&mut self, size: u64, rows: Vec<Generation>) {
+        self.authority_rows = Some((size, rows));
     }
 
     /// Takes the next entry, as stored.
@@ -233,6 +243,16 @@ impl Verifier {
             Err(error) => self.at(index).violates("entry-malformed", format_args!("{error}")),
         }
         self.compare_roots();
+        if self.authority_rows.as_ref().is_some_and(|(size, _)| *size == self.tree.size()) {
+            self.hold_authorities();
+        }
+    }
+
+    fn hold_authorities(&mut self) {
+        let Some((size, rows)) = self.authority_rows.take() else { return };
+        let time = self.time.map_or(UnixTime(0), |(_, last)| last);
+        let (kept, total) = (&mut self.violations, &mut self.violations_total);
+        self.authorities.hold(&rows, &self.keys, &mut At { index: size.saturating_sub(1), time, kept, total });
     }
 
     fn at(&mut self, index: u64) -> At<'_> {
@@ -254,7 +274,7 @@ impl Verifier {
             Body::KeyActivated(key) => self.keys.activated(key, at),
             Body::KeyAbandoned(key) => {
                 self.keys.abandoned(key, at);
-                self.authorities.abandoned(&key.key_id);
+                self.authorities.abandoned(&key.key_id, at);
             }
             Body::AuthorityActivated(authority) => {
                 self.intents.authority(authority, &self.keys, at);
@@ -331,6 +351,7 @@ impl Verifier {
     #[must_use]
     pub fn finish(mut self) -> Report {
         let entries = self.tree.size();
+        self.hold_authorities();
         for beyond in std::mem::take(&mut self.checkpoints) {
             let detail = format_args!("the checkpoint is of {} entries, there are {entries}", beyond.size);
             self.at(entries.saturating_sub(1)).violates("truncated", detail);

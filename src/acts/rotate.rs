@@ -34,12 +34,14 @@ pub(super) struct Wish<'a> {
 pub(super) struct Looked {
     taken: bool,
     failed: BTreeMap<KeyId, Refusal>,
+    /// What could not even be planned.
+    unplanned: Option<Refusal>,
 }
 
 impl Looked {
     /// Whether an arrow was taken; the first that failed is the error.
     fn whole(self) -> Result<bool, Refusal> {
-        self.failed.into_values().next().map_or(Ok(self.taken), Err)
+        self.failed.into_values().chain(self.unplanned).next().map_or(Ok(self.taken), Err)
     }
 
     /// The same of one generation, whatever became of the others.
@@ -93,7 +95,12 @@ impl Acts {
                 if kept_from || !due::lacks_token_signing(&all) {
                     return Ok(looked);
                 }
-                self.plan(Purpose::TokenSigning, Wish { by: None, now: false, cause: "there is none" }).await?;
+                let wish = Wish { by: None, now: false, cause: "there is none" };
+                if let Err(refusal) = self.plan(Purpose::TokenSigning, wish).await {
+                    tracing::warn!(purpose = keys::name(Purpose::TokenSigning), ?refusal, "an authority could not be planned");
+                    looked.unplanned = Some(refusal);
+                    failed_purposes.push(Purpose::TokenSigning);
+                }
                 continue;
             };
             match self.take(of, to, &all).await {

@@ -34,13 +34,13 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
-use crate::model::{AgentId, Clock, Digest, Meter, Reason, Refusal};
+use crate::model::{AgentId, Clock, Digest, Meter, Outage, Reason, Refusal};
 use crate::proto::{self, entry::Body};
 
 pub use agent::{Evidence, Live, Quarantine, Token};
 pub use agent_keys::{
     AgentKey, Ends, KeyOf, KeyPage, KeyTerms, KeyVersion, Reserved, ResidentKey, Rewrapped, StoredKey, VERSIONS_MAX,
-    key_not_found, unread,
+    key_not_found,
 };
 pub use generation::{Generation, Pause, outside_id};
 pub use intent::{Decided, Intent, Intention, Subject};
@@ -127,6 +127,8 @@ struct Shared {
     pending: PendingDenials,
     reserve: Arc<Reserve>,
     refusals: refusals::Counts,
+    /// Rows that are not as recorded: each is told once.
+    odd: Mutex<Outage>,
     writable: AtomicU8,
     failure: watch::Sender<Option<String>>,
     progress: watch::Sender<Progress>,

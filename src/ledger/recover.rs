@@ -91,6 +91,7 @@ impl Ledger {
             pending,
             reserve: Arc::clone(&reserve),
             refusals: refusals::Counts::default(),
+            odd: Mutex::default(),
             writable: AtomicU8::new(writable as u8),
             failure: watch::Sender::new(None),
             progress: watch::Sender::new(Progress { size: tree.size(), commits: 0 }),

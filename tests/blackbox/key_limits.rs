@@ -186,7 +186,8 @@ fn of_an_epoch_that_is_over_neither_objects_nor_rows_are_left() {
 
 #[test]
 fn a_resident_key_that_has_expired_leaves_the_token_and_may_be_rotated_all_the_same() {
-    let mut house = House::new().configured("limits", "ttl_seconds_default = 86400").with_preload().initialised();
+    let limits = "ttl_seconds_default = 86400\nresident_keys_per_agent = 2";
+    let mut house = House::new().configured("limits", limits).with_preload().initialised();
     house.serve();
     {
         // The connection stays: the tests' own clock does not move.
@@ -198,6 +199,12 @@ fn a_resident_key_that_has_expired_leaves_the_token_and_may_be_rotated_all_the_s
         until("it stays in the token", || ended(&house) == [KeyOver::Expired]);
         refused(keys.sign("short", digest(b"x")), "KEY_EXPIRED");
         keys.sign("long", digest(b"x")).unwrap();
+        until("its object stays", || rows(&house, "resident_key", "builder/1", 1) == 1);
+        // Its place is free, and another's then.
+        keys.create(resident("third")).unwrap();
+        refused(keys.rotate("short", 1), "KEYS_TOO_MANY");
+        keys.rotate("long", 1).unwrap();
+        keys.destroy("", "third").unwrap();
         keys.rotate("short", 1).unwrap();
         keys.sign("short", digest(b"x")).unwrap();
     }
@@ -233,6 +240,31 @@ fn the_resident_keys_of_an_agent_that_cannot_come_back_leave_the_token_and_what_
     }
     no_strays(&house);
     house.stop_and_verify();
+}
+
+#[test]
+fn a_key_that_is_forgotten_signs_no_more_when_the_clock_is_set_back() {
+    let mut house = House::new().configured("limits", "rejoin_seconds_default = 0").with_preload().initialised();
+    house.serve();
+    {
+        // The connection stays: the tests' own clock does not move.
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        let before = keys.create(CreateKeyRequest { ttl_seconds: 600, ..wish("a") }).unwrap();
+        keys.sign("a", digest(b"x")).unwrap();
+        let set = |hours: i64| {
+            house.control().move_clock(hours * 3_600_000);
+            house.keyward(&["clock", "accept", "--reason", "hours pass"]).ok();
+        };
+        set(3);
+        until("its row is kept", || rows(&house, "agent_key", "builder/1", 1) == 0);
+        set(0);
+        refused(keys.sign("a", digest(b"x")), "KEY_NOT_FOUND");
+        let again = keys.create(wish("a")).unwrap();
+        assert_ne!(before.versions[0].kid, again.versions[0].kid);
+        keys.sign("a", digest(b"x")).unwrap();
+    }
+    no_strays(&house);
+    assert_eq!(house.stop(), 0);
 }
 
 #[test]

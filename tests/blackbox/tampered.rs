@@ -134,6 +134,9 @@ fn a_keys_row_that_is_not_what_its_entry_says_signs_nothing() {
         refused(own.destroy("", "version"), "KEY_NOT_AS_RECORDED");
         assert!(house.operator_keys().destroy("builder/1", "version").unwrap() > 0);
         refused(own.sign("version", digest(b"x")), "KEY_DESTROYED");
+        assert!(house.operator_keys().destroy("builder/1", "not-made").unwrap() > 0);
+        refused(own.sign("not-made", digest(b"x")), "KEY_NOT_AS_RECORDED");
+        refused(own.create(limited("not-made")), "KEY_EXISTS");
         house.keys(&Identity::of(&house.agent("builder/2"))).sign("other", digest(b"x")).unwrap();
     }
     assert!(house.log().contains("a key's row was changed by somebody else"), "an operator hears of it");
@@ -179,6 +182,8 @@ fn a_keys_row_that_is_not_what_its_entry_says_verifies_nothing_and_is_published_
         let of = get_jwks_request::Of::Agent("builder/1".to_owned());
         assert_eq!(reader.kids(of).unwrap().len(), 1, "the good one");
         assert_eq!(reader.kids(get_jwks_request::Of::Class("builder".to_owned())).unwrap().len(), 2);
+        let told = house.log().matches("a key's row was changed by somebody else").count();
+        assert_eq!(told, 1, "once, however often it is met");
     }
     let entries = house.stopped_entries();
     let counted = |body: &&Body| match body {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use keyward::ledger::{Reader, StoredKey};
 use keyward::model::Digest;
 use keyward::proto::get_jwks_request::Of;
-use keyward::proto::{CreateKeyRequest, KeyPurpose, KeyStorage, VerifyRequest, verify_request};
+use keyward::proto::{CreateKeyRequest, KeyAlgorithm, KeyPurpose, KeyStorage, VerifyRequest, verify_request};
 
 use crate::house::keys::{Keys, digest, lives, wish};
 use crate::house::wire::{Identity, refused};
@@ -370,5 +370,57 @@ fn a_key_that_the_token_does_not_unwrap_holds_up_no_other_and_is_told() {
     assert_eq!(states(&house, "wrapping"), ["active", "retiring"]);
     house.operator_keys().destroy("builder/1", "key-3").unwrap();
     become_states(&house, "wrapping", &["active"]);
+    house.stop_and_verify();
+}
+
+#[test]
+fn who_has_rsa_keys_made_all_the_time_keeps_no_tainted_key_from_being_replaced() {
+    if !wraps() {
+        return;
+    }
+    // As many keys of the greedy one as a pass would bear to fail.
+    const RSA: usize = 8;
+    let mut house = served_with("jitter_seconds = 0");
+    let (greedy, other) = (Identity::of(&house.attested("builder/1")), Identity::of(&house.attested("builder/2")));
+    let rsa = |name: &str| CreateKeyRequest { algorithm: KeyAlgorithm::Ps256.into(), ..wish(name) };
+    let first = house.keys(&greedy).create(rsa(&name(0))).unwrap();
+    if first.versions[0].storage() == KeyStorage::Wrapped {
+        for number in 1..RSA {
+            house.keys(&greedy).create(rsa(&name(number))).unwrap();
+        }
+        make(&mut house.keys(&other), 1);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut keys = house.keys(&greedy);
+                for number in 0.. {
+                    // Refused or not: asked again at once.
+                    if keys.create(rsa(&format!("more-{number}"))).is_ok() {
+                        keys.destroy("", &format!("more-{number}")).ok();
+                    }
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            let tainted = generations(&house, "wrapping")[0].0.clone();
+            house.keyward(&["ca", "taint", &tainted[..8], "--reason", "a backup was read", "--yes"]).ok();
+            let mut keys = house.keys(&other);
+            let until = Instant::now() + DEADLINE;
+            let replaced = loop {
+                let newest = keys.show(&name(0)).unwrap().versions.iter().map(|one| one.number).max();
+                if newest == Some(2) || Instant::now() > until {
+                    break newest;
+                }
+                thread::sleep(Duration::from_millis(100));
+            };
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(replaced, Some(2), "another agent's key waits for the greedy one's");
+        });
+        let mut keys = house.keys(&greedy);
+        for number in 0..RSA {
+            assert_eq!(keys.show(&name(number)).unwrap().versions.last().unwrap().number, 2);
+        }
+    }
     house.stop_and_verify();
 }

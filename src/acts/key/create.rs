@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::authn::Connection;
-use crate::ledger::{KeyOf, KeyTerms, KeyVersion, StoredKey};
+use crate::ledger::{KeyOf, KeyTerms, KeyVersion, Reader, StoreError, StoredKey};
 use crate::model::{Algorithm, KeyId, KeyName, Reason, Refusal, UnixTime};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, TokenRole, entry::Body};
 
@@ -113,16 +113,20 @@ impl Acts {
         let of = KeyOf { agent: caller.agent().clone(), epoch: caller.epoch(), name };
         let terms = wish.terms()?;
         // From here on nobody else makes this name, until its entry is durable or will never be.
-        let (making, others) = self.keys.making.make(&of)?;
+        let (making, others) = self.keys.making.make(&of, true)?;
         let (found, count) = self.look(&of).await?;
         if let Some(found) = found {
             return self.same(found, &terms);
+        }
+        // One that was forgotten may be in memory still, where nobody heard that its entry is durable.
+        if self.keys.loaded.get(&of).is_ok() {
+            self.keys.loaded.forget(&of);
         }
         if count as usize + others >= self.keys.per_agent_max {
             let advice = format!("destroy a key first: an agent has at most {}", self.keys.per_agent_max);
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        self.has_room(&*self.keys.token()?, &making, &of, &terms, 1).await?;
+        self.has_room(&*self.keys.token()?, &making, &of, &terms, None).await?;
         let _turn = self.keys.making_rsa.make(&of.agent, terms.algorithm)?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
@@ -140,34 +144,49 @@ impl Acts {
     async fn look(&self, of: &KeyOf) -> Result<(Option<StoredKey>, u64), Refusal> {
         let (ledger, of) = (self.ledger.clone(), of.clone());
         let read = move || {
-            let found = ledger.reader().agent_key(&of)?;
+            let found = match ledger.reader().agent_key(&of) {
+                // Destroyed by an operator because it was not as recorded: its name is taken all the same.
+                Err(odd @ StoreError::NotAsRecorded(_)) => {
+                    let bare = ledger.reader().bare_agent_key(&of)?;
+                    Some(bare.filter(|bare| bare.state == KeyState::Destroyed).ok_or(odd)?)
+                }
+                found => found?,
+            };
             let count = if found.is_some() { 0 } else { ledger.reader().agent_key_count(&of.agent, of.epoch)? };
-            Ok::<_, crate::ledger::StoreError>((found, count))
+            Ok::<_, StoreError>((found, count))
         };
-        tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(crate::ledger::unread)
+        tokio::task::spawn_blocking(read).await.map_err(Refusal::internal)?.map_err(|error| self.ledger.unread(error))
     }
 
-    /// What the token has to keep is little: nobody fills it. `more` is 0 where the new key takes the place of one.
+    /// What the token has to keep is little: nobody fills it. A key that is there still is replaced by the new one, and makes room for it.
     pub(super) async fn has_room(
         &self,
         token: &KeyToken,
         making: &Making,
         of: &KeyOf,
         terms: &KeyTerms,
-        more: usize,
+        replaced: Option<KeyId>,
     ) -> Result<(), Refusal> {
         let storage = token.storage(terms.storage_asked, algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256));
         // Before those that are there are counted.
         let (own_made, all_made) = making.lives(storage);
-        let (own, own_max, all, all_max) = match storage {
-            KeyStorage::Session => (self.keys.session.count(&of.agent), self.keys.session_max, 0, usize::MAX),
+        let (there, own, own_max, all, all_max) = match storage {
+            KeyStorage::Session => {
+                let there = replaced.is_some_and(|id| self.keys.session.has(id));
+                (there, self.keys.session.count(&of.agent), self.keys.session_max, 0, usize::MAX)
+            }
             KeyStorage::Resident => {
                 let agent = of.agent.clone();
-                let (own, all) = self.read(move |reader| reader.resident_key_counts(&agent)).await?;
-                (own, self.keys.resident_max, all, self.keys.residents_max)
+                let look = move |reader: &Reader| {
+                    let there = replaced.map_or(Ok(false), |id| reader.has_object(id))?;
+                    Ok((there, reader.resident_key_counts(&agent)?))
+                };
+                let (there, (own, all)) = self.read(look).await?;
+                (there, own, self.keys.resident_max, all, self.keys.residents_max)
             }
             KeyStorage::Wrapped | KeyStorage::Unspecified => return Ok(()),
         };
+        let more = usize::from(!there);
         if own + own_made + more > own_max {
             let advice = format!("choose another storage, or destroy a key first: {own_max} keys of an agent live in the token");
             return Err(Refusal::new(Reason::KeysTooMany, advice));

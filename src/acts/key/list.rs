@@ -109,7 +109,7 @@ impl Acts {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
                 Ok(found) => {
                     let after = place(after)?.2;
-                    self.read(move |reader| held(reader, reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)?)).await?
+                    self.held(move |reader| reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)).await?
                 }
                 // Nobody's keys are none.
                 Err(_) => Default::default(),
@@ -117,7 +117,7 @@ impl Acts {
             JwksOf::Class(class) => {
                 let after = place(after)?;
                 let after = move |reader: &Reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX);
-                self.read(move |reader| held(reader, after(reader)?)).await?
+                self.held(after).await?
             }
         };
         for _ in &odd {
@@ -143,29 +143,28 @@ impl Acts {
         Ok(if epoch == 0 { current } else { epoch })
     }
 
+    /// A page of keys, and which of them, by their place, are not as recorded.
+    async fn held(
+        &self,
+        page: impl FnOnce(&Reader) -> Result<KeyPage, StoreError> + Send + 'static,
+    ) -> Result<(KeyPage, BTreeSet<usize>), Refusal> {
+        let ledger = self.ledger.clone();
+        let held = move |reader: &Reader| {
+            let page = page(reader)?;
+            let odd = ledger.odd_keys(&page.keys)?;
+            Ok((page, odd))
+        };
+        self.read(held).await
+    }
+
     pub(super) async fn read<T: Send + 'static>(
         &self,
-        read: impl FnOnce(&crate::ledger::Reader) -> Result<T, StoreError> + Send + 'static,
+        read: impl FnOnce(&Reader) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Refusal> {
         let ledger = self.ledger.clone();
         let read = tokio::task::spawn_blocking(move || read(ledger.reader())).await;
-        read.map_err(Refusal::internal)?.map_err(crate::ledger::unread)
+        read.map_err(Refusal::internal)?.map_err(|error| self.ledger.unread(error))
     }
-}
-
-/// Which of a page's keys, by their place, are not as recorded: they are published nowhere.
-fn held(reader: &Reader, page: KeyPage) -> Result<(KeyPage, BTreeSet<usize>), StoreError> {
-    let mut odd = BTreeSet::new();
-    for (at, key) in page.keys.iter().enumerate() {
-        match reader.hold(key) {
-            Err(error @ StoreError::NotAsRecorded(_)) => {
-                tracing::error!(%error, "a key's row was changed by somebody else: it is not published");
-                odd.insert(at);
-            }
-            other => other?,
-        }
-    }
-    Ok((page, odd))
 }
 
 /// The versions of a key that have not expired, where its purpose is one that is published.

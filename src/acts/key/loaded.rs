@@ -117,6 +117,14 @@ impl LoadedKeys {
         Some(loaded)
     }
 
+    /// The key has no row any more: it leaves memory, whoever uses it. What was read of it before is out of date.
+    pub(super) fn forget(&self, of: &KeyOf) {
+        let mut inner = self.lock();
+        inner.by_name.remove(of);
+        inner.ring.retain(|other| other != of);
+        inner.evicted += 1;
+    }
+
     /// What to hand to [`LoadedKeys::pass`] with rows that are read after this.
     pub(super) fn generation(&self) -> u64 {
         self.lock().evicted

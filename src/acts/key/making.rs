@@ -10,25 +10,31 @@ use crate::proto::{KeyAlgorithm, KeyStorage};
 
 use super::in_progress;
 
-type Names = Mutex<BTreeMap<KeyOf, KeyStorage>>;
+type Names = Mutex<BTreeMap<KeyOf, Made>>;
 
-/// By name, with where each will live: unspecified until that is known.
+/// Where it will live, unspecified until that is known; and whether its name is new.
+struct Made {
+    lives: KeyStorage,
+    is_new: bool,
+}
+
+/// By name.
 #[derive(Default)]
 pub(super) struct BeingMade(Arc<Names>);
 
-fn lock(names: &Names) -> MutexGuard<'_, BTreeMap<KeyOf, KeyStorage>> {
+fn lock(names: &Names) -> MutexGuard<'_, BTreeMap<KeyOf, Made>> {
     names.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl BeingMade {
-    /// Takes a name, unless it is being made already. Gives how many others of its agent are, too.
-    pub(super) fn make(&self, of: &KeyOf) -> Result<(Arc<Making>, usize), Refusal> {
+    /// Takes a name, new or of a key that gets another version, unless it is taken already. Gives how many other new ones of its agent are.
+    pub(super) fn make(&self, of: &KeyOf, is_new: bool) -> Result<(Arc<Making>, usize), Refusal> {
         let mut names = lock(&self.0);
         if names.contains_key(of) {
             return Err(in_progress());
         }
-        let others = names.keys().filter(|other| other.agent == of.agent).count();
-        names.insert(of.clone(), KeyStorage::Unspecified);
+        let others = names.iter().filter(|(other, made)| made.is_new && other.agent == of.agent).count();
+        names.insert(of.clone(), Made { lives: KeyStorage::Unspecified, is_new });
         Ok((Arc::new(Making { names: Arc::clone(&self.0), of: of.clone() }), others))
     }
 }
@@ -44,8 +50,10 @@ impl Making {
     /// too, does so after this: what is in neither count is not made yet.
     pub(super) fn lives(&self, storage: KeyStorage) -> (usize, usize) {
         let mut names = lock(&self.names);
-        names.insert(self.of.clone(), storage);
-        let others = names.iter().filter(|(of, lives)| **lives == storage && **of != self.of);
+        if let Some(made) = names.get_mut(&self.of) {
+            made.lives = storage;
+        }
+        let others = names.iter().filter(|(of, made)| made.lives == storage && **of != self.of);
         others.fold((0, 0), |(own, all), (of, _)| (own + usize::from(of.agent == self.of.agent), all + 1))
     }
 }
@@ -87,5 +95,26 @@ pub(super) struct MakingRsa {
 impl Drop for MakingRsa {
     fn drop(&mut self) {
         self.agents.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.agent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::KeyName;
+
+    #[test]
+    fn a_name_is_taken_once_and_one_that_is_only_rotated_is_no_new_one() {
+        let of = |name| KeyOf { agent: AgentId::parse("builder/1").unwrap(), epoch: 1, name: KeyName::parse(name).unwrap() };
+        let being_made = BeingMade::default();
+        let (_rotating, others) = being_made.make(&of("old"), false).unwrap();
+        assert_eq!(others, 0);
+        let (_first, others) = being_made.make(&of("first"), true).unwrap();
+        assert_eq!(others, 0, "a key that is there already is counted with those that are");
+        let (second, others) = being_made.make(&of("second"), true).unwrap();
+        assert_eq!(others, 1);
+        assert!(being_made.make(&of("second"), true).is_err() && being_made.make(&of("old"), true).is_err());
+        drop(second);
+        assert_eq!(being_made.make(&of("second"), true).unwrap().1, 1);
     }
 }

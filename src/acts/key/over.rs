@@ -98,10 +98,25 @@ impl Acts {
         // Where the epoch is not past, messages verify by what was signed in it.
         let verifies = |of: &KeyOf, expires: UnixTime| self.ledger.admits(&of.agent, of.epoch).is_ok() && expires > now;
         keys.retain(|key| !key.versions.iter().any(|version| verifies(&key.of, version.expires)));
+        // One that is being changed right now is looked at in a later round.
+        let mut here = Vec::new();
+        keys.retain(|key| {
+            let Ok(loaded) = self.keys.loaded.get(&key.of) else { return true };
+            let alone = Arc::clone(&loaded.changing).try_lock_owned();
+            alone.map(|alone| here.push((loaded, alone))).is_ok()
+        });
         if keys.is_empty() {
             return Ok(());
         }
+        for (loaded, _) in &here {
+            self.ledger.seal_signatures(&loaded.key);
+        }
         tracing::info!(%agent, epoch, keys = keys.len(), cause = cause.as_str_name(), "keys of an epoch that is over are forgotten");
-        self.ledger.forget_keys(&agent, epoch, &keys, cause).await.map(drop)
+        let in_use = here.iter().map(|(loaded, _)| Arc::clone(&loaded.key)).collect();
+        self.ledger.forget_keys(&agent, epoch, &keys, cause, in_use).await?;
+        for key in keys {
+            self.keys.loaded.forget(&key.of);
+        }
+        Ok(())
     }
 }

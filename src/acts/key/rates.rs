@@ -89,9 +89,13 @@ impl Rates {
             let even = now.ahead.get(agent).is_none_or(|even| *even <= second);
             let mut ahead = 0;
             if let Some(capacity) = capacity.filter(|capacity| more > capacity / 2) {
-                let share = (capacity / now.signing.0.max(now.signing.1).max(1)).max(1);
+                let signing = now.signing.0.max(now.signing.1).max(1);
+                let share = (capacity / signing).max(1);
                 if mine > share && !(first && even) {
-                    return Err(limited("others sign as well: ask for fewer signatures, or again in a second".to_owned()));
+                    return Err(limited(match signing {
+                        1 => format!("the token makes {capacity} signatures a second: ask for fewer, or again in a second"),
+                        _ => "others sign as well: ask for fewer signatures, or again in a second".to_owned(),
+                    }));
                 }
                 ahead = (mine / share).min(AHEAD_SECONDS);
             }
@@ -137,9 +141,12 @@ mod tests {
         let rates = Rates::new(1000, 1);
         let sign = |number, count, second| rates.sign(&agent(number), count, Some(100), second).is_ok();
         // Alone: all of it, and no more.
-        assert!(sign(1, 60, 1) && sign(1, 40, 1) && !sign(1, 1, 1));
+        assert!(sign(1, 60, 1) && sign(1, 40, 1));
+        let told = |number| rates.sign(&agent(number), 1, Some(100), 1).unwrap_err().advice;
+        assert!(told(1).contains("100 signatures a second"), "{}", told(1));
         // Another one's first call is taken, whatever was asked for before.
         assert!(sign(2, 30, 1));
+        assert!(told(1).contains("others sign"), "{}", told(1));
         // Both are known to sign: neither takes more than half.
         assert!(sign(1, 50, 2) && !sign(1, 1, 2));
         assert!(sign(2, 20, 2) && sign(2, 30, 2) && !sign(2, 1, 2));

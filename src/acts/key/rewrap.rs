@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::ledger::{KeyVersion, Reader, Rewrapped, StoreError, StoredKey};
+use crate::ledger::{KeyVersion, Rewrapped, StoredKey};
 use crate::model::{KeyId, Reason, Refusal};
 use crate::proto::{AuthorityState as State, KeyState, Purpose};
 
@@ -177,9 +177,12 @@ impl Acts {
             after = Some(last.of.clone());
             page.retain(|key| task.held_by(&key.versions).next().is_some());
             // What is not as recorded is not made so: it stays where it is until an operator destroys it.
-            let (page, odd) = self.read(move |reader| held(reader, page)).await?;
-            for id in odd.iter().flat_map(|key| task.held_by(&key.versions)) {
-                *left.entry(id).or_default() += 1;
+            let ledger = self.ledger.clone();
+            let (mut page, odd) = self.read(move |_| ledger.odd_keys(&page).map(|odd| (page, odd))).await?;
+            for at in odd.into_iter().rev() {
+                for id in task.held_by(&page.remove(at).versions) {
+                    *left.entry(id).or_default() += 1;
+                }
             }
             if page.is_empty() {
                 continue;
@@ -327,21 +330,6 @@ impl Acts {
     }
 }
 
-/// The keys of a page that are as recorded, and the others.
-fn held(reader: &Reader, page: Vec<StoredKey>) -> Result<(Vec<StoredKey>, Vec<StoredKey>), StoreError> {
-    let (mut keys, mut odd) = (Vec::with_capacity(page.len()), Vec::new());
-    for key in page {
-        match reader.hold(&key) {
-            Err(error @ StoreError::NotAsRecorded(_)) => {
-                tracing::error!(%error, "a key's row was changed by somebody else");
-                odd.push(key);
-            }
-            other => other.map(|()| keys.push(key))?,
-        }
-    }
-    Ok((keys, odd))
-}
-
 /// What becomes of a key's versions.
 fn rewrapped(task: &Task, loaded: &Loaded, never_signs: bool, again: &BTreeMap<KeyId, Again>) -> Rewrapped {
     let versions = loaded.key.versions();
@@ -365,4 +353,71 @@ fn rewrapped(task: &Task, loaded: &Loaded, never_signs: bool, again: &BTreeMap<K
         }
     }
     one
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::Crl;
+    use super::*;
+    use crate::config::Config;
+    use crate::ledger::{self, Ledger, Settings};
+    use crate::model::TrustDomain;
+    use crate::proto::{AuthorityActivated, AuthorityStepped, entry::Body};
+
+    const CONFIG: &str = r#"
+        [trust]
+        domain = "example.org"
+        [hsm.authority]
+        module = "/usr/lib/softhsm/libsofthsm2.so"
+        token = "keyward-authority"
+        pin_file = "/etc/keyward/authority.pin"
+    "#;
+
+    fn step(key: KeyId, to: State, replaces: Option<KeyId>) -> Body {
+        Body::AuthorityStepped(AuthorityStepped {
+            purpose: Purpose::Wrapping.into(),
+            key_id: key.0.to_vec(),
+            to: to.into(),
+            replaces: replaces.map(|key| key.0.to_vec()).unwrap_or_default(),
+            ..AuthorityStepped::default()
+        })
+    }
+
+    /// A key that was decided to come under the wrapping key before is in no row yet.
+    #[test]
+    fn a_pass_looks_at_no_row_before_what_was_decided_is_durable() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        ledger::create(&state, &TrustDomain::parse("example.org").unwrap(), [1; 16]).unwrap();
+        let settings =
+            Settings { state: state.clone(), runtime: directory.path().into(), queue_max: 64, live_max: 8, forget_seconds: 3600 };
+        let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
+        let acts = Arc::new(Acts::new(&Config::parse(CONFIG).unwrap(), ledger.clone(), Crl::open(&state), Arc::default()));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let (old, new) = (KeyId::random(), KeyId::random());
+        let first =
+            AuthorityActivated { purpose: Purpose::Wrapping.into(), key_id: old.0.to_vec(), ..AuthorityActivated::default() };
+        for body in [Body::AuthorityActivated(first), step(new, State::Planned, None), step(new, State::Prepublished, None)] {
+            runtime.block_on(ledger.record(body)).unwrap();
+        }
+        // The writer waits for this lock as it would for a disk that does not answer.
+        let other = rusqlite::Connection::open(Ledger::file(&state)).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let stepping = ledger.clone();
+        let active = runtime.spawn(async move { stepping.record(step(new, State::Active, Some(old))).await });
+        let until = Instant::now() + Duration::from_secs(1);
+        while !acts.wrapping_keys().contains(&(new, State::Active, false)) {
+            assert!(Instant::now() < until, "the writer has not decided");
+            std::thread::yield_now();
+        }
+        let passing = Arc::clone(&acts);
+        let mut pass = runtime.spawn(async move { passing.rewrap_due().await });
+        let early = runtime.block_on(async { tokio::time::timeout(Duration::from_millis(300), &mut pass).await });
+        assert!(early.is_err(), "rows were looked at: {early:?}");
+        other.execute_batch("ROLLBACK").unwrap();
+        runtime.block_on(active).unwrap().unwrap();
+        // Here is no token: that is found out after the rows.
+        assert_eq!(runtime.block_on(pass).unwrap().unwrap_err().reason, Reason::HsmUnavailable);
+        assert_eq!(acts.keys.freed(), []);
+    }
 }

@@ -45,8 +45,8 @@ impl Acts {
     /// Another version signs instead of the newest one, `before`. Gives the entry's index.
     pub(super) async fn replace_version(&self, loaded: &Loaded, before: &KeyVersion, now: UnixTime) -> Result<u64, Refusal> {
         let key = &loaded.key;
-        let (making, _) = self.keys.making.make(key.of())?;
-        self.has_room(&*self.keys.token()?, &making, key.of(), key.terms(), 0).await?;
+        let (making, _) = self.keys.making.make(key.of(), false)?;
+        self.has_room(&*self.keys.token()?, &making, key.of(), key.terms(), Some(before.key_id)).await?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
             let version = self.make_version(&token, key.of(), key.terms(), before.number + 1, now).await?;

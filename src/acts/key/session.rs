@@ -27,6 +27,11 @@ impl SessionKeys {
         self.lock().remove(&id);
     }
 
+    /// Whether it is there, or went since the last look.
+    pub(super) fn has(&self, id: KeyId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
     /// How many an agent has, those among them that went since the last look.
     pub(super) fn count(&self, agent: &AgentId) -> usize {
         self.lock().values().filter(|(of, _, _)| of == agent).count()

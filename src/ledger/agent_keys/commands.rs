@@ -36,7 +36,7 @@ impl KeyCommand {
                 let index = batch.next_index();
                 for row in &mut rows {
                     match (row, &*body) {
-                        (Row::AgentKey(row), _) => row.2.told_by(index),
+                        (Row::AgentKey(row), Body::AgentKeyCreated(_) | Body::AgentKeyRotated(_)) => row.2.told_by(index),
                         (Row::AgentKeyVersions(row), Body::AgentKeysRewrapped(told)) => row.1.rewrapped_by(index, &told.versions),
                         _ => {}
                     }

@@ -3,13 +3,17 @@
 //!
 //! An entry is immutable, and hashed into the tree: where its tile is complete, its leaf is looked up as well. What this does not see is a
 //! row as it was some time before (a disabled key that is active again, a version that was followed by another, signatures not counted),
-//! and a file that was rewritten from an entry on, tiles and all: `keyward ledger verify` and the signed checkpoints do.
+//! which wrapping keys a version was under between its first and its present one (a row names the last entry that rewrapped it, and not
+//! those before: a taint of one of these is forgotten with its place in the list), and a file that was rewritten from an entry on, tiles
+//! and all: `keyward ledger verify` and the signed checkpoints do.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::PoisonError;
 
 use prost::Message as _;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
+use super::super::Ledger;
 use super::super::merkle::{HASH_BYTES, TILE_HASHES, leaf_hash};
 use super::super::store::StoreError;
 use super::rows::{AgentKeyRow, StoredKey};
@@ -17,17 +21,44 @@ use super::{KeyOf, KeyTerms};
 use crate::model::{Reason, Refusal};
 use crate::proto::{self, KeyStorage, entry::Body};
 
-/// A look at the file that failed, told to a caller.
-#[must_use]
-pub fn unread(error: StoreError) -> Refusal {
-    match error {
-        StoreError::NotAsRecorded(_) => {
-            tracing::error!(%error, "a key's row was changed by somebody else: it neither signs nor verifies");
-            let advice =
-                "this key is not what the ledger says of it: have an operator run `keyward ledger verify`, and use another";
-            Refusal::new(Reason::KeyNotAsRecorded, advice).because(error)
+impl Ledger {
+    /// A look at the file that failed, told to a caller. That a row is not as recorded the log tells once.
+    #[must_use]
+    pub fn unread(&self, error: StoreError) -> Refusal {
+        match error {
+            StoreError::NotAsRecorded(_) => {
+                self.tell_odd(&error);
+                let advice =
+                    "this key is not what the ledger says of it: have an operator run `keyward ledger verify`, and use another";
+                Refusal::new(Reason::KeyNotAsRecorded, advice).because(error)
+            }
+            other => Refusal::internal(other),
         }
-        other => Refusal::internal(other),
+    }
+
+    /// Which keys of a page, by their place, are not as recorded: they are published nowhere, and stay where they are. Blocking.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn odd_keys(&self, keys: &[StoredKey]) -> Result<BTreeSet<usize>, StoreError> {
+        let mut odd = BTreeSet::new();
+        for (at, key) in keys.iter().enumerate() {
+            match self.0.reader.hold(key) {
+                Err(error @ StoreError::NotAsRecorded(_)) => {
+                    self.tell_odd(&error);
+                    odd.insert(at);
+                }
+                other => other?,
+            }
+        }
+        Ok(odd)
+    }
+
+    /// Once, however often it is met: duties meet it every few seconds, and anybody who asks for keys does.
+    fn tell_odd(&self, error: &StoreError) {
+        if self.0.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string()) {
+            tracing::error!(%error, "a key's row was changed by somebody else: it neither signs nor verifies");
+        }
     }
 }
 

@@ -27,7 +27,6 @@ use super::store::Row;
 use super::{COMMIT_DEADLINE, Ledger, answered, draining, unavailable};
 use commands::KeyCommand;
 pub use counted::Reserved;
-pub use held::unread;
 pub use resident::ResidentKey;
 pub use rewrap::Rewrapped;
 use rows::AgentKeyRow;
@@ -282,7 +281,8 @@ impl Ledger {
     /// `KEY_NOT_AS_RECORDED`, `INTERNAL` when the row cannot be read; `AGENT_UNKNOWN`.
     pub fn load_key(&self, of: &KeyOf) -> Result<Option<AgentKey>, Refusal> {
         let slot = self.gate().book.named(&of.agent)?.0;
-        Ok(self.0.reader.agent_key(of).map_err(unread)?.map(|found| AgentKey::new(slot, found)))
+        let found = self.0.reader.agent_key(of).map_err(|error| self.unread(error))?;
+        Ok(found.map(|found| AgentKey::new(slot, found)))
     }
 
     /// Whether a key may sign now: its agent's standing and epoch, its own state, its expiry. Memory alone, one short lock.

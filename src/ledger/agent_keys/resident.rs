@@ -1,10 +1,12 @@
 //! Agents' keys that are objects in the token: few, and each is accounted for from the entry that puts it to use until the object is gone.
 //! And what is over: epochs in which nothing is signed any more.
 
+use std::sync::Arc;
+
 use rusqlite::{Connection, params};
 
 use crate::model::{AgentId, KeyId, KeyName, Refusal, UnixTime};
-use crate::proto::{self, KeyOver, KeyStorage, Purpose, entry::Body};
+use crate::proto::{self, KeyOver, KeyState, KeyStorage, Purpose, entry::Body};
 
 use super::super::store::{Reader, Row, StoreError};
 use super::super::views::last_not_after;
@@ -63,6 +65,15 @@ impl Reader {
             .prepare_cached("SELECT (SELECT count(*) FROM resident_key WHERE agent = ?1), (SELECT count(*) FROM resident_key)")?;
         let number = |count: i64| usize::try_from(count).unwrap_or(usize::MAX);
         Ok(select.query_row([agent.as_str()], |row| Ok((number(row.get(0)?), number(row.get(1)?))))?)
+    }
+
+    /// Whether a key is an object in the token, or is being destroyed there.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn has_object(&self, id: KeyId) -> Result<bool, StoreError> {
+        let connection = self.locked();
+        Ok(connection.prepare_cached("SELECT 1 FROM resident_key WHERE key_id = ?1")?.exists([id.0])?)
     }
 
     /// At most `limit` keys that are objects in the token and stay there, by id, after `after`.
@@ -188,11 +199,19 @@ impl Ledger {
         self.key_entry(Body::AgentKeyObjectEnded(body), rows, None, Box::new(drop)).await
     }
 
-    /// Removes what is kept of keys of one epoch beside the entries.
+    /// Removes what is kept of keys of one epoch beside the entries. Those of them that are `in_use` are destroyed when it is durable, for
+    /// whoever holds them: a clock that is set back brings none of them back.
     ///
     /// # Errors
     /// `LEDGER_UNAVAILABLE`.
-    pub async fn forget_keys(&self, agent: &AgentId, epoch: u32, keys: &[StoredKey], cause: KeyOver) -> Result<u64, Refusal> {
+    pub async fn forget_keys(
+        &self,
+        agent: &AgentId,
+        epoch: u32,
+        keys: &[StoredKey],
+        cause: KeyOver,
+        in_use: Vec<Arc<AgentKey>>,
+    ) -> Result<u64, Refusal> {
         let body = proto::AgentKeysForgotten {
             agent: agent.to_string(),
             epoch,
@@ -203,7 +222,8 @@ impl Ledger {
             let kids = key.versions.iter().map(|version| version.kid.clone()).collect();
             [Row::AgentKidsGone(Box::new((key.of.clone(), kids))), Row::AgentKeyForgotten(Box::new(key.of.clone()))]
         });
-        self.key_entry(Body::AgentKeysForgotten(body), rows.collect(), None, Box::new(drop)).await
+        let then = Box::new(move |_| in_use.iter().for_each(|key| key.take_state(KeyState::Destroyed)));
+        self.key_entry(Body::AgentKeysForgotten(body), rows.collect(), None, then).await
     }
 
     /// The object of a destroyed resident key is gone from the token.

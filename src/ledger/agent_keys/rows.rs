@@ -182,6 +182,10 @@ pub(in crate::ledger) fn write(
             .prepare_cached("INSERT OR IGNORE INTO agent_kid (kid, agent, epoch, name) VALUES (?1, ?2, ?3, ?4)")?
             .execute(params![newest.kid, of.agent.as_str(), of.epoch, of.name.as_str()])?;
     }
+    if state == KeyState::Destroyed {
+        // Also where the key came without versions, because its row is not as recorded.
+        forget_kids(transaction, of, &kids(transaction, of)?)?;
+    }
     if state != KeyState::Active {
         // What was forgotten meanwhile does not come back.
         return transaction
@@ -197,6 +201,15 @@ pub(in crate::ledger) fn write(
         )?
         .execute(params![of.agent.as_str(), of.epoch, of.name.as_str(), i32::from(state), row.encode_to_vec()])
         .map(drop)
+}
+
+/// By which a row says that its key is named.
+fn kids(transaction: &Connection, of: &KeyOf) -> Result<Vec<Arc<str>>, rusqlite::Error> {
+    let mut select = transaction.prepare_cached("SELECT row FROM agent_key WHERE agent = ?1 AND epoch = ?2 AND name = ?3")?;
+    let found: Option<Vec<u8>> =
+        select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| row.get(0)).optional()?;
+    let row = found.and_then(|row| AgentKeyRow::decode(row.as_slice()).ok()).unwrap_or_default();
+    Ok(row.versions.into_iter().filter_map(|row| row.version).map(|version| version.kid.into()).collect())
 }
 
 /// A row that is there, as it is from now on; where it stands and what names it stays.
@@ -474,6 +487,25 @@ mod tests {
         assert_eq!(keys.iter().map(|key| key.of.name.to_string()).collect::<Vec<_>>(), ["there"]);
         assert_eq!(keys[0].versions[0].rewrapped_by, Some(3));
         assert_eq!(reader.resident_key_counts(&of("there").agent).unwrap(), (0, 0), "an object that has ended");
+    }
+
+    #[test]
+    fn a_destroyed_key_is_named_by_nobody_and_keeps_its_name_also_where_its_row_was_not_as_recorded() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        let mut store = Store::create(&path).unwrap();
+        let row = |created, versions: &[KeyVersion]| AgentKeyRow::new(&terms(), created, versions);
+        let good = version(1, 10);
+        let there = Row::AgentKey(Box::new((of("a"), KeyState::Active, row(None, std::slice::from_ref(&good)))));
+        store.commit(0, &[], &[], &[there]).unwrap();
+        let reader = Reader::open(&path).unwrap();
+        let is_odd = |found: Result<_, StoreError>| matches!(found, Err(StoreError::NotAsRecorded(_)));
+        assert!(is_odd(reader.agent_key(&of("a"))) && is_odd(reader.agent_key_by_kid(&good.kid)));
+        let bare = reader.bare_agent_key(&of("a")).unwrap().unwrap();
+        let destroyed = Row::AgentKey(Box::new((of("a"), KeyState::Destroyed, row(bare.created, &bare.versions))));
+        store.commit(0, &[], &[], &[destroyed]).unwrap();
+        assert!(reader.agent_key_by_kid(&good.kid).unwrap().is_none());
+        assert_eq!(reader.bare_agent_key(&of("a")).unwrap().unwrap().state, KeyState::Destroyed);
     }
 
     #[test]

@@ -826,6 +826,47 @@ fn nothing_is_certified_for_longer_than_the_authority_over_it_is_in_force() {
     house.stop_and_verify();
 }
 
+/// What `keyward status` has against being ready.
+fn causes(house: &House) -> Vec<String> {
+    let status = house.keyward(&["status", "--format", "json"]).json();
+    status["not_ready_because"].as_array().unwrap().iter().map(|cause| cause.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn the_end_of_an_authority_is_told_before_and_makes_the_daemon_unready_until_another_is_adopted() {
+    let (house, csr) = awaiting_root();
+    let root = OutsideRoot::new(&house, "root");
+    let brief = root.sign_for_days(&csr, "1");
+    house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &brief]).ok();
+    let mut house = house.with_preload();
+    house.serve();
+    let told = |house: &House| house.log().matches("the active issuing authority ends at").count();
+    assert!(told(&house) == 0 && causes(&house).is_empty(), "there is time");
+    // The last third of its life.
+    later(&house, 60_000);
+    comes_about("warned of the end", || told(&house) == 1);
+    assert!(house.log().contains("keyward ca adopt"));
+    assert!(causes(&house).is_empty(), "{:?}", causes(&house));
+    // A certificate of ten minutes would end after it.
+    later(&house, 86_400 - 300);
+    let says = |house: &House, what: &str| {
+        let told =
+            |cause: &String| cause.starts_with("authority: ") && cause.contains(what) && cause.contains("keyward ca adopt");
+        matches!(causes(house).as_slice(), [cause] if told(cause))
+    };
+    comes_about("not ready", || says(&house, "sooner than the longest certificate"));
+    assert!(house.keyward(&["status"]).exits(5).stdout.contains("keyward ca adopt"));
+    later(&house, 86_400 + 1);
+    comes_about("not ready", || says(&house, "ended at"));
+    house.restart();
+    comes_about("not ready after a restart", || says(&house, "ended at"));
+    let issuing = root.sign(&request(&house), FITS);
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).ok();
+    comes_about("ready", || causes(&house).is_empty());
+    Holder::attest(&house, "builder/1");
+    house.stop_and_verify();
+}
+
 #[test]
 fn who_rotates_in_a_loop_is_stopped_before_denials_and_handshakes_suffer() {
     let mut house = House::new().initialised().served();

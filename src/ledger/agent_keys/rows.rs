@@ -467,7 +467,7 @@ mod tests {
         store.commit(0, &[], &[], &[Row::AgentKeyForgotten(Box::new(of("gone")))]).unwrap();
         let again = |name, versions: &[KeyVersion]| Row::AgentKeyVersions(Box::new((of(name), row(versions))));
         let rewrapped = KeyVersion { rewrapped_by: Some(3), ..version(1, 20) };
-        let rows = [again("gone", &[rewrapped.clone()]), again("there", &[rewrapped, object])];
+        let rows = [again("gone", std::slice::from_ref(&rewrapped)), again("there", &[rewrapped, object])];
         store.commit(0, &[], &[], &rows).unwrap();
         let reader = Reader::open(&path).unwrap();
         let keys = reader.all_agent_keys(None, 10).unwrap();

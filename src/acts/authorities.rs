@@ -11,9 +11,8 @@ use crate::model::{KeyId, Refusal, UnixTime};
 use crate::proto::{self, AuthorityState as State, Purpose};
 
 use super::certificate::Authority;
-use super::hsm_refusal;
 use super::keys::{self, Tokens};
-use super::{certify, due};
+use super::{certify, due, hsm_refusal};
 
 /// How long a peer may keep a bundle before it asks again, in seconds.
 pub(super) const REFRESH_HINT_SECONDS: u32 = 300;

@@ -482,6 +482,34 @@ fn a_connection_that_was_made_under_a_tainted_authority_ends_with_it() {
     house.stop_and_verify();
 }
 
+/// It has been retiring for longer than a taint leaves anybody, and would go at once.
+#[test]
+fn what_is_under_an_authority_that_was_retiring_when_it_was_tainted_has_as_long_to_be_renewed() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
+    house.serve();
+    let agent = house.agent("builder/1");
+    agent.enrol(&["--ttl", "2h"]).ok();
+    agent.attest(&[]).ok();
+    let retiring = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    later(&house, 1800);
+    let wire = house.wire();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    house.keyward(&["ca", "taint", &retiring, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "issuing"), ["active", "retiring", "retiring"]);
+    let within = following.renew_within();
+    assert!((840..=900).contains(&within), "{within}");
+    agent.renew().ok();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    later(&house, 1800 + 901);
+    become_states(&house, "issuing", &["active"]);
+    become_states(&house, "root", &["active"]);
+    // Its certificate is of the authority that stayed: the stream goes on.
+    while following.next().unwrap().authorities.len() > 1 {}
+    drop(following);
+    house.stop_and_verify();
+}
+
 /// The power fails at each sync of a taint in turn: once it is recorded, the next daemon does what follows from it.
 #[test]
 fn a_taint_that_was_recorded_is_acted_on_after_a_power_cut_at_any_moment() {

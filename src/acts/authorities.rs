@@ -7,12 +7,12 @@ use rustls::pki_types::CertificateDer;
 
 use crate::hsm::SigningKey;
 use crate::ledger::{Generation, KeyRow, Ledger};
-use crate::model::{KeyId, Refusal};
+use crate::model::{KeyId, Refusal, UnixTime};
 use crate::proto::{self, AuthorityState as State, Purpose};
 
 use super::certificate::Authority;
-use super::hsm_refusal;
 use super::keys::{self, Tokens};
+use super::{certify, due, hsm_refusal};
 
 /// How long a peer may keep a bundle before it asks again, in seconds.
 pub(super) const REFRESH_HINT_SECONDS: u32 = 300;
@@ -26,6 +26,8 @@ pub struct Authorities {
     missing: BTreeSet<KeyId>,
     /// Of all trusted issuing authorities, the active one first.
     issuing: Vec<Arc<Authority>>,
+    /// From when until when the active issuing authority and its root both are.
+    in_force: Option<(UnixTime, UnixTime)>,
     /// None with an outside root.
     root: Option<Arc<Authority>>,
     /// The active one first, then those that it follows.
@@ -97,7 +99,8 @@ impl Authorities {
             refresh_hint_seconds: REFRESH_HINT_SECONDS,
             token_signing_keys: token_signing.map(|key| key.spki().to_vec()).collect(),
         };
-        Ok(Self { tokens, generations, keys, missing, issuing, root, ledger_keys, bundle })
+        let in_force = in_force(&generations);
+        Ok(Self { tokens, generations, keys, missing, issuing, in_force, root, ledger_keys, bundle })
     }
 
     /// What signs leaves.
@@ -132,6 +135,23 @@ impl Authorities {
     pub fn anchors(&self) -> Vec<CertificateDer<'static>> {
         let trusted = in_order(&self.generations, Purpose::Issuing);
         trusted.into_iter().map(|found| found.certificate.clone().into()).collect()
+    }
+
+    /// From when until when what signs leaves is in force, its root included; none where a certificate does not parse.
+    #[must_use]
+    pub fn in_force(&self) -> Option<(UnixTime, UnixTime)> {
+        self.in_force
+    }
+
+    /// The names, DER, of tainted issuing authorities that another signs in place of, and until when each is trusted.
+    #[must_use]
+    pub fn leaving(&self) -> Vec<(Vec<u8>, UnixTime)> {
+        let leaving = self.generations.iter().filter_map(|found| {
+            let until = due::leaves(found)?;
+            let (_, parsed) = x509_parser::parse_x509_certificate(&found.certificate).ok()?;
+            Some((parsed.subject().as_raw().to_vec(), until))
+        });
+        leaving.collect()
     }
 
     /// What signs issuing authorities; none with an outside root.
@@ -187,6 +207,14 @@ impl Authorities {
     pub fn generations(&self) -> &[Generation] {
         &self.generations
     }
+}
+
+fn in_force(generations: &[Generation]) -> Option<(UnixTime, UnixTime)> {
+    let active = generations.iter().find(|found| found.purpose == Purpose::Issuing && found.state == State::Active)?;
+    let (from, end) = certify::validity(&active.certificate)?;
+    let root = generations.iter().find(|root| active.issuer == Some(root.key_id));
+    let root_end = root.and_then(|root| certify::validity(&root.certificate)).map_or(end, |(_, end)| end);
+    Some((from, end.min(root_end)))
 }
 
 /// The trusted generations of a purpose: the active one, the one to come, those before from the newest on.

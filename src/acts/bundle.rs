@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep_until};
 use crate::attest::Rejected;
 use crate::authn::Connection;
 use crate::ledger::Ledger;
-use crate::model::Refusal;
-use crate::proto;
+use crate::model::{Refusal, UnixTime};
+use crate::proto::{self, WatchBundleResponse};
 
 use super::Acts;
 
@@ -18,8 +18,24 @@ use super::Acts;
 /// stream would otherwise wake as many times.
 const DENIALS_COALESCE: Duration = Duration::from_millis(100);
 
-/// The newest bundle; nothing before the token was there for the first time.
-pub(super) struct Bundles(watch::Sender<Option<proto::Bundle>>);
+/// The newest bundle, and whose certificates are to be renewed.
+#[derive(PartialEq)]
+struct Told {
+    bundle: proto::Bundle,
+    /// Names of tainted issuing authorities, DER, each with the moment from which it is not trusted.
+    leaving: Vec<(Vec<u8>, UnixTime)>,
+}
+
+impl Told {
+    /// To whom a certificate of `issuer` is held, at `now`: 0 where it need not be renewed, else seconds.
+    fn renew_within_seconds(&self, issuer: Option<&[u8]>, now: UnixTime) -> u32 {
+        let until = self.leaving.iter().find(|(name, _)| Some(name.as_slice()) == issuer);
+        until.map_or(0, |(_, until)| u32::try_from(until.seconds().saturating_sub(now.seconds()).max(1)).unwrap_or(u32::MAX))
+    }
+}
+
+/// Nothing before the token was there for the first time.
+pub(super) struct Bundles(watch::Sender<Option<Told>>);
 
 impl Default for Bundles {
     fn default() -> Self {
@@ -29,11 +45,12 @@ impl Default for Bundles {
 
 impl Bundles {
     /// Whoever follows hears of it, if anything is new in it.
-    pub(super) fn publish(&self, bundle: proto::Bundle) {
+    pub(super) fn publish(&self, bundle: proto::Bundle, leaving: Vec<(Vec<u8>, UnixTime)>) {
+        let next = Some(Told { bundle, leaving });
         self.0.send_if_modified(|told| {
-            let new = told.as_ref() != Some(&bundle);
+            let new = *told != next;
             if new {
-                *told = Some(bundle);
+                *told = next;
             }
             new
         });
@@ -82,7 +99,7 @@ impl Acts {
 pub struct BundleWatch {
     source: Arc<Connection>,
     ledger: Ledger,
-    bundles: watch::Receiver<Option<proto::Bundle>>,
+    bundles: watch::Receiver<Option<Told>>,
     denials: watch::Receiver<u64>,
     /// Denials are not looked at before.
     look_again: Instant,
@@ -91,22 +108,25 @@ pub struct BundleWatch {
 }
 
 impl BundleWatch {
-    /// At first the bundle as it is; then waits for one that differs, or until the refresh hint of the last has passed. May be dropped and
-    /// called again: nothing is lost.
+    /// At first the bundle as it is; then waits for one that differs, for the taint of an authority, or until the refresh hint of the last has
+    /// passed. May be dropped and called again: nothing is lost.
     ///
     /// # Errors
     /// As [`Acts::watch_bundle`], the moment it comes to be so.
-    pub async fn next(&mut self) -> Result<proto::Bundle, Refusal> {
+    pub async fn next(&mut self) -> Result<WatchBundleResponse, Refusal> {
         loop {
             // Before the standing is looked at: a denial after the look wakes this again.
             self.denials.mark_unchanged();
             self.source.agent(&self.ledger)?;
             let due = self.say_again.is_some_and(|again| again <= Instant::now());
             if (due || self.bundles.has_changed().unwrap_or(false))
-                && let Some(bundle) = self.bundles.borrow_and_update().clone()
+                && let Some(told) = &*self.bundles.borrow_and_update()
             {
-                self.say_again = Some(Instant::now() + Duration::from_secs(bundle.refresh_hint_seconds.max(1).into()));
-                return Ok(bundle);
+                let hint = Duration::from_secs(told.bundle.refresh_hint_seconds.max(1).into());
+                self.say_again = Some(Instant::now() + hint);
+                let now = self.ledger.clock().reckoned();
+                let renew_within_seconds = told.renew_within_seconds(self.source.issuer(), now);
+                return Ok(WatchBundleResponse { bundle: Some(told.bundle.clone()), renew_within_seconds });
             }
             let (look_again, say_again) = (self.look_again, self.say_again);
             let denied = async {

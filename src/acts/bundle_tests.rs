@@ -96,7 +96,9 @@ impl House {
 }
 
 async fn soon(watch: &mut BundleWatch) -> Result<proto::Bundle, Refusal> {
-    timeout(DEADLINE, watch.next()).await.expect("it was told")
+    let told = timeout(DEADLINE, watch.next()).await.expect("it was told")?;
+    assert_eq!(told.renew_within_seconds, 0);
+    Ok(told.bundle.expect("whole"))
 }
 
 async fn silent(watch: &mut BundleWatch) -> bool {
@@ -106,24 +108,45 @@ async fn silent(watch: &mut BundleWatch) -> bool {
 #[tokio::test]
 async fn the_bundle_is_told_at_once_and_each_that_follows_it() {
     let house = house().await;
-    house.bundles.publish(bundle(1, 300));
+    house.bundles.publish(bundle(1, 300), Vec::new());
     let mut watch = house.follow();
     assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 300));
     assert!(silent(&mut watch).await);
-    house.bundles.publish(bundle(2, 300));
+    house.bundles.publish(bundle(2, 300), Vec::new());
     assert_eq!(soon(&mut watch).await.unwrap(), bundle(2, 300));
     // The token came back with the same authorities.
-    house.bundles.publish(bundle(2, 300));
+    house.bundles.publish(bundle(2, 300), Vec::new());
     assert!(silent(&mut watch).await);
+}
+
+#[tokio::test]
+async fn whoever_holds_a_certificate_of_an_authority_that_leaves_is_told_how_long_it_is_trusted() {
+    let house = house().await;
+    let issuer = house.connection.issuer().expect("an agent").to_vec();
+    let until = house.ledger.clock().reckoned().plus_seconds(900);
+    house.bundles.publish(bundle(1, 300), Vec::new());
+    let mut watch = house.follow();
+    soon(&mut watch).await.unwrap();
+    // Of another authority.
+    house.bundles.publish(bundle(1, 300), vec![(b"another".to_vec(), until)]);
+    soon(&mut watch).await.unwrap();
+    for (until, least, most) in [(until, 880, 900), (house.ledger.clock().reckoned(), 1, 1)] {
+        house.bundles.publish(bundle(1, 300), vec![(b"another".to_vec(), until), (issuer.clone(), until)]);
+        // Who follows already, and who comes later.
+        for watch in [&mut watch, &mut house.follow()] {
+            let told = timeout(DEADLINE, watch.next()).await.expect("it was told").unwrap();
+            assert!((least..=most).contains(&told.renew_within_seconds), "{told:?}");
+        }
+    }
 }
 
 #[tokio::test]
 async fn who_is_slow_is_told_the_newest_alone() {
     let house = house().await;
-    house.bundles.publish(bundle(1, 300));
+    house.bundles.publish(bundle(1, 300), Vec::new());
     let mut watch = house.follow();
     for sequence in 2..=4 {
-        house.bundles.publish(bundle(sequence, 300));
+        house.bundles.publish(bundle(sequence, 300), Vec::new());
     }
     assert_eq!(soon(&mut watch).await.unwrap(), bundle(4, 300));
     assert!(silent(&mut watch).await);
@@ -132,7 +155,7 @@ async fn who_is_slow_is_told_the_newest_alone() {
 #[tokio::test]
 async fn it_is_said_again_when_its_refresh_hint_has_passed() {
     let house = house().await;
-    house.bundles.publish(bundle(1, 1));
+    house.bundles.publish(bundle(1, 1), Vec::new());
     let mut watch = house.follow();
     let first = Instant::now();
     for _ in 0..2 {
@@ -146,28 +169,28 @@ async fn a_wait_that_was_given_up_loses_nothing() {
     let house = house().await;
     let mut watch = house.follow();
     assert!(silent(&mut watch).await, "there is no bundle yet");
-    house.bundles.publish(bundle(1, 300));
+    house.bundles.publish(bundle(1, 300), Vec::new());
     assert_eq!(soon(&mut watch).await.unwrap(), bundle(1, 300));
 }
 
 #[tokio::test]
 async fn it_ends_with_the_trust_in_the_authority_over_the_callers_certificate() {
     let house = house().await;
-    house.bundles.publish(bundle(1, 300));
+    house.bundles.publish(bundle(1, 300), Vec::new());
     let mut watch = house.follow();
     soon(&mut watch).await.unwrap();
     let mut other = rcgen::CertificateParams::default();
     other.distinguished_name.push(rcgen::DnType::CommonName, "another authority");
     let other = other.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
     house.tls.trust(house.ledger.clock(), &[other.der().clone()]).unwrap();
-    house.bundles.publish(bundle(2, 300));
+    house.bundles.publish(bundle(2, 300), Vec::new());
     assert_eq!(soon(&mut watch).await.unwrap_err().reason, Reason::Unauthenticated);
 }
 
 #[tokio::test]
 async fn a_quarantine_ends_it_and_another_agents_does_not() {
     let house = house().await;
-    house.bundles.publish(bundle(1, 300));
+    house.bundles.publish(bundle(1, 300), Vec::new());
     let mut watch = house.follow();
     soon(&mut watch).await.unwrap();
     let other = AgentId::parse("builder/2").unwrap();

@@ -144,10 +144,7 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     };
     let by_age = of.since.plus_seconds(days * 86_400 + jitter(of.key_id, terms.rotation.jitter_seconds));
     let at = match certify::validity(&of.certificate) {
-        Some((from, end)) => {
-            let third = end.seconds().saturating_sub(from.seconds()) / 3;
-            by_age.min(end.minus_seconds(third.min(CERTIFICATE_REST_SECONDS)))
-        }
+        Some((from, end)) => by_age.min(end.minus_seconds(rest_seconds(from, end))),
         None => by_age,
     };
     arrow(to, Some(terms.rotation.window.map_or(at, |window| window.next(at))), false)
@@ -156,7 +153,8 @@ fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
 fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let after = |seconds: u64| Some(of.since.plus_seconds(seconds));
     let at = match of.purpose {
-        Purpose::Issuing | Purpose::TokenSigning if of.tainted => after(TAINT_SECONDS),
+        Purpose::Issuing if of.tainted => leaves(of),
+        Purpose::TokenSigning if of.tainted => after(TAINT_SECONDS),
         Purpose::Issuing => after(u64::from(terms.ttl_seconds_longest) + SLACK_SECONDS),
         Purpose::Root => {
             let used = all.iter().any(|found| found.issuer == Some(of.key_id) && found.is_trusted());
@@ -167,6 +165,12 @@ fn retirement(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         _ => after(OVERLAP_SECONDS),
     };
     arrow(State::Retired, at, of.tainted)
+}
+
+/// When a tainted issuing authority is trusted no more, if another signs in its place already: certificates under it are to be renewed before.
+pub(super) fn leaves(of: &Generation) -> Option<UnixTime> {
+    let is_leaving = of.purpose == Purpose::Issuing && of.tainted && of.state == State::Retiring;
+    is_leaving.then(|| of.since.plus_seconds(TAINT_SECONDS))
 }
 
 fn freed(of: &Generation, terms: &Terms<'_>) -> Option<UnixTime> {
@@ -180,6 +184,11 @@ fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation>
 /// Whether verifiers take its certificate now, if it has one: it may have expired while the daemon was away, or be of a clock that ran ahead.
 pub(super) fn is_in_force(of: &Generation, now: UnixTime) -> bool {
     certify::validity(&of.certificate).is_none_or(|(from, end)| from <= now && now < end)
+}
+
+/// How long before the end of a certificate its successor is made at the latest, in seconds.
+pub(super) fn rest_seconds(from: UnixTime, end: UnixTime) -> u64 {
+    (end.seconds().saturating_sub(from.seconds()) / 3).min(CERTIFICATE_REST_SECONDS)
 }
 
 /// Whether another root is active than the one over it.

@@ -14,6 +14,7 @@ mod clock;
 mod crl;
 mod due;
 mod enrol;
+mod expiry;
 mod files;
 mod init;
 mod issue;
@@ -145,9 +146,9 @@ impl Acts {
     pub fn set_authorities(&self, authorities: Authorities) -> Result<(), Refusal> {
         // First, so that nobody holds a certificate that is not trusted yet.
         self.tls.trust(self.clock(), &authorities.anchors()).map_err(Refusal::internal)?;
-        let bundle = authorities.bundle();
+        let (bundle, leaving) = (authorities.bundle(), authorities.leaving());
         self.authorities.store(Some(Arc::new(authorities)));
-        self.bundles.publish(bundle);
+        self.bundles.publish(bundle, leaving);
         self.changes.send_modify(|count| *count += 1);
         Ok(())
     }
@@ -155,7 +156,7 @@ impl Acts {
     /// No certificate of an agent is good for longer, in seconds: whatever one says that somebody made with a stolen key.
     #[must_use]
     pub fn certificate_seconds_longest(&self) -> u64 {
-        u64::from(self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default)) + due::SLACK_SECONDS
+        u64::from(self.ttl_seconds_longest()) + due::SLACK_SECONDS
     }
 
     /// The authorities, if the token is there.

@@ -119,7 +119,7 @@ impl Acts {
     fn terms(&self, now: UnixTime) -> Terms<'_> {
         Terms {
             rotation: &self.rotation,
-            ttl_seconds_longest: self.ledger.ttl_seconds_longest().max(self.limits.ttl_seconds_default),
+            ttl_seconds_longest: self.ttl_seconds_longest(),
             paused: self.is_rotation_paused(),
             now,
             freed: self.keys.freed(),

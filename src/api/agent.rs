@@ -180,8 +180,7 @@ impl AgentService for Agents {
                     () = answers.closed() => return,
                 };
                 let over = told.is_err();
-                let answer = told.map(|bundle| WatchBundleResponse { bundle: Some(bundle) });
-                place.send(answer.map_err(|refusal| status_of(&refusal)));
+                place.send(told.map_err(|refusal| status_of(&refusal)));
                 if over {
                     return;
                 }

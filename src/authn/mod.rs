@@ -113,6 +113,12 @@ impl Connection {
         Ok(agent)
     }
 
+    /// The name of the authority that signed the client's certificate, DER; none: a stranger.
+    #[must_use]
+    pub fn issuer(&self) -> Option<&[u8]> {
+        self.agent.as_ref().map(|agent| agent.issuer.as_slice())
+    }
+
     /// The agent named by the certificate, whether it may call or not: for the ledger's refusals.
     #[must_use]
     pub fn named(&self) -> Option<&AgentId> {

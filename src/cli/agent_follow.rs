@@ -24,6 +24,8 @@ pub(super) enum Heard {
     Bundle(u64),
     /// The same, and its authorities are those of before.
     Sequence(u64),
+    /// The authority of the certificate of this ledger entry is tainted, and not trusted after this time.
+    Leaving(u64, Duration),
     /// Everything was taken back from this agent.
     Contained(Error),
     /// The certificate of this ledger entry is not taken any more.
@@ -75,12 +77,19 @@ async fn follow_once(
     certificate: &mut Option<u64>,
 ) -> Result<(), Error> {
     let holding = holding_in(out)?;
-    *certificate = Some(holding.card.ledger_index);
+    let held = holding.card.ledger_index;
+    *certificate = Some(held);
     let mut watch = Client::watch_bundle(&holding).await?;
     drop(holding);
     *back_off = BackOff::default();
     loop {
-        let bundle = watch.newer().await?;
+        let news = watch.newer().await?;
+        if let Some(within) = news.renew_within
+            && heard.send(Heard::Leaving(held, within)).await.is_err()
+        {
+            return Ok(());
+        }
+        let Some(bundle) = news.bundle else { continue };
         // Where a renewal has the directory this fails, and the next stream begins with the same bundle.
         let directory = AgentDir::open(out, false)?;
         let same = directory.holding()?.authorities == bundle.authorities;

@@ -148,6 +148,9 @@ impl Supervisor {
         let mut due = due(&card, UnixTime::wall(), random());
         let mut bundle = card.bundle_sequence;
         let mut back_off = BackOff::default();
+        let mut impostor = false;
+        // The certificate whose authority is known to leave.
+        let mut leaving = None;
         let (tell, mut heard) = mpsc::channel(1);
         let renewed = Arc::new(Notify::new());
         // Ends when dropped.
@@ -184,6 +187,7 @@ impl Supervisor {
                     output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
                     due = self::due(&card, UnixTime::wall(), random());
                     back_off = BackOff::default();
+                    impostor = false;
                     renewed.notify_waiters();
                     // Where the bundle could not be followed, the renewal has brought it.
                     let newer = card.bundle_sequence > bundle;
@@ -194,6 +198,17 @@ impl Supervisor {
                     let wait = back_off.next(error.refused().and_then(|refused| refused.retry_after));
                     output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
                     due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
+                }
+                // Whoever is on the path could end every agent else: what it has is good, and the true one may be back any time.
+                Event::Done(Turn::Renewed(Err(error))) if is_of_an_impostor(&error) && !card.is_expired(UnixTime::wall()) => {
+                    if !impostor {
+                        let end = time(card.not_after_unix_seconds);
+                        output.say(&format!("keyward: {error}; it is tried again until the certificate ends, at {end}"));
+                    }
+                    impostor = true;
+                    let wait = u64::try_from(back_off.next(None).as_micros()).unwrap_or(u64::MAX);
+                    let end = UnixTime::from_seconds(card.not_after_unix_seconds);
+                    due = UnixTime(UnixTime::wall().0.saturating_add(wait)).min(end);
                 }
                 Event::Done(Turn::Renewed(Err(error)) | Turn::Heard(Heard::Contained(error))) => {
                     return self.give_up(running, error).await;
@@ -209,6 +224,17 @@ impl Supervisor {
                     self.react(&mut running, &[Some(self.on_bundle)])?;
                 }
                 Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
+                // Said again and again; and of a certificate that has been replaced, for as long as its stream lasts.
+                Event::Done(Turn::Heard(Heard::Leaving(certificate, within))) => {
+                    if certificate == card.ledger_index && leaving != Some(certificate) {
+                        leaving = Some(certificate);
+                        let seconds = within.as_secs();
+                        output.say(&format!(
+                            "keyward: its authority is trusted for {seconds} s more; there will be another certificate before"
+                        ));
+                        due = due.min(before(within, UnixTime::wall(), random()));
+                    }
+                }
                 // Else it is of a certificate that has been replaced meanwhile.
                 Event::Done(Turn::Heard(Heard::Rejected(error, certificate))) if certificate == card.ledger_index => {
                     output.say(&format!("keyward: {error}; there will be another certificate soon"));
@@ -320,6 +346,12 @@ pub(super) fn is_contained(error: &client::Error) -> bool {
     })
 }
 
+/// Whether the other end has not proved to be the keyward of this trust domain: its certificate is wrong, or, where the bound key is
+/// shown without a certificate, it says that ours is.
+fn is_of_an_impostor(error: &client::Error) -> bool {
+    matches!(error, client::Error::Untrusted { .. } | client::Error::Rejected { .. })
+}
+
 impl Running {
     /// To the whole group.
     fn send(&self, signal: Signal) {
@@ -360,6 +392,12 @@ fn due(card: &Card, now: UnixTime, random: u32) -> UnixTime {
 fn soon(card: &Card, now: UnixTime, random: u32) -> UnixTime {
     let life_micros = card.not_after_unix_seconds.saturating_sub(card.not_before_unix_seconds).saturating_mul(1_000_000);
     UnixTime(now.0.saturating_add(spread((life_micros / 10).min(SOON_MAX_MICROS), random)))
+}
+
+/// Spread over the first half of what is left: the other half is for those that have to ask more than once.
+fn before(within: Duration, now: UnixTime, random: u32) -> UnixTime {
+    let half_micros = u64::try_from(within.as_micros() / 2).unwrap_or(u64::MAX);
+    UnixTime(now.0.saturating_add(spread(half_micros, random)))
 }
 
 /// Evenly over `range`, from 0 to just below it.

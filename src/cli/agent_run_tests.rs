@@ -60,7 +60,10 @@ fn ten_thousand_agents_do_not_renew_in_the_same_moment() {
     assert!(busiest(10_000, |random| due(&ten_minutes, now, random).0) <= 10, "over two minutes");
     assert!(busiest(10_000, |random| soon(&hour, now, random).0) <= 7, "over three minutes");
     assert!(busiest(10_000, |random| soon(&ten_minutes, now, random).0) <= 18, "over a minute");
+    let window = Duration::from_secs(900);
+    assert!(busiest(10_000, |random| before(window, now, random).0) <= 3, "over half of a taint's window");
     for random in [0, u32::MAX] {
+        assert!((1_000..1_450).contains(&before(window, now, random).seconds()));
         assert!((1_000..1_180).contains(&soon(&card(1_000, 90_000), now, random).seconds()));
     }
 }
@@ -244,6 +247,64 @@ async fn a_certificate_whose_authority_has_left_the_bundle_is_replaced_long_befo
     assert_eq!(code.expect("ran"), ExitCode::from(7));
     assert!(from.elapsed() < Duration::from_secs(12), "{:?}: half-life is not before 18 s", from.elapsed());
     assert!(holding_in(&out).expect("held").ends_in_the_bundle());
+}
+
+/// Told on the stream, before it is too late.
+#[tokio::test]
+async fn a_certificate_whose_authority_is_tainted_is_replaced_within_half_of_the_time_that_is_left() {
+    let script = r#"trap 'exit 7' USR1; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised_for(600, (Reaction::Signal(Signal::USR1), Some(Reaction::Nothing)), script).await;
+    let ready = root.path().join("ready");
+    let change = async {
+        appears(&ready).await;
+        let mut seen = seen.lock().expect("not poisoned");
+        seen.renew_within_seconds = 4;
+        seen.bundle.send_modify(|_| ());
+        Instant::now()
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (code, from) = timeout(Duration::from_secs(20), both).await.expect("half-life is not before 240 s");
+    assert_eq!(code.expect("ran"), ExitCode::from(7));
+    assert!(from.elapsed() < Duration::from_secs(4), "{:?}", from.elapsed());
+    assert_eq!(seen.lock().expect("not poisoned").asks.len(), 2);
+}
+
+#[tokio::test]
+async fn somebody_on_the_path_does_not_end_a_command_whose_certificate_is_good() {
+    let script = r#"trap 'exit 7' USR1; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised(6, Reaction::Signal(Signal::USR1), script).await;
+    let ready = root.path().join("ready");
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").impostor = true;
+        while seen.lock().expect("not poisoned").imposed < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        seen.lock().expect("not poisoned").impostor = false;
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (code, ()) = timeout(Duration::from_secs(30), both).await.expect("renewed");
+    assert_eq!(code.expect("ran"), ExitCode::from(7));
+}
+
+#[tokio::test]
+async fn with_somebody_on_the_path_a_command_ends_when_its_certificate_does() {
+    let script = r#"touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised(4, Reaction::Nothing, script).await;
+    let (ready, out) = (root.path().join("ready"), root.path().join("agent"));
+    let change = async {
+        appears(&ready).await;
+        seen.lock().expect("not poisoned").impostor = true;
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (ended, ()) = timeout(Duration::from_secs(30), both).await.expect("at its end");
+    let failure = ended.expect_err("nobody to renew with");
+    assert!(failure.to_string().contains("is not the keyward that is trusted here"), "{failure}");
+    assert!(holding_in(&out).expect("held").card.is_expired(UnixTime::wall()), "not before");
+    assert!(seen.lock().expect("not poisoned").imposed > 1);
 }
 
 #[tokio::test]

@@ -32,6 +32,11 @@ pub(crate) struct Seen {
     pub(crate) mute: bool,
     /// Who follows is refused with this reason, whoever follows already with the next bundle.
     pub(crate) refuse_watches: Option<&'static str>,
+    /// Told to who follows, with the next bundle.
+    pub(crate) renew_within_seconds: u32,
+    /// Somebody else answers new connections; how often he did.
+    pub(crate) impostor: bool,
+    pub(crate) imposed: usize,
     /// How often it was asked to be followed; and how often before each ask.
     pub(crate) watches: usize,
     pub(crate) watches_before: Vec<usize>,
@@ -167,7 +172,9 @@ impl AgentService for Server {
                     return;
                 }
                 let bundle = Some(bundles.borrow_and_update().clone());
-                if sender.send(Ok(WatchBundleResponse { bundle })).await.is_err() || bundles.changed().await.is_err() {
+                let renew_within_seconds = seen.lock().expect("not poisoned").renew_within_seconds;
+                let told = WatchBundleResponse { bundle, renew_within_seconds };
+                if sender.send(Ok(told)).await.is_err() || bundles.changed().await.is_err() {
                     return;
                 }
             }
@@ -222,6 +229,20 @@ impl Seen {
     }
 }
 
+/// What a server under `issuer` shakes hands with.
+fn acceptor(issuer: &Issuer<'static, KeyPair>, domain: &TrustDomain) -> tokio_rustls::TlsAcceptor {
+    let key = Key::generate().expect("a key");
+    let leaf = certificate(issuer, key.public(), domain.server().as_str(), 600);
+    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .with_no_client_auth()
+        .with_single_cert(vec![CertificateDer::from(leaf)], key.to_rustls().into())
+        .expect("a server");
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    tokio_rustls::TlsAcceptor::from(Arc::new(tls))
+}
+
 /// A server on a free port; its join file and what it saw.
 pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let domain = TrustDomain::parse("example.org").expect("a name");
@@ -233,16 +254,13 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let seed = SecretBytes::new(vec![4; 32]);
     let token = PublicKey::from_raw(Algorithm::Ed25519, &join_public_key(&seed)).expect("a key");
 
-    let server_key = Key::generate().expect("a key");
-    let leaf = certificate(&issuer, server_key.public(), domain.server().as_str(), 600);
-    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .expect("TLS 1.3")
-        .with_no_client_auth()
-        .with_single_cert(vec![CertificateDer::from(leaf)], server_key.to_rustls().into())
-        .expect("a server");
-    tls.alpn_protocols = vec![b"h2".to_vec()];
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls));
+    let acceptor = acceptor(&issuer, &domain);
+    let strange = {
+        let key = KeyPair::generate().expect("a key");
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        self::acceptor(&Issuer::new(parameters, key), &domain)
+    };
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
 
@@ -256,14 +274,22 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
         lose: 0,
         mute: false,
         refuse_watches: None,
+        renew_within_seconds: 0,
+        impostor: false,
+        imposed: 0,
         watches: 0,
         watches_before: Vec::new(),
         other: None,
         bundle: watch::Sender::new(bundle.clone()),
     }));
     let service = Server { issuer, authority, domain, token, seen: Arc::clone(&seen) };
+    let doors = Arc::clone(&seen);
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener).then(move |tcp| {
-        let acceptor = acceptor.clone();
+        let acceptor = {
+            let mut seen = doors.lock().expect("not poisoned");
+            seen.imposed += usize::from(seen.impostor);
+            if seen.impostor { strange.clone() } else { acceptor.clone() }
+        };
         async move {
             let mut tls = acceptor.accept(tcp?).await?;
             // tonic wants a transport that it knows; a pipe is one.
@@ -376,7 +402,8 @@ async fn whoever_follows_the_bundle_hears_of_newer_ones_alone() {
     assert!(timeout(Duration::from_millis(50), watch.newer()).await.is_err(), "what is older is none either");
     seen.lock().expect("not poisoned").one_more_authority();
     told(&|bundle| bundle.sequence = 9);
-    let bundle = timeout(ATTEST_TIMEOUT, watch.newer()).await.expect("soon").expect("told");
+    let news = timeout(ATTEST_TIMEOUT, watch.newer()).await.expect("soon").expect("told");
+    let bundle = news.bundle.expect("a newer one");
     assert_eq!((bundle.sequence, bundle.authorities.len()), (9, 2));
     assert!(client.dir().keep_bundle(&bundle).expect("kept"));
     let held = client.dir().holding().expect("held");

@@ -13,6 +13,15 @@ const PATIENCE_FIRST: Duration = Duration::from_secs(10);
 /// A hint beyond this is taken for this, in seconds.
 const REFRESH_HINT_SECONDS_MAX: u32 = 3600;
 
+/// What is worth telling of one message.
+#[derive(Debug)]
+pub struct News {
+    /// With a higher sequence than any before.
+    pub bundle: Option<Bundle>,
+    /// The authority of the stream's certificate is not trusted after this time. Said again as long as it is so.
+    pub renew_within: Option<Duration>,
+}
+
 /// A `WatchBundle` stream. Ends with an error, always: the daemon speaks for as long as the connection's certificate lasts.
 pub struct BundleWatch {
     answers: Streaming<WatchBundleResponse>,
@@ -27,12 +36,12 @@ impl BundleWatch {
         Self { answers, place, sequence, silent_until: Instant::now() + PATIENCE_FIRST }
     }
 
-    /// Waits for a bundle with a higher sequence than any before. May be dropped and called again: nothing is lost.
+    /// Waits for a bundle with a higher sequence than any before, or for the taint of the certificate's authority. May be dropped and called again: nothing is lost.
     ///
     /// # Errors
     /// `Refused`: this agent may not follow any more, or the daemon stops. `Unreachable`: the connection ended, or nothing was said for
     /// twice the refresh hint. `Answer`: against the protocol, or authorities that could not be used.
-    pub async fn newer(&mut self) -> Result<Bundle, Error> {
+    pub async fn newer(&mut self) -> Result<News, Error> {
         loop {
             let unreachable = |cause: &str| Error::Unreachable { place: self.place.address().to_owned(), cause: cause.into() };
             let said = timeout_at(self.silent_until, self.answers.message()).await;
@@ -42,10 +51,15 @@ impl BundleWatch {
             let bundle = said.bundle.ok_or_else(|| Error::Answer("no bundle".into()))?;
             let hint = bundle.refresh_hint_seconds.clamp(1, REFRESH_HINT_SECONDS_MAX);
             self.silent_until = Instant::now() + 2 * Duration::from_secs(hint.into());
-            if bundle.sequence > self.sequence {
+            let newer = bundle.sequence > self.sequence;
+            if newer {
                 tls::anchors(&bundle.authorities).map_err(|error| Error::Answer(error.to_string()))?;
                 self.sequence = bundle.sequence;
-                return Ok(bundle);
+            }
+            let within = Some(said.renew_within_seconds).filter(|seconds| *seconds > 0);
+            if newer || within.is_some() {
+                let renew_within = within.map(|seconds| Duration::from_secs(seconds.into()));
+                return Ok(News { bundle: newer.then_some(bundle), renew_within });
             }
         }
     }

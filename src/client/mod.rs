@@ -18,7 +18,7 @@ pub mod store;
 pub mod tls;
 
 pub use agent::Client;
-pub use bundle::BundleWatch;
+pub use bundle::{BundleWatch, News};
 pub use error::{Error, Refused};
 pub use heard::Place;
 pub use join::{JoinFile, JoinFileError};

@@ -21,6 +21,8 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(30);
 const CRL_COALESCE: Duration = Duration::from_secs(1);
 /// Between two looks at what is due.
 const ROTATION_LOOK: Duration = Duration::from_secs(1);
+/// Between two words of an end that waits for an operator.
+const END_TOLD_EVERY: Duration = Duration::from_secs(86_400);
 /// Between two checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 
@@ -118,10 +120,17 @@ pub(super) async fn keys_over(rooms: Rooms) {
     }
 }
 
-/// The authorities, once a second: what is due moves on. What failed is due again.
+/// The authorities, once a second: what is due moves on. What failed is due again; what an operator has to do is told each day.
 pub(super) async fn rotation(rooms: Rooms) {
     let mut tries = 0;
+    let mut end_told: Option<Instant> = None;
     loop {
+        if end_told.is_none_or(|told| told.elapsed() >= END_TOLD_EVERY)
+            && let Some(end) = rooms.acts.end_waits_for_an_operator()
+        {
+            tracing::warn!("{end}");
+            end_told = Some(Instant::now());
+        }
         let wait = match rooms.acts.rotate_due().await {
             Ok(_) => {
                 tries = 0;
@@ -311,6 +320,7 @@ async fn report(rooms: &Rooms, tokens: &[(TokenRole, TokenHealth)]) -> bool {
             (trusted, "clock: it jumped; see `keyward clock accept`"),
         ];
         missing.extend(rest.iter().filter(|(well, _)| !well).map(|(_, what)| ((*what).to_owned(), (*what).to_owned())));
+        missing.extend(rooms.acts.authority_ends().map(|ends| (ends.clone(), ends)));
         let (missing, names): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
         waiting.tell(&missing, &names, &locked);
         let ready = missing.is_empty();

@@ -312,8 +312,10 @@ impl Generations {
             found.key_id == key_id || (root.is_some() && (Some(found.key_id) == root || found.issuer == root))
         };
         let tainted = self.by_key.values_mut().filter(|found| touched(found)).map(|found| {
+            // However long it has been retiring: the time in which what is under it is renewed begins now.
+            let begins = found.purpose == Purpose::Issuing && found.state == State::Retiring && !found.tainted;
+            found.since = if begins { now } else { found.since.min(now) };
             found.tainted = true;
-            found.since = found.since.min(now);
             row(found.clone())
         });
         Ok(tainted.collect())

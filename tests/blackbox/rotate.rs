@@ -483,6 +483,34 @@ fn a_connection_that_was_made_under_a_tainted_authority_ends_with_it() {
     house.stop_and_verify();
 }
 
+/// It has been retiring for longer than a taint leaves anybody, and would go at once.
+#[test]
+fn what_is_under_an_authority_that_was_retiring_when_it_was_tainted_has_as_long_to_be_renewed() {
+    let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
+    house.serve();
+    let agent = house.agent("builder/1");
+    agent.enrol(&["--ttl", "2h"]).ok();
+    agent.attest(&[]).ok();
+    let retiring = generations(&house, "issuing")[0].0.clone();
+    rotate(&house, "issuing").ok();
+    later(&house, 1800);
+    let wire = house.wire();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    house.keyward(&["ca", "taint", &retiring, "--reason", "a test", "--yes"]).ok();
+    assert_eq!(states(&house, "issuing"), ["active", "retiring", "retiring"]);
+    let within = following.renew_within();
+    assert!((840..=900).contains(&within), "{within}");
+    agent.renew().ok();
+    let mut following = wire.watch_bundle(Some(&Identity::of(&agent))).unwrap();
+    later(&house, 1800 + 901);
+    become_states(&house, "issuing", &["active"]);
+    become_states(&house, "root", &["active"]);
+    // Its certificate is of the authority that stayed: the stream goes on.
+    while following.next().unwrap().authorities.len() > 1 {}
+    drop(following);
+    house.stop_and_verify();
+}
+
 /// The power fails at each sync of a taint in turn: once it is recorded, the next daemon does what follows from it.
 #[test]
 fn a_taint_that_was_recorded_is_acted_on_after_a_power_cut_at_any_moment() {
@@ -832,6 +860,47 @@ fn nothing_is_certified_for_longer_than_the_authority_over_it_is_in_force() {
     let refusal = Holder::attest_within(&house, "builder/2", Duration::ZERO).map(drop).unwrap_err();
     assert_eq!(refusal.reason, "AUTHORITY_EXPIRED", "{refusal:?}");
     assert!(holder.try_renew(&house).is_err());
+    house.stop_and_verify();
+}
+
+/// What `keyward status` has against being ready.
+fn causes(house: &House) -> Vec<String> {
+    let status = house.keyward(&["status", "--format", "json"]).json();
+    status["not_ready_because"].as_array().unwrap().iter().map(|cause| cause.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn the_end_of_an_authority_is_told_before_and_makes_the_daemon_unready_until_another_is_adopted() {
+    let (house, csr) = awaiting_root();
+    let root = OutsideRoot::new(&house, "root");
+    let brief = root.sign_for_days(&csr, "1");
+    house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &brief]).ok();
+    let mut house = house.with_preload();
+    house.serve();
+    let told = |house: &House| house.log().matches("the active issuing authority ends at").count();
+    assert!(told(&house) == 0 && causes(&house).is_empty(), "there is time");
+    // The last third of its life.
+    later(&house, 60_000);
+    comes_about("warned of the end", || told(&house) == 1);
+    assert!(house.log().contains("keyward ca adopt"));
+    assert!(causes(&house).is_empty(), "{:?}", causes(&house));
+    // A certificate of ten minutes would end after it.
+    later(&house, 86_400 - 300);
+    let says = |house: &House, what: &str| {
+        let told =
+            |cause: &String| cause.starts_with("authority: ") && cause.contains(what) && cause.contains("keyward ca adopt");
+        matches!(causes(house).as_slice(), [cause] if told(cause))
+    };
+    comes_about("not ready", || says(&house, "sooner than the longest certificate"));
+    assert!(house.keyward(&["status"]).exits(5).stdout.contains("keyward ca adopt"));
+    later(&house, 86_400 + 1);
+    comes_about("not ready", || says(&house, "ended at"));
+    house.restart();
+    comes_about("not ready after a restart", || says(&house, "ended at"));
+    let issuing = root.sign(&request(&house), FITS);
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).ok();
+    comes_about("ready", || causes(&house).is_empty());
+    Holder::attest(&house, "builder/1");
     house.stop_and_verify();
 }
 

@@ -377,10 +377,25 @@ impl Following<'_> {
     /// Waits for what is told next, or for why nothing more is. Without a reason where the connection ended.
     #[track_caller]
     pub fn next(&mut self) -> Answer<Bundle> {
+        Ok(self.message()?.bundle.expect("a bundle"))
+    }
+
+    /// Waits until a renewal is asked for; within how many seconds.
+    #[track_caller]
+    pub fn renew_within(&mut self) -> u32 {
+        loop {
+            match self.message().unwrap().renew_within_seconds {
+                0 => {}
+                seconds => return seconds,
+            }
+        }
+    }
+
+    #[track_caller]
+    fn message(&mut self) -> Answer<WatchBundleResponse> {
         let told = &mut self.told;
         let next = self.wire.runtime.block_on(async { tokio::time::timeout(DEADLINE, told.message()).await });
-        let answer = next.expect("nothing was told in time")?.expect("an end says why");
-        Ok(answer.bundle.expect("a bundle"))
+        Ok(next.expect("nothing was told in time")?.expect("an end says why"))
     }
 }
 

@@ -31,9 +31,6 @@ impl Acts {
 
     /// The request, signed anew by each daemon, is there for as long as it is waited for.
     pub(super) async fn ask_the_root(&self, planned: &Generation) -> Result<(), Refusal> {
-        if self.request().is_some() {
-            return Ok(());
-        }
         let Some(key) = self.key_to_come(planned).await? else { return Ok(()) };
         let der = request_issuing(&self.ledger, &self.domain, &key, self.trusted_now()?).await?;
         self.request.store(Some(Arc::new((planned.key_id, der))));

@@ -3,8 +3,6 @@
 //! generation in one of these states, and the next look goes on from there; objects without a generation cannot come about, because a key
 //! is intended under its id first.
 
-use std::collections::BTreeMap;
-
 use crate::authn::Operator;
 use crate::hsm::SigningKey;
 use crate::ledger::{Generation, KeyRow};
@@ -29,24 +27,84 @@ pub(super) struct Wish<'a> {
     pub cause: &'a str,
 }
 
+/// What is to be done for an authority now.
+enum Due {
+    /// The next arrow of its life.
+    Arrow { of: Generation, to: State },
+    /// The outside root is to be asked for its certificate.
+    Request(Generation),
+    /// There is to be one of the purpose, and there is none.
+    First(Purpose),
+}
+
+impl Due {
+    /// Of a first one there is no generation yet.
+    fn of(&self) -> Option<&Generation> {
+        match self {
+            Self::Arrow { of, .. } | Self::Request(of) => Some(of),
+            Self::First(_) => None,
+        }
+    }
+
+    fn purpose(&self) -> Purpose {
+        match self {
+            Self::Arrow { of, .. } | Self::Request(of) => of.purpose,
+            Self::First(purpose) => *purpose,
+        }
+    }
+
+    /// Whether a key is made, or planned.
+    fn makes(&self) -> bool {
+        match self {
+            Self::Arrow { of, to } => of.state == State::Planned || *to == State::Retiring,
+            Self::Request(_) | Self::First(_) => true,
+        }
+    }
+
+    /// Whether `next` has to wait for another look because this has failed: all of the same generation; and, where one to come has failed,
+    /// the making of another in its place, which would be given up as this was, over and over.
+    fn holds_up(&self, next: &Self) -> bool {
+        let is_same = self.of().is_some_and(|of| next.of().is_some_and(|next| next.key_id == of.key_id));
+        let was_to_come = self.makes() || self.of().is_some_and(Generation::is_coming);
+        is_same || was_to_come && next.makes() && next.purpose() == self.purpose()
+    }
+}
+
 /// What came of one look at all that is due.
 #[derive(Default)]
 pub(super) struct Looked {
     taken: bool,
-    failed: BTreeMap<KeyId, Refusal>,
-    /// What could not even be planned.
-    unplanned: Option<Refusal>,
+    failed: Vec<(Due, Refusal)>,
 }
 
 impl Looked {
+    fn holds_up(&self, next: &Due) -> bool {
+        self.failed.iter().any(|(failed, _)| failed.holds_up(next))
+    }
+
+    fn note(&mut self, due: Due, done: Result<(), Refusal>) {
+        let Err(refusal) = done else {
+            self.taken |= matches!(due, Due::Arrow { .. });
+            return;
+        };
+        let (purpose, key) = (keys::name(due.purpose()), due.of().map(|of| of.key_id.to_string()));
+        match &due {
+            Due::Arrow { to, .. } => tracing::warn!(purpose, key, ?to, ?refusal, "an arrow was not taken"),
+            Due::Request(_) => tracing::warn!(purpose, key, ?refusal, "the outside root could not be asked"),
+            Due::First(_) => tracing::warn!(purpose, ?refusal, "an authority could not be planned"),
+        }
+        self.failed.push((due, refusal));
+    }
+
     /// Whether an arrow was taken; the first that failed is the error.
     fn whole(self) -> Result<bool, Refusal> {
-        self.failed.into_values().chain(self.unplanned).next().map_or(Ok(self.taken), Err)
+        self.failed.into_iter().next().map_or(Ok(self.taken), |(_, refusal)| Err(refusal))
     }
 
     /// The same of one generation, whatever became of the others.
-    pub(super) fn of(mut self, key_id: &KeyId) -> Result<(), Refusal> {
-        self.failed.remove(key_id).map_or(Ok(()), Err)
+    pub(super) fn of(self, key_id: &KeyId) -> Result<(), Refusal> {
+        let its = |(due, _): &(Due, Refusal)| due.of().is_some_and(|of| of.key_id == *key_id);
+        self.failed.into_iter().find(its).map_or(Ok(()), |(_, refusal)| Err(refusal))
     }
 }
 
@@ -65,55 +123,35 @@ impl Acts {
 
     pub(super) async fn take_arrows(&self) -> Result<Looked, Refusal> {
         let mut looked = Looked::default();
-        // What could not be made is given up, and its purpose due again at once: not before the next look.
-        let mut failed_purposes = Vec::new();
         loop {
             let now = self.trusted_now()?;
             self.follow_the_ledger().await?;
-            if let Some(planned) = self.awaiting_the_root().filter(|planned| !looked.failed.contains_key(&planned.key_id))
-                && !failed_purposes.contains(&planned.purpose)
-                && let Err(refusal) = self.ask_the_root(&planned).await
-            {
-                tracing::warn!(key = %planned.key_id, ?refusal, "the outside root could not be asked");
-                looked.failed.insert(planned.key_id, refusal);
-                failed_purposes.push(planned.purpose);
-            }
             self.keep_request_file().await;
-            // Looked at anew after each: one arrow decides on the next.
+            // Looked at anew after each: one decides on the next.
             let (all, _) = self.ledger.generations();
-            let terms = self.terms(now);
-            let due = all.iter().filter(|of| !looked.failed.contains_key(&of.key_id)).find_map(|of| {
-                let arrow = due::next(of, &all, &terms)?;
-                let again = arrow.to == State::Retiring || of.state == State::Planned;
-                if again && failed_purposes.contains(&of.purpose) {
-                    return None;
+            let Some(due) = self.due(&all, now).find(|due| !looked.holds_up(due)) else { return Ok(looked) };
+            let done = match &due {
+                Due::Arrow { of, to } => self.take(of, *to, &all).await,
+                Due::Request(of) => self.ask_the_root(of).await,
+                Due::First(purpose) => {
+                    let wish = Wish { by: None, now: false, cause: "there is none" };
+                    self.plan(*purpose, wish).await.map(drop)
                 }
-                arrow.is_due(&terms).then_some((of, arrow.to))
-            });
-            let Some((of, to)) = due else {
-                let kept_from = self.is_rotation_paused() || failed_purposes.contains(&Purpose::TokenSigning);
-                if kept_from || !due::lacks_token_signing(&all) {
-                    return Ok(looked);
-                }
-                let wish = Wish { by: None, now: false, cause: "there is none" };
-                if let Err(refusal) = self.plan(Purpose::TokenSigning, wish).await {
-                    tracing::warn!(purpose = keys::name(Purpose::TokenSigning), ?refusal, "an authority could not be planned");
-                    looked.unplanned = Some(refusal);
-                    failed_purposes.push(Purpose::TokenSigning);
-                }
-                continue;
             };
-            match self.take(of, to, &all).await {
-                Ok(()) => looked.taken = true,
-                Err(refusal) => {
-                    tracing::warn!(purpose = keys::name(of.purpose), key = %of.key_id, ?to, ?refusal, "an arrow was not taken");
-                    looked.failed.insert(of.key_id, refusal);
-                    if of.is_coming() || to == State::Retiring {
-                        failed_purposes.push(of.purpose);
-                    }
-                }
-            }
+            looked.note(due, done);
         }
+    }
+
+    /// Everything that is due now, in the order in which it is done.
+    fn due<'a>(&'a self, all: &'a [Generation], now: UnixTime) -> impl Iterator<Item = Due> + 'a {
+        let terms = self.terms(now);
+        let first = (!terms.paused && due::lacks_token_signing(all)).then_some(Due::First(Purpose::TokenSigning));
+        let request = self.awaiting_the_root().filter(|_| self.request().is_none()).map(Due::Request);
+        let arrows = all.iter().filter_map(move |of| {
+            let arrow = due::next(of, all, &terms).filter(|arrow| arrow.is_due(&terms))?;
+            Some(Due::Arrow { of: of.clone(), to: arrow.to })
+        });
+        request.into_iter().chain(arrows).chain(first)
     }
 
     fn terms(&self, now: UnixTime) -> Terms<'_> {
@@ -195,16 +233,17 @@ impl Acts {
                 "the agents' token cannot wrap keys (`keyward hsm status`): they live in it, and there is nothing to rotate";
             return Err(Refusal::new(Reason::NoSuchAuthorityHere, advice));
         }
-        if all.iter().filter(|found| found.purpose == purpose && found.is_trusted()).count() >= TRUSTED_MAX {
-            let advice = format!("{TRUSTED_MAX} of this purpose are in service already; wait until the oldest has retired");
-            return Err(Refusal::new(Reason::RotationUnderWay, advice));
-        }
+        let are_many = || all.iter().filter(|found| found.purpose == purpose && found.is_trusted()).count() >= TRUSTED_MAX;
         let wish = Wish { by: Some(operator.signs(reason)), now, cause: "asked for" };
         let (key_id, already) = match all.iter().find(|found| found.purpose == purpose && found.is_coming()) {
             Some(coming) if now && coming.now => (coming.key_id, true),
             Some(coming) if now => {
                 self.record_step(AuthorityStepped { to: coming.state.into(), ..step(coming, &wish) }).await?;
                 (coming.key_id, false)
+            }
+            _ if are_many() => {
+                let advice = format!("{TRUSTED_MAX} of this purpose are in service already; wait until the oldest has retired");
+                return Err(Refusal::new(Reason::RotationUnderWay, advice));
             }
             _ => (self.plan(purpose, wish).await?, false),
         };

@@ -292,9 +292,10 @@ fn token(mut section: Section<'_>, reader: &mut Reader<'_>) -> Option<Token> {
     Some(Token { module: module?, label: label?, serial, pin: pin?, lanes })
 }
 
-/// Twice the cores: on a CPU-bound token more gain nothing, on a network one the operator says how many.
+/// As many as cores, and one that signs while another hangs: on a CPU-bound token more only cost turns of the scheduler, on one with a
+/// processor of its own the operator says how many.
 fn lanes_default() -> usize {
-    std::thread::available_parallelism().map_or(2, |cores| (2 * cores.get()).min(256))
+    std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 256))
 }
 
 fn pin(section: &mut Section<'_>, reader: &mut Reader<'_>) -> Option<PinSource> {

@@ -74,7 +74,7 @@ pub struct Token {
     pub serial: Option<String>,
     /// Where the user PIN is.
     pub pin: PinSource,
-    /// Sign lanes (threads with a session each), 1 to 256. Default: twice the cores.
+    /// Sign lanes (threads with a session each), 1 to 256. Default: as many as cores, at least two.
     pub lanes: usize,
 }
 

@@ -1139,6 +1139,7 @@ fn a_file_that_cannot_be_written_is_told_and_written_at_the_next_look() {
     // Where a file is to be there is something that cannot be replaced.
     let blocked = ["issuing.pem", "crl.der"].map(|name| house.state().join(name));
     for path in &blocked {
+        comes_about("the daemon has written it", || path.exists());
         std::fs::remove_file(path).unwrap();
         std::fs::create_dir(path).unwrap();
         std::fs::write(path.join("in the way"), b"").unwrap();

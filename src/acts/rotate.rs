@@ -53,7 +53,7 @@ impl Due {
         }
     }
 
-    /// Whether a key is made, or planned.
+    /// Whether it is about a key that is yet to be made.
     fn makes(&self) -> bool {
         match self {
             Self::Arrow { of, to } => of.state == State::Planned || *to == State::Retiring,
@@ -65,8 +65,8 @@ impl Due {
     /// the making of another in its place, which would be given up as this was, over and over.
     fn holds_up(&self, next: &Self) -> bool {
         let is_same = self.of().is_some_and(|of| next.of().is_some_and(|next| next.key_id == of.key_id));
-        let was_to_come = self.makes() || self.of().is_some_and(Generation::is_coming);
-        is_same || was_to_come && next.makes() && next.purpose() == self.purpose()
+        let was_for_one_to_come = self.makes() || self.of().is_some_and(Generation::is_coming);
+        is_same || was_for_one_to_come && next.makes() && next.purpose() == self.purpose()
     }
 }
 
@@ -87,7 +87,7 @@ impl Looked {
             self.taken |= matches!(due, Due::Arrow { .. });
             return;
         };
-        let (purpose, key) = (keys::name(due.purpose()), due.of().map(|of| of.key_id.to_string()));
+        let (purpose, key) = (keys::name(due.purpose()), due.of().map(|of| tracing::field::display(of.key_id)));
         match &due {
             Due::Arrow { to, .. } => tracing::warn!(purpose, key, ?to, ?refusal, "an arrow was not taken"),
             Due::Request(_) => tracing::warn!(purpose, key, ?refusal, "the outside root could not be asked"),
@@ -109,7 +109,7 @@ impl Looked {
 }
 
 impl Acts {
-    /// Takes every arrow that is due, until none is. One that fails holds up no other. Answers whether any was taken.
+    /// Takes every arrow that is due, until none is. One that fails holds up only what follows from it. Answers whether any was taken.
     ///
     /// # Errors
     /// The first that failed: `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`, `CLOCK_UNTRUSTED`. It is due again at the next look.
@@ -126,13 +126,21 @@ impl Acts {
         loop {
             let now = self.trusted_now()?;
             self.follow_the_ledger().await?;
-            self.keep_request_file().await;
             // Looked at anew after each: one decides on the next.
             let (all, _) = self.ledger.generations();
-            let Some(due) = self.due(&all, now).find(|due| !looked.holds_up(due)) else { return Ok(looked) };
+            let due = self.all_due(&all, now).find(|due| !looked.holds_up(due));
+            // The file of the daemon before is there until there is another, or none is to be had.
+            if !matches!(due, Some(Due::Request(_))) {
+                self.keep_request_file().await;
+            }
+            let Some(due) = due else { return Ok(looked) };
             let done = match &due {
                 Due::Arrow { of, to } => self.take(of, *to, &all).await,
-                Due::Request(of) => self.ask_the_root(of).await,
+                Due::Request(of) => {
+                    let asked = self.ask_the_root(of).await;
+                    self.keep_request_file().await;
+                    asked
+                }
                 Due::First(purpose) => {
                     let wish = Wish { by: None, now: false, cause: "there is none" };
                     self.plan(*purpose, wish).await.map(drop)
@@ -143,7 +151,7 @@ impl Acts {
     }
 
     /// Everything that is due now, in the order in which it is done.
-    fn due<'a>(&'a self, all: &'a [Generation], now: UnixTime) -> impl Iterator<Item = Due> + 'a {
+    fn all_due<'a>(&'a self, all: &'a [Generation], now: UnixTime) -> impl Iterator<Item = Due> + 'a {
         let terms = self.terms(now);
         let first = (!terms.paused && due::lacks_token_signing(all)).then_some(Due::First(Purpose::TokenSigning));
         let request = self.awaiting_the_root().filter(|_| self.request().is_none()).map(Due::Request);
@@ -241,7 +249,7 @@ impl Acts {
                 self.record_step(AuthorityStepped { to: coming.state.into(), ..step(coming, &wish) }).await?;
                 (coming.key_id, false)
             }
-            _ if are_many() => {
+            None if are_many() => {
                 let advice = format!("{TRUSTED_MAX} of this purpose are in service already; wait until the oldest has retired");
                 return Err(Refusal::new(Reason::RotationUnderWay, advice));
             }

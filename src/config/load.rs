@@ -292,8 +292,8 @@ fn token(mut section: Section<'_>, reader: &mut Reader<'_>) -> Option<Token> {
     Some(Token { module: module?, label: label?, serial, pin: pin?, lanes })
 }
 
-/// As many as cores, and one that signs while another hangs: on a CPU-bound token more only cost turns of the scheduler, on one with a
-/// processor of its own the operator says how many.
+/// As many as cores, but at least two, so that one signs while another hangs: on a CPU-bound token more only cost turns of the scheduler,
+/// on one with a processor of its own the operator says how many.
 fn lanes_default() -> usize {
     std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 256))
 }

@@ -1,6 +1,9 @@
 //! Authorities replace themselves: no agent notices, no verifier meets an unknown issuer, nothing is left behind in the token.
 
 use std::collections::BTreeSet;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use keyward::proto::{AuthorityState, CreateKeyRequest, EnrolRequest, Entry, KeyStorage, Purpose, Stopped};
 use prost::Message as _;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use x509_parser::prelude::{CertificateRevocationList, FromDer as _};
 
 use crate::crash::Holder;
@@ -349,8 +353,9 @@ fn a_power_cut_at_any_moment_of_a_rotation_leaves_nothing_behind() {
     for sync in (1..).step_by(if instruments::slow() { 1 } else { 4 }) {
         // Each rotation leaves one more in service, and there is a bound.
         if states(&house, "issuing").len() >= 12 {
-            end(std::mem::replace(&mut house, House::new()));
-            (house, holder) = begin();
+            let (next, of_next) = begin();
+            end(std::mem::replace(&mut house, next));
+            holder = of_next;
         }
         house.control().kill_after_sync(sync);
         let asked = rotate(&house, "issuing");
@@ -1103,6 +1108,24 @@ fn a_request_that_cannot_be_signed_holds_up_nothing_else() {
     house.stop_and_verify();
 }
 
+/// What happens to files of a directory from now on.
+fn watch(directory: &Path, what: WatchFlags) -> OwnedFd {
+    let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
+    inotify::add_watch(&watch, directory, what).unwrap();
+    watch
+}
+
+/// Whose it happened to until now.
+fn names(watch: &OwnedFd) -> Vec<String> {
+    let mut buffer = [const { MaybeUninit::uninit() }; 4096];
+    let mut events = inotify::Reader::new(watch, &mut buffer);
+    let mut names = Vec::new();
+    while let Ok(event) = events.next() {
+        names.extend(event.file_name().map(|name| name.to_string_lossy().into_owned()));
+    }
+    names
+}
+
 #[test]
 fn the_request_to_the_outside_root_lies_there_for_as_long_as_it_is_waited_for() {
     let (mut house, root) = under_an_outside_root();
@@ -1113,7 +1136,13 @@ fn the_request_to_the_outside_root_lies_there_for_as_long_as_it_is_waited_for() 
     house.keyward(&["ca", "adopt", "--issuing-certificate", &root.sign(&request(&house), FITS)]).ok();
     assert!(!file.exists(), "it is answered");
     rotate(&house, "issuing").ok();
-    assert_ne!(std::fs::read(&file).unwrap(), first);
+    let asked = std::fs::read(&file).unwrap();
+    assert_ne!(asked, first);
+    // Another daemon asks by a request of its own, and at no moment is there none.
+    let gone = watch(&house.state(), WatchFlags::DELETE | WatchFlags::MOVED_FROM);
+    house.restart();
+    comes_about("the request is another daemon's", || std::fs::read(&file).unwrap() != asked);
+    assert!(!names(&gone).contains(&"issuing.csr".to_owned()), "it was not there for a moment");
     // One that a crash has left is removed by the next daemon.
     house.keyward(&["ca", "adopt", "--issuing-certificate", &root.sign(&request(&house), FITS)]).ok();
     assert_eq!(house.stop(), 0);

@@ -859,14 +859,20 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     house.stop_and_verify();
 }
 
-#[test]
-fn nothing_is_certified_for_longer_than_the_authority_over_it_is_in_force() {
+/// A house whose outside root signed its issuing authority for a day.
+fn under_an_authority_of_a_day() -> (House, OutsideRoot) {
     let (house, csr) = awaiting_root();
     let root = OutsideRoot::new(&house, "root");
     let brief = root.sign_for_days(&csr, "1");
     house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &brief]).ok();
     let mut house = house.with_preload();
     house.serve();
+    (house, root)
+}
+
+#[test]
+fn nothing_is_certified_for_longer_than_the_authority_over_it_is_in_force() {
+    let (mut house, _) = under_an_authority_of_a_day();
     let until = |der: &[u8]| x509_parser::parse_x509_certificate(der).unwrap().1.validity().not_after.timestamp();
     let end = until(&crate::house::certificates(&house.state().join("issuing.pem"))[0]);
     // Five minutes before its end a certificate of ten minutes is one of five.
@@ -889,12 +895,7 @@ fn causes(house: &House) -> Vec<String> {
 
 #[test]
 fn the_end_of_an_authority_is_told_before_and_makes_the_daemon_unready_until_another_is_adopted() {
-    let (house, csr) = awaiting_root();
-    let root = OutsideRoot::new(&house, "root");
-    let brief = root.sign_for_days(&csr, "1");
-    house.keyward(&["init", "--root-certificate", &root.certificate(), "--issuing-certificate", &brief]).ok();
-    let mut house = house.with_preload();
-    house.serve();
+    let (mut house, root) = under_an_authority_of_a_day();
     let told = |house: &House| house.log().matches("the active issuing authority ends at").count();
     assert!(told(&house) == 0 && causes(&house).is_empty(), "there is time");
     // The last third of its life.

@@ -194,8 +194,9 @@ async fn recover(token: &Arc<Token>) {
         }
         // Half an attempt may have left threads behind. What a login did not mend a restart may.
         token.suspend(&error.to_string(), Remedy::Restart);
-        token.note_fault(&error);
+        // In this order: who sees that it is locked finds in the history what it was locked by.
         token.history.note(&error);
+        token.note_fault(&error);
         if error.awaits_unlock() {
             // The PIN that is tried when the operator says so is tried on what is there then, not on what the module remembers.
             restarted = None;

@@ -452,8 +452,9 @@ impl Token {
         self.serial.get().map_or("", String::as_str)
     }
 
+    /// A login that failed holds the next one back. While one is under way the marker is there, too, and nothing is known of it yet.
     pub(super) fn pin_pending(&self) -> bool {
-        self.login.is_pending()
+        self.health.borrow().locked && self.login.is_pending()
     }
 
     pub(super) fn is_stopping(&self) -> bool {

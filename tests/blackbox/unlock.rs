@@ -116,8 +116,13 @@ fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_w
 #[test]
 fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_is_tried() {
     let mut house = House::new().with_one_token().with_shim().initialised().served();
+    house.shim().tell("hang C_Login");
     house.shim().tell("fail C_Login rv=0xa0");
     house.shim().tell("logout");
+    house.shim().tell("await hanging=1");
+    let status = house.keyward(&["hsm", "status", "--format", "json"]).exits(5);
+    assert_eq!(status.json()[0]["pin_pending"], false, "nothing came of the login yet: {status:?}");
+    house.shim().tell("release");
     is_locked(&house);
     let logins = house.signatures().logins;
     // Wrong once more, and then slow.

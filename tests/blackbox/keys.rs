@@ -340,6 +340,55 @@ fn an_intent_to_sign_that_a_crash_left_open_is_closed_as_unknown() {
     house.verify().ok();
 }
 
+/// Waits until the agent's signing has begun, by the book.
+#[track_caller]
+fn begins(house: &House, name: &str) {
+    let is_its = |body: &Body| match body {
+        Body::SignIntended(intent) => intent.agent == name,
+        Body::SignaturesReserved(reserved) => reserved.agent == name,
+        _ => false,
+    };
+    let until = std::time::Instant::now() + crate::house::DEADLINE;
+    while !house.entries().iter().any(is_its) {
+        assert!(std::time::Instant::now() < until, "nothing was intended");
+    }
+}
+
+/// A second or so for all of it, with 10 ms for each on any number of lanes: less than the deadline of a signature.
+fn long_batch() -> Vec<Content> {
+    let count = (thread::available_parallelism().unwrap().get() * 2 * 100).min(1000);
+    vec![digest(b"x"); count]
+}
+
+#[test]
+fn a_batch_whose_asker_hangs_up_is_carried_to_its_end() {
+    let mut house = House::new().with_shim().initialised().served();
+    for accounting in [KeyAccounting::Recorded, KeyAccounting::Counted] {
+        let name = format!("builder/{}", house.entries().len());
+        let identity = Identity::of(&house.attested(&name));
+        house.keys(&identity).create(CreateKeyRequest { accounting: accounting.into(), ..wish("a") }).unwrap();
+        house.shim().tell("delay C_Sign ms=10");
+        let (hang_up, told) = tokio::sync::oneshot::channel();
+        let (house, identity) = (&house, &identity);
+        thread::scope(|scope| {
+            scope.spawn(move || house.keys(identity).sign_batch_until("a", long_batch(), told));
+            begins(house, &name);
+            hang_up.send(()).expect("it is still being signed");
+        });
+        house.shim().tell("clear");
+        house.keys(identity).sign("a", digest(b"y")).unwrap();
+    }
+    let entries = house.stopped_entries();
+    crate::ledger::one_outcome_each(&entries);
+    assert!(!entries.iter().any(|body| matches!(body, Body::Unknown(_) | Body::Failed(_))));
+    let used: Vec<_> = entries
+        .iter()
+        .filter_map(|body| if let Body::SignaturesSealed(sealed) = body { Some(sealed.used) } else { None })
+        .collect();
+    assert_eq!(used, [long_batch().len() as u64 + 1]);
+    house.verify().ok();
+}
+
 #[test]
 fn a_batch_under_way_when_its_agent_or_its_key_is_denied_is_withheld_as_a_whole() {
     let mut house = House::new().with_shim().initialised().served();
@@ -353,21 +402,11 @@ fn a_batch_under_way_when_its_agent_or_its_key_is_denied_is_withheld_as_a_whole(
         let name = format!("builder/{}", house.entries().len());
         let identity = Identity::of(&house.attested(&name));
         house.keys(&identity).create(CreateKeyRequest { accounting: accounting.into(), ..wish("a") }).unwrap();
-        // A second or so for all of it on any number of lanes: less than the deadline of a signature.
-        let count = (thread::available_parallelism().unwrap().get() * 2 * 100).min(1000);
         house.shim().tell("delay C_Sign ms=10");
         let (house, identity) = (&house, &identity);
-        let begun = |body: &Body| match body {
-            Body::SignIntended(intent) => intent.agent == name,
-            Body::SignaturesReserved(reserved) => reserved.agent == name,
-            _ => false,
-        };
         thread::scope(|scope| {
-            let asker = scope.spawn(move || house.keys(identity).sign_batch("a", vec![digest(b"x"); count]));
-            let until = std::time::Instant::now() + crate::house::DEADLINE;
-            while !house.entries().iter().any(begun) {
-                assert!(std::time::Instant::now() < until, "nothing was intended");
-            }
+            let asker = scope.spawn(move || house.keys(identity).sign_batch("a", long_batch()));
+            begins(house, &name);
             deny(house, &name);
             assert!(!asker.is_finished(), "the batch was over before the denial");
             refused(asker.join().unwrap(), "DENIED_MEANWHILE");

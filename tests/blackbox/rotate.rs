@@ -924,6 +924,32 @@ fn the_end_of_an_authority_is_told_before_and_makes_the_daemon_unready_until_ano
 }
 
 #[test]
+fn a_rotation_held_up_until_an_authority_ends_is_told_before_and_makes_the_daemon_unready_until_it_is_resumed() {
+    let mut house = House::new().with_preload().initialised().served();
+    house.keyward(&["ca", "pause", "--reason", "change freeze"]).ok();
+    let certificate = crate::house::certificates(&house.state().join("issuing.pem")).remove(0);
+    let validity = x509_parser::parse_x509_certificate(&certificate).unwrap().1.validity().clone();
+    let left = validity.not_after.timestamp() - i64::try_from(keyward::model::UnixTime::wall().seconds()).unwrap();
+    let told = |house: &House| house.log().matches("the active issuing authority ends at").count();
+    later(&house, left - 15 * 86_400);
+    assert!(told(&house) == 0 && causes(&house).is_empty(), "there is time");
+    later(&house, left - 13 * 86_400);
+    comes_about("warned of the end", || told(&house) == 1);
+    assert!(house.log().contains("the rotation is paused; `keyward ca resume`"));
+    assert!(causes(&house).is_empty(), "{:?}", causes(&house));
+    later(&house, left - 300);
+    let says = |house: &House| {
+        let told = |cause: &String| cause.starts_with("authority: ") && cause.contains("keyward ca resume");
+        matches!(causes(house).as_slice(), [cause] if told(cause))
+    };
+    comes_about("not ready", || says(&house));
+    house.keyward(&["ca", "resume", "--reason", "freeze is over"]).ok();
+    comes_about("ready", || causes(&house).is_empty());
+    Holder::attest(&house, "builder/1");
+    house.stop_and_verify();
+}
+
+#[test]
 fn who_rotates_in_a_loop_is_stopped_before_denials_and_handshakes_suffer() {
     let mut house = House::new().initialised().served();
     let refused = (0..40).map(|_| rotate(&house, "issuing")).find(|output| output.code != 0).expect("there is a bound");

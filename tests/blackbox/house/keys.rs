@@ -6,6 +6,7 @@ use keyward::proto::{
     KeyPurpose, KeyStorage, ListKeysRequest, RotateKeyRequest, SignBatchRequest, SignBatchResponse, SignRequest, SignResponse,
     VerifyRequest, VerifyResponse, content, get_jwks_request, signature::Form,
 };
+use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
 use super::House;
@@ -75,6 +76,18 @@ impl Keys {
     pub fn sign_batch(&mut self, key: &str, contents: Vec<Content>) -> Answer<SignBatchResponse> {
         let request = SignBatchRequest { key: key.to_owned(), contents };
         Ok(self.wire.runtime.block_on(self.service.sign_batch(request))?.into_inner())
+    }
+
+    /// Asks for a batch and hangs up, without an answer, when it is told to.
+    pub fn sign_batch_until(self, key: &str, contents: Vec<Content>, hang_up: oneshot::Receiver<()>) {
+        let Self { wire, mut service } = self;
+        let request = SignBatchRequest { key: key.to_owned(), contents };
+        wire.runtime.block_on(async {
+            tokio::select! {
+                answer = service.sign_batch(request) => panic!("it was over before: {answer:?}"),
+                told = hang_up => told.expect("it is told"),
+            }
+        });
     }
 
     /// A JWS over a payload.

@@ -252,14 +252,19 @@ pub(super) struct LocalPeer(pub(super) Result<Operator, OperatorRefused>);
 
 pub(super) type Local = Held<UnixStream, LocalPeer>;
 
-/// Connections of operators. The socket is 0660; who may use it is decided by uid and gid, not by the mode alone.
-pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<ReceiverStream<io::Result<Local>>> {
+/// The operators' socket, 0660; what a daemon that was killed left there goes.
+pub(super) fn operators_socket(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+/// Connections of operators. Who may use the socket is decided by uid and gid, not by its mode alone.
+pub(super) fn operators(listener: UnixListener, admitted: config::Operator) -> ReceiverStream<io::Result<Local>> {
     let (sender, receiver) = mpsc::channel(16);
     let places = Arc::new(Semaphore::new(OPERATOR_CONNECTIONS_MAX));
     let refusals = Arc::new(Semaphore::new(REFUSED_CONNECTIONS_MAX));
@@ -298,5 +303,5 @@ pub(super) fn operators(path: &Path, admitted: config::Operator) -> io::Result<R
             let _ = sender.send(Ok(held)).await;
         }
     });
-    Ok(ReceiverStream::new(receiver))
+    ReceiverStream::new(receiver)
 }

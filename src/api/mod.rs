@@ -21,11 +21,11 @@ mod straight;
 mod to_its_end;
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tonic::transport::Server;
 
@@ -135,20 +135,32 @@ pub async fn serve_agents(
     Ok(())
 }
 
-/// Serves operators on `<runtime>/operator.sock` until `stop` is ready, then drains.
+/// Listens on `<runtime>/operator.sock`: from here on whoever connects waits and is not turned away.
 ///
 /// # Errors
-/// When the socket cannot be made or the transport fails.
+/// When the socket cannot be made.
+pub fn listen_to_operators(config: &Config) -> Result<UnixListener, ApiError> {
+    let path = operators_path(config);
+    listen::operators_socket(&path).map_err(|source| ApiError::Socket { what: path.display().to_string(), source })
+}
+
+fn operators_path(config: &Config) -> PathBuf {
+    config.paths.runtime.join("operator.sock")
+}
+
+/// Serves operators until `stop` is ready, then drains and removes the socket.
+///
+/// # Errors
+/// When the transport fails.
 pub async fn serve_operators(
     acts: Arc<Acts>,
     config: &Config,
+    listener: UnixListener,
     readiness: Readiness,
     health: &Health,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), ApiError> {
-    let path = config.paths.runtime.join("operator.sock");
-    let connections = listen::operators(&path, config.operator.clone())
-        .map_err(|source| ApiError::Socket { what: path.display().to_string(), source })?;
+    let connections = listen::operators(listener, config.operator.clone());
     let keys = key_service(key::Keys::new(Arc::clone(&acts)));
     let operators = OperatorServiceServer::new(operator::Operators::new(acts, readiness))
         .max_decoding_message_size(OPERATOR_MESSAGE_BYTES_MAX)
@@ -162,7 +174,7 @@ pub async fn serve_operators(
         .add_service(reflection)
         .serve_with_incoming_shutdown(connections, stop)
         .await;
-    remove_socket(&path);
+    remove_socket(&operators_path(config));
     Ok(served?)
 }
 

@@ -17,6 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
+use crate::api;
 use crate::config::{Config, Log, LogFormat};
 use crate::hsm::Modules;
 
@@ -104,8 +105,10 @@ async fn run(config: Config) -> Result<Cause, String> {
     let signals = signals.map_err(|error| format!("signals cannot be received: {error}"))?;
     let (stop, stopping) = watch::channel(None::<Cause>);
     let stop = Arc::new(stop);
+    // Before a supervisor hears anything, too: whoever is told by it may ask at once.
+    let operators = api::listen_to_operators(&config);
     let serving = vec![
-        tokio::spawn(rooms::serve_operators(rooms.clone(), Arc::clone(&stop))),
+        tokio::spawn(rooms::serve_operators(rooms.clone(), operators, Arc::clone(&stop))),
         tokio::spawn(rooms::serve_agents(rooms.clone(), modules, Arc::clone(&stop))),
     ];
     let duties = [

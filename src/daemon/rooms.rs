@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 use crate::acts::{self, Acts, Authorities, Crl, KeyToken, Tokens};
@@ -198,11 +198,17 @@ async fn end_of_service(mut stopping: watch::Receiver<Option<Cause>>) {
 }
 
 /// The operators' side: from the first moment to the last.
-pub(super) async fn serve_operators(rooms: Rooms, stop: Arc<watch::Sender<Option<Cause>>>) {
+pub(super) async fn serve_operators(
+    rooms: Rooms,
+    listener: Result<UnixListener, api::ApiError>,
+    stop: Arc<watch::Sender<Option<Cause>>>,
+) {
     let until = end_of_service(stop.subscribe());
-    let served =
-        api::serve_operators(Arc::clone(&rooms.acts), &rooms.config, rooms.readiness.clone(), &rooms.health, until).await;
-    if let Err(error) = served {
+    let served = async {
+        let (acts, readiness) = (Arc::clone(&rooms.acts), rooms.readiness.clone());
+        api::serve_operators(acts, &rooms.config, listener?, readiness, &rooms.health, until).await
+    };
+    if let Err(error) = served.await {
         stop.send_replace(Some(Cause::Transport(error.to_string())));
     }
 }

@@ -99,7 +99,10 @@ fn waiting_for_the_root_is_resumed_with_the_same_key() {
     let (mut house, first) = awaiting_root();
     house.start();
     assert!(!house.daemon().was_ready());
-    assert!(house.log().contains("`keyward init` has not finished: run it"), "{}", house.log());
+    // On a busy machine the first word may be of a token that takes long to open.
+    while !house.log().contains("`keyward init` has not finished: run it") {
+        house.daemon().tells("STATUS=");
+    }
     assert_eq!(house.stop(), 0);
     let again = house.path("again.csr").display().to_string();
     house.keyward(&["init", "--root-csr", &again]).ok();

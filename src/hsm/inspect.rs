@@ -142,6 +142,8 @@ impl Hsm {
             (has(KeyStorage::Session), "session-keys"),
             (has(KeyStorage::Wrapped), "wrapped-keys"),
         ];
+        // Before the faults: what it was locked by is among them then.
+        let pin_pending = token.pin_pending();
         let (count, faults) = (token.crew.count(), token.history.newest_first());
         Status {
             role: token.settings.role,
@@ -157,7 +159,7 @@ impl Hsm {
             mechanisms: capabilities.mechanisms.clone(),
             signatures: token.signatures(),
             reconnects: token.reconnects.load(Ordering::Relaxed),
-            pin_pending: token.pin_pending(),
+            pin_pending,
             off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
             pace: token.admission.pace(),
             turned_away: token.admission.turned_away(),

@@ -470,6 +470,8 @@ impl Token {
 /// What recovery does under the module's lifecycle lock. Blocks, for ever where the module does.
 pub(super) fn reconnect(token: &Arc<Token>, seen: u64, remedy: Remedy) -> Result<(), Error> {
     token.login.check_not_pending()?;
+    // Whoever asks from here on hears of a login under way, not of the one before it.
+    token.health.send_if_modified(|health| std::mem::take(&mut health.locked));
     let mut lifecycle = token.module.lifecycle();
     let lifecycle: &mut Lifecycle = &mut lifecycle;
     match remedy {

@@ -137,6 +137,8 @@ fn an_unlock_under_a_daemon_whose_token_came_back_is_in_the_book_before_the_pin_
     let unlocking = house.keyward_async(&["hsm", "unlock", "--reason", "the second"]);
     house.shim().tell("await hanging=1");
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first", "the second"]), "the login is still under way");
+    let status = house.keyward(&["hsm", "status", "--format", "json"]).exits(5);
+    assert_eq!(status.json()[0]["pin_pending"], false, "what came of the one before is over: {status:?}");
     house.shim().tell("clear");
     house.wire().health_becomes(Face::Operator, "", ServingStatus::Serving);
     drop(unlocking);

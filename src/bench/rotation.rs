@@ -164,7 +164,8 @@ pub async fn rotation(plan: &RotationPlan, mut progress: impl FnMut(&str)) -> Re
     let mut actives = Actives::default();
     actives.look(&mut running).await?;
     for number in 0.. {
-        if actives.replaced >= plan.rotations {
+        // A hop may replace more than one: the last kill comes all the same.
+        if actives.replaced >= plan.rotations && kills >= plan.kills {
             break;
         }
         if actives.replaced >= told {

@@ -107,6 +107,8 @@ struct Gate {
     queue: VecDeque<Command>,
     /// Intents queued or open. Each has the place of its outcome reserved by this count.
     intents: usize,
+    /// No intent is begun any more: those that are open come to their end.
+    settling: bool,
     closing: bool,
 }
 
@@ -323,7 +325,7 @@ impl Ledger {
         let (answer, receiver) = oneshot::channel();
         {
             let mut gate = self.gate();
-            if gate.closing {
+            if gate.settling || gate.closing {
                 return Err(draining());
             }
             if gate.intents >= self.0.queue_max {
@@ -462,8 +464,9 @@ impl Ledger {
         answered(receiver, COMMIT_DEADLINE).await
     }
 
-    /// Waits until no intent is queued or open, at most for `deadline`; answers whether that is so.
+    /// Lets no other intent begin, and waits until none is queued or open, at most for `deadline`; answers whether that is so.
     pub async fn settled(&self, deadline: Duration) -> bool {
+        self.gate().settling = true;
         let mut progress = self.progress();
         let none_left = async {
             while self.gate().intents > 0 {

@@ -82,7 +82,13 @@ impl Ledger {
         let (pending, left) = PendingDenials::open(&settings.runtime.join("pending-denials"))?;
         let open: Vec<u64> = book.open.keys().copied().collect();
         let shared = Shared {
-            gate: Mutex::new(Gate { book, queue: std::collections::VecDeque::new(), intents: open.len(), closing: false }),
+            gate: Mutex::new(Gate {
+                book,
+                queue: std::collections::VecDeque::new(),
+                intents: open.len(),
+                settling: false,
+                closing: false,
+            }),
             wake: Condvar::new(),
             writer: AtomicU8::new(super::AWAKE),
             clock: Arc::new(Clock::start(Some(last_time))),

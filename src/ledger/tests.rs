@@ -246,6 +246,21 @@ fn nothing_is_intended_for_a_key_whose_generation_does_not_sign_it_nor_for_one_t
     assert_eq!(house.ledger.gate().intents, 0);
 }
 
+/// What begins while the daemon waits for the last outcomes would be the intent that the next start closes as unknown.
+#[test]
+fn once_intents_come_to_their_end_no_other_begins() {
+    let house = House::new(|_| ());
+    let first = house.joined();
+    let open = house.intend(bound(&first, 1), &key());
+    let settled = |patience| house.runtime.block_on(house.ledger.settled(patience));
+    assert!(!settled(Duration::from_millis(50)), "one is open");
+    let intention = Intention { kind: IntentKind::Crl, key_id: KeyId::random(), tbs: Arc::from(&b"tbs"[..]), subject: None };
+    let refused = house.runtime.block_on(house.ledger.intend(intention)).map(drop).unwrap_err();
+    assert_eq!(refused.reason, Reason::Draining);
+    open.release(b"signature").unwrap();
+    assert!(settled(Duration::from_secs(5)));
+}
+
 #[test]
 fn the_bundles_sequence_grows_with_roots_and_token_signing_keys_and_nothing_else() {
     use proto::{AuthorityState as State, Purpose};

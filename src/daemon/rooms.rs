@@ -157,7 +157,7 @@ impl Rooms {
         let ledger = self.acts.ledger();
         let _ = std::fs::remove_file(address(&self.config));
         // What has begun ends first, so that no start has to close it as unknown.
-        if !ledger.settled(SETTLE_DEADLINE).await {
+        if !ledger.settle(SETTLE_DEADLINE).await {
             tracing::warn!("intents are open at the stop");
         }
         self.acts.seal_signatures(true);

@@ -465,7 +465,7 @@ impl Ledger {
     }
 
     /// Lets no other intent begin, and waits until none is queued or open, at most for `deadline`; answers whether that is so.
-    pub async fn settled(&self, deadline: Duration) -> bool {
+    pub async fn settle(&self, deadline: Duration) -> bool {
         self.gate().settling = true;
         let mut progress = self.progress();
         let none_left = async {

@@ -252,7 +252,7 @@ fn once_intents_come_to_their_end_no_other_begins() {
     let house = House::new(|_| ());
     let first = house.joined();
     let open = house.intend(bound(&first, 1), &key());
-    let settled = |patience| house.runtime.block_on(house.ledger.settled(patience));
+    let settled = |patience| house.runtime.block_on(house.ledger.settle(patience));
     assert!(!settled(Duration::from_millis(50)), "one is open");
     let intention = Intention { kind: IntentKind::Crl, key_id: KeyId::random(), tbs: Arc::from(&b"tbs"[..]), subject: None };
     let refused = house.runtime.block_on(house.ledger.intend(intention)).map(drop).unwrap_err();

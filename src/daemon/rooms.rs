@@ -325,7 +325,9 @@ fn not_open(rooms: &Rooms, role: TokenRole, fault: &str, locked: bool) {
         one => vec![one],
     };
     let waits = format!("not open: it waits for {}", section(role));
-    let pending = roles.into_iter().map(|one| pending(config, one, if one == role { fault } else { &waits })).collect();
+    // A marker is there during a login, too: of the token that was tried the answer tells, of one that waits nobody tries a login.
+    let told = |one| if one == role { (fault, locked) } else { (&*waits, hsm::pin_pending(&config.paths.state, one)) };
+    let pending = roles.into_iter().map(|one| pending(config, one, told(one))).collect();
     rooms.readiness.set_pending_tokens(pending);
     rooms.wait_for(Some(out_of_service(role, fault, locked)), locked.then(|| section(role)));
 }
@@ -353,7 +355,7 @@ pub(super) fn token_settings(config: &Config, role: TokenRole) -> hsm::Settings 
     }
 }
 
-fn pending(config: &Config, role: TokenRole, fault: &str) -> proto::TokenStatus {
+fn pending(config: &Config, role: TokenRole, (fault, pin_pending): (&str, bool)) -> proto::TokenStatus {
     let token = if role == TokenRole::Agents { &config.agents } else { &config.authority };
     proto::TokenStatus {
         role: role.into(),
@@ -361,7 +363,7 @@ fn pending(config: &Config, role: TokenRole, fault: &str) -> proto::TokenStatus 
         label: token.label.clone(),
         fault: fault.to_owned(),
         faults: vec![proto::TokenFault { fault: fault.to_owned(), count: 1, last_unix_seconds: UnixTime::wall().seconds() }],
-        pin_pending: hsm::pin_pending(&config.paths.state, role),
+        pin_pending,
         ..proto::TokenStatus::default()
     }
 }

@@ -45,20 +45,26 @@ fn locked(house: &mut House) -> usize {
     house.signatures().logins
 }
 
-/// Waits until the running daemon tries no login. Nothing tells of it.
+/// Waits until `hsm status` says it of the authorities' token, which is out of service.
 #[track_caller]
-fn is_locked(house: &House) {
+fn token_becomes(house: &House, is_so: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
     let until = Instant::now() + DEADLINE;
     loop {
         let status = house.keyward(&["hsm", "status", "--format", "json"]);
-        let tokens = status.json();
-        if tokens[0]["pin_pending"] == true {
+        let token = status.json()[0].clone();
+        if is_so(&token) {
             status.exits(5);
-            return;
+            return token;
         }
-        assert!(Instant::now() < until, "{tokens}");
+        assert!(Instant::now() < until, "{token}");
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Waits until the running daemon tries no login. Nothing tells of it.
+#[track_caller]
+fn is_locked(house: &House) {
+    token_becomes(house, |token| token["pin_pending"] == true);
 }
 
 /// Waits until so many logins were tried.
@@ -81,6 +87,9 @@ fn an_unlock_without_a_daemon_is_in_the_book_before_the_next_one_tries_the_pin_w
     house.start();
     house.shim().tell("await hanging=1");
     assert_eq!(unlocks(&house.entries()), of_authority(&["the first"]), "the login is still under way");
+    // One that takes long is told, and not as one that failed.
+    let token = token_becomes(&house, |token| token["fault"].as_str().is_some_and(|fault| fault.contains("is not open after")));
+    assert_eq!(token["pin_pending"], false, "{token}");
     // It dies, and so do those who come after it: one unlock is one try, and one entry.
     house.kill9();
     house.shim_script("");
@@ -330,15 +339,7 @@ fn an_unlock_that_finds_no_pin_or_no_token_says_so_and_is_good_for_one_try_when_
     assert!(said.stderr.contains("authority.pin") && said.json()["logged_in"] == serde_json::json!([]), "{said:?}");
     house.take_token_away("authority");
     house.return_pins();
-    let until = Instant::now() + DEADLINE;
-    loop {
-        let tokens = house.keyward(&["hsm", "status", "--format", "json"]).json();
-        if tokens[0]["fault"].as_str().is_some_and(|fault| !fault.contains("authority.pin")) {
-            break;
-        }
-        assert!(Instant::now() < until, "{tokens}");
-        thread::sleep(Duration::from_millis(50));
-    }
+    token_becomes(&house, |token| token["fault"].as_str().is_some_and(|fault| !fault.contains("authority.pin")));
     // There is nothing to unlock any more: it was, and no try was spent.
     let said = house.keyward(&["hsm", "unlock", "--reason", "the second"]).ok();
     assert!(said.stderr.contains("no login was locked"), "{said:?}");

@@ -9,7 +9,8 @@ use super::authorities::REFRESH_HINT_SECONDS;
 use super::certify;
 
 /// A root or a token-signing key is in the bundle for so long before it signs, in seconds: three refresh hints (SPIFFE Trust Domain and
-/// Bundle asks for three to five), so that who follows the hint has it twice over.
+/// Bundle asks for three to five), so that who follows the hint has it twice over. A root for as long as the longest certificate lasts, if
+/// that is longer: there are agents that take the bundle with their renewals alone.
 pub(super) const PREPUBLISH_SECONDS: u64 = 3 * REFRESH_HINT_SECONDS as u64;
 /// Two ledger keys sign checkpoints for so long, and tokens outlive their key by no more, in seconds.
 const OVERLAP_SECONDS: u64 = 3_600;
@@ -101,7 +102,8 @@ pub(super) fn lacks_token_signing(all: &[Generation]) -> bool {
 fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let urgent = all.iter().any(|found| found.purpose == of.purpose && found.state == State::Active && found.tainted);
     let overlap = match of.purpose {
-        Purpose::Root | Purpose::TokenSigning => PREPUBLISH_SECONDS,
+        Purpose::Root => PREPUBLISH_SECONDS.max(terms.ttl_seconds_longest.into()),
+        Purpose::TokenSigning => PREPUBLISH_SECONDS,
         _ => 0,
     };
     // At most two sign checkpoints: it follows when the one before them is retired.

@@ -57,6 +57,9 @@ fn a_root_is_in_the_bundle_before_it_signs_and_brings_an_issuing_authority_along
     let mut all = house();
     all.push(generation(3, Purpose::Root, State::Prepublished));
     assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW.plus_seconds(PREPUBLISH_SECONDS)));
+    // Who renews once in half a day has it as well.
+    let of_a_day = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: false, now: NOW, freed: Vec::new() };
+    assert_eq!(next(&all[2], &all, &of_a_day).expect("an arrow").at, Some(NOW.plus_seconds(86_400)));
     (all[0].state, all[2].state) = (State::Retiring, State::Active);
     assert_eq!(next_of(&all, 1, &rotation), arrow(State::Retiring, Some(NOW), false));
     // Used by what is trusted: it stays.

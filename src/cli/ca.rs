@@ -37,8 +37,8 @@ pub(super) enum Verb {
     },
     /// Replace an authority: a new key is made in the token, trusted, and then signs. The old one retires.
     ///
-    /// A new root or token-signing key is in the bundle for 15 minutes before it signs. What is under a wrapping key is wrapped anew in the
-    /// background. Under an outside root the new issuing authority waits for its certificate: have the request signed and give it back with
+    /// A new root or token-signing key is in the bundle for 15 minutes before it signs, a root for as long as the longest certificate may last,
+    /// if that is longer. What is under a wrapping key is wrapped anew in the background. Under an outside root the new issuing authority waits for its certificate: have the request signed and give it back with
     /// `keyward ca adopt`. `keyward ca list` says how far it is.
     #[command(
         after_help = "Examples:\n  keyward ca rotate issuing --now --yes\n  keyward ca rotate root --reason 'yearly' --yes"
@@ -59,8 +59,8 @@ pub(super) enum Verb {
     },
     /// Give back what the outside root signed for `keyward ca show --csr`; with another root, that one as well.
     ///
-    /// Another root is in the bundle for 15 minutes before anything under it signs. A root has a P-256 key, is signed by itself and says in
-    /// its KeyUsage that it signs certificates.
+    /// Another root is in the bundle for 15 minutes (or as long as the longest certificate may last) before anything under it signs. A root has
+    /// a P-256 key, is signed by itself and says in its KeyUsage that it signs certificates.
     #[command(
         after_help = "Examples:\n  keyward ca adopt --issuing-certificate issuing.pem\n  keyward ca adopt --issuing-certificate issuing.pem --root-certificate new-root.pem"
     )]

@@ -100,6 +100,7 @@ pub(super) struct Covered {
 
 struct Line {
     item: Item,
+    identity: String,
     identifier: String,
     value: String,
 }
@@ -117,7 +118,8 @@ impl Covered {
         let mut bytes = 0;
         for component in components {
             let item = parse_identifier(component.identifier)?;
-            if !seen.insert(identity(&item)) {
+            let identity = identity(&item);
+            if !seen.insert(identity.clone()) {
                 return Err(malformed(format!("cover {} once", component.identifier)));
             }
             let value = component.value.trim_matches([' ', '\t']);
@@ -129,7 +131,7 @@ impl Covered {
             if bytes > PAYLOAD_BYTES_MAX {
                 return Err(too_large(format!("cover at most {PAYLOAD_BYTES_MAX} bytes; sign a Content-Digest for a body")));
             }
-            lines.push(Line { item, identifier, value: value.to_owned() });
+            lines.push(Line { item, identity, identifier, value: value.to_owned() });
         }
         Ok(Self { lines })
     }
@@ -146,9 +148,9 @@ impl Covered {
         base + "\"@signature-params\": " + member
     }
 
-    /// The value of the component that `item` names.
-    pub(super) fn value_of(&self, item: &Item) -> Option<&str> {
-        self.lines.iter().find(|line| same_identifier(&line.item, item)).map(|line| line.value.as_str())
+    /// The value of the component of this [`identity`].
+    pub(super) fn value_of(&self, identity: &str) -> Option<&str> {
+        self.lines.iter().find(|line| line.identity == identity).map(|line| line.value.as_str())
     }
 }
 
@@ -191,13 +193,8 @@ pub(super) fn check_identifier(item: &Item) -> Result<(), Refusal> {
     if known && fits && agrees { Ok(()) } else { Err(malformed("cover components of RFC 9421 only, field names in lower case")) }
 }
 
-/// Whether two identifiers name the same component.
-pub(super) fn same_identifier(a: &Item, b: &Item) -> bool {
-    identity(a) == identity(b)
-}
-
 /// What makes two identifiers the same: the order of parameters says nothing (§2).
-fn identity(item: &Item) -> String {
+pub(super) fn identity(item: &Item) -> String {
     let mut sorted = item.clone();
     sorted.params.sort_unstable_keys();
     serialized_item(&sorted)

@@ -472,6 +472,8 @@ fn an_http_signature_over_another_message_or_with_other_parameters_is_refused() 
     assert_eq!(verdict(&input, &signature, &expecting(&[], Some("other"), None)), Reason::BindingMismatch);
     assert_eq!(verdict(&input, &signature, &expecting(&[], None, Some("m"))), Reason::BindingMismatch);
     assert_eq!(verdict(&input, &signature, &expecting(&["@method"], None, Some("n"))), Reason::Unspecified);
+    assert_eq!(verdict(&input, &signature, &expecting(&["@method"; 64], None, None)), Reason::Unspecified);
+    assert_eq!(verdict(&input, &signature, &expecting(&["@method"; 65], None, None)), Reason::RequestTooLarge);
 
     let at = |now| received_http::Expected { window: super::Window { now, ..window() }, ..good };
     assert_eq!(verdict(&input, &signature, &at(NOW.plus_seconds(64))), Reason::Unspecified);
@@ -495,6 +497,19 @@ fn an_http_signature_over_another_message_or_with_other_parameters_is_refused() 
         verdict(&input, &signature, &once)
     };
     assert_eq!(verdict_of(&"n".repeat(256)), Reason::Unspecified);
+    // Whoever has it count for longer accepts it no second time when it is forgotten.
+    let later = |seconds, lifetime_seconds_max| received_http::Expected {
+        window: super::Window { now: NOW.plus_seconds(seconds), skew_seconds: 5, lifetime_seconds_max },
+        ..once
+    };
+    let (open, by_it) = by_hand("m");
+    assert_eq!(verdict(&open, &by_it, &later(0, 1)), Reason::Unspecified);
+    assert_eq!(verdict(&open, &by_it, &later(5, 300)), Reason::Replayed, "it is remembered");
+    assert_eq!(verdict(&open, &by_it, &later(7, 300)), Reason::Replayed, "it is forgotten");
+    let (ends, by_it) = signed_http(&signer, &POST[..2], None);
+    assert_eq!(verdict(&ends, &by_it, &later(0, 1)), Reason::Unspecified);
+    assert_eq!(verdict(&ends, &by_it, &later(7, 300)), Reason::Replayed, "it is remembered until it expires");
+    assert_eq!(verdict(&ends, &by_it, &later(65, 300)), Reason::MessageExpired);
     assert_eq!(verdict_of(&"n".repeat(257)), Reason::MalformedRequest, "what nobody remembers");
     assert_eq!(verdict(&unnamed, &signature, &good), Reason::SignatureInvalid);
 

@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
 use super::jws::{Parts, signature_algorithm};
-use super::{Memory, SignedBytes, VerifyingKey, Window, elsewhere, missing};
+use super::{Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing};
 use crate::formats::dpop::{Request, TYP, canonical_uri};
 use crate::formats::jwk::Jwk;
 use crate::formats::signing::Profile;
@@ -94,7 +94,8 @@ impl Received {
         window.check_made(made)?;
         window.check_end(end)?;
         let jti = check_name("jti", text("jti")?)?.to_owned();
-        once.accept(&self.signed.kid, &jti, made, window.last_second(end), window.now)?;
+        let over = Over { made, end: window.last_second(end), for_everybody: true };
+        once.accept(&self.signed.kid, &jti, over, window.now)?;
         Ok(Verified { kid: self.signed.kid, jti })
     }
 }

@@ -4,9 +4,11 @@ use std::borrow::Cow;
 
 use sfv::{Dictionary, InnerList, ListEntry, Parser, StringRef};
 
-use super::{Memory, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid};
+use super::{
+    LIFETIME_SECONDS_MAX, Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid,
+};
 use crate::formats::http_signature::{
-    COMPONENTS_MAX, Component, Covered, FIELD_BYTES_MAX, check_identifier, parse_identifier, same_identifier, serialized,
+    COMPONENTS_MAX, Component, Covered, FIELD_BYTES_MAX, check_identifier, identity, parse_identifier, serialized,
     serialized_item,
 };
 use crate::formats::signing::Profile;
@@ -16,6 +18,8 @@ use crate::model::{Digest, Refusal};
 /// A signature that nobody has looked at.
 pub struct Received {
     list: InnerList,
+    /// Of what it covers, in order.
+    identities: Vec<String>,
     signature: Vec<u8>,
     kid: String,
 }
@@ -25,7 +29,7 @@ pub struct Received {
 pub struct Expected<'a> {
     /// The components of the message with their values, as the verifier sees them: at least those that are covered.
     pub components: &'a [Component<'a>],
-    /// Identifiers that have to be covered.
+    /// Identifiers that have to be covered: no more than can be.
     pub required: &'a [&'a str],
     /// The tag that has to be there.
     pub tag: Option<&'a str>,
@@ -76,7 +80,8 @@ impl Received {
             Some(kid) if !kid.is_empty() && kid.len() <= NAME_BYTES_MAX => kid.to_owned(),
             _ => return Err(unknown_kid()),
         };
-        Ok(Self { list: list.clone(), signature, kid })
+        let identities = list.items.iter().map(identity).collect();
+        Ok(Self { list: list.clone(), identities, signature, kid })
     }
 
     /// The key that the signature names.
@@ -88,18 +93,20 @@ impl Received {
     /// Verifies with the key that [`Received::kid`] named over the message's own values, then reads the parameters.
     ///
     /// # Errors
-    /// `BINDING_MISMATCH` for a covered component that the message lacks or a required one that is not covered, another tag
+    /// `REQUEST_TOO_LARGE`; `BINDING_MISMATCH` for a covered component that the message lacks or a required one that is not covered, another tag
     /// or nonce; `PROFILE_MISMATCH`, `KID_UNKNOWN`, `ALGORITHM_REFUSED`, `SIGNATURE_INVALID`; `MALFORMED_REQUEST`, `MESSAGE_EXPIRED`,
     /// `OUTSIDE_TIME_WINDOW`, `REPLAYED`, `OVERLOADED`.
     pub fn check(self, key: &VerifyingKey, expected: &Expected<'_>) -> Result<Verified, Refusal> {
+        if expected.required.len() > COMPONENTS_MAX {
+            return Err(too_large(format!("require at most {COMPONENTS_MAX} components")));
+        }
         let message = self.base(expected.components)?;
         let algorithm = string(&self.list, "alg")?.map(|name| named_algorithm(name, algorithm::http_name)).transpose()?;
         let signed = SignedBytes { kid: self.kid, algorithm, message: message.into_bytes(), signature: self.signature };
         key.check(Profile::HttpMessageSignature, &signed)?;
 
         for identifier in expected.required {
-            let wanted = parse_identifier(identifier)?;
-            if !self.list.items.iter().any(|covered| same_identifier(covered, &wanted)) {
+            if !self.identities.contains(&identity(&parse_identifier(identifier)?)) {
                 return Err(elsewhere("a component that has to be covered is not"));
             }
         }
@@ -112,13 +119,17 @@ impl Received {
         }
         let window = &expected.window;
         let made = seconds(&self.list, "created")?.ok_or_else(|| missing("created"))?;
-        let oldest = made.saturating_add(window.lifetime_seconds_max);
-        let end = seconds(&self.list, "expires")?.map_or(oldest, |expires| expires.min(oldest));
+        let expires = seconds(&self.list, "expires")?;
+        let until = |lifetime_seconds| expires.unwrap_or(u64::MAX).min(made.saturating_add(lifetime_seconds));
+        let end = until(window.lifetime_seconds_max);
         window.check_made(made)?;
         window.check_end(end)?;
         if let Some(once) = expected.once {
             let name = name(nonce, &signed.message)?;
-            once.accept(&signed.kid, &name, made, window.last_second(end), window.now)?;
+            // Another reader may have it count for longer.
+            let end = if expires.is_some() { until(window.lifetime_seconds_max.max(LIFETIME_SECONDS_MAX)) } else { end };
+            let over = Over { made, end: window.last_second(end), for_everybody: expires.is_some() };
+            once.accept(&signed.kid, &name, over, window.now)?;
         }
         Ok(Verified { kid: signed.kid, covered: self.list.items.iter().map(serialized_item).collect() })
     }
@@ -128,8 +139,8 @@ impl Received {
         let seen = Covered::of(seen)?;
         let identifiers: Vec<String> = self.list.items.iter().map(serialized_item).collect();
         let mut covered = Vec::with_capacity(identifiers.len());
-        for (item, identifier) in self.list.items.iter().zip(&identifiers) {
-            let value = seen.value_of(item).ok_or_else(|| elsewhere("a covered component is not in the message"))?;
+        for (identity, identifier) in self.identities.iter().zip(&identifiers) {
+            let value = seen.value_of(identity).ok_or_else(|| elsewhere("a covered component is not in the message"))?;
             covered.push(Component { identifier, value });
         }
         Ok(Covered::of(&covered)?.base(&serialized(&self.list)?))

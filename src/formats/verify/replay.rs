@@ -18,7 +18,10 @@ pub struct ReplayCache {
     seen: Mutex<Seen>,
 }
 
-/// How many messages are remembered at most (about 350 bytes each).
+/// Audiences whose open messages are forgotten apart from the others'.
+const AUDIENCES_MAX: usize = 1024;
+
+/// How many messages are remembered at most (about 400 bytes each).
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// In all.
@@ -38,16 +41,40 @@ pub struct Memory<'a> {
     signer: &'a str,
 }
 
+/// When a message is over. In seconds since 1970.
+#[derive(Clone, Copy)]
+pub(super) struct Over {
+    /// When it was made.
+    pub made: u64,
+    /// From then on it is not accepted any more.
+    pub end: u64,
+    /// By whomever. Else it is open: this reader alone has it end then, another one later.
+    pub for_everybody: bool,
+}
+
+/// What goes when a message is forgotten.
+struct Kept {
+    /// Those whose share it takes.
+    shares: [Digest; 2],
+    /// Of an open one: its audience, and when it was made.
+    open: Option<(Digest, u64)>,
+}
+
 #[derive(Default)]
 struct Seen {
     /// SHA-256 of (audience, kid, name).
     names: HashSet<Digest>,
-    /// The same by the second in which they may go, with those whose share they take.
-    ends: BTreeMap<(u64, Digest), [Digest; 2]>,
+    /// The same by the second in which they may go.
+    ends: BTreeMap<(u64, Digest), Kept>,
     /// How much there is of each reader, and of each signer for it; who has nothing is not here.
     shares: HashMap<Digest, usize>,
     /// Everything that ended before was forgotten. A clock that is set back must not bring it to life again.
     forgotten_before: u64,
+    /// Of each audience: an open message that was made before may have been accepted and forgotten. Where its readers agree on how long one
+    /// counts, such a message is over anyway.
+    open_before: HashMap<Digest, u64>,
+    /// The same of every audience.
+    all_open_before: u64,
 }
 
 impl ReplayCache {
@@ -78,12 +105,12 @@ impl ReplayCache {
 }
 
 impl Memory<'_> {
-    /// Takes a message that was found good in every other respect: the first time `kid` says `name`, and never again before the second
-    /// `end`, in which the message itself is over. `made` and `end` are seconds since 1970.
+    /// Takes a message that was found good in every other respect: the first time `kid` says `name`, and never again.
     ///
     /// # Errors
     /// `REPLAYED`; `OVERLOADED` when there is no room to remember it.
-    pub(super) fn accept(&self, kid: &str, name: &str, made: u64, end: u64, now: UnixTime) -> Result<(), Refusal> {
+    pub(super) fn accept(&self, kid: &str, name: &str, over: Over, now: UnixTime) -> Result<(), Refusal> {
+        let Over { made, end, for_everybody } = over;
         let replayed = |advice: &str| Err(Refusal::new(Reason::Replayed, advice));
         let cache = self.cache;
         if made < cache.since {
@@ -102,6 +129,9 @@ impl Memory<'_> {
         if end < seen.forgotten_before {
             return replayed("the message may have been accepted before; make a new one");
         }
+        if !for_everybody && made < seen.open_before(&audience) {
+            return replayed("the message may have been accepted before; make a new one that says when it expires");
+        }
         let has = |who: &Digest| seen.shares.get(who).copied().unwrap_or_default();
         let Bounds { all, of_reader, of_signer } = cache.bounds;
         if seen.names.len() >= all || has(&reader) >= of_reader || has(&signer) >= of_signer {
@@ -111,7 +141,8 @@ impl Memory<'_> {
             return Err(Refusal::new(Reason::Overloaded, advice).retry_after(wait));
         }
         seen.names.insert(digest);
-        seen.ends.insert((end, digest), [reader, signer]);
+        let open = (!for_everybody).then_some((audience, made));
+        seen.ends.insert((end, digest), Kept { shares: [reader, signer], open });
         for who in [reader, signer] {
             *seen.shares.entry(who).or_default() += 1;
         }
@@ -126,9 +157,12 @@ impl Seen {
             if first.key().0 > now {
                 break;
             }
-            let ((_, digest), shares) = first.remove_entry();
+            let ((_, digest), kept) = first.remove_entry();
             self.names.remove(&digest);
-            for who in shares {
+            if let Some((audience, made)) = kept.open {
+                self.forget_open(audience, made);
+            }
+            for who in kept.shares {
                 if let Some(count) = self.shares.get_mut(&who) {
                     *count -= 1;
                     if *count == 0 {
@@ -138,6 +172,20 @@ impl Seen {
             }
             self.forgotten_before = self.forgotten_before.max(now.saturating_add(1));
         }
+    }
+
+    fn forget_open(&mut self, audience: Digest, made: u64) {
+        if self.open_before.len() >= AUDIENCES_MAX && !self.open_before.contains_key(&audience) {
+            // Too many to be kept apart: more is refused, and nothing accepted twice.
+            let newest = self.open_before.drain().map(|(_, before)| before).max();
+            self.all_open_before = self.all_open_before.max(newest.unwrap_or_default());
+        }
+        let before = self.open_before.entry(audience).or_default();
+        *before = made.saturating_add(1).max(*before);
+    }
+
+    fn open_before(&self, audience: &Digest) -> u64 {
+        self.open_before.get(audience).copied().unwrap_or_default().max(self.all_open_before)
     }
 }
 
@@ -157,7 +205,15 @@ mod tests {
 
     /// What the reader `tools/1` makes of a message of `s`.
     fn accept(cache: &ReplayCache, kid: &str, name: &str, made: u64, end: u64, now: UnixTime) -> Result<(), Refusal> {
-        cache.of("tools", "tools/1", "s").accept(kid, name, made, end, now)
+        cache.of("tools", "tools/1", "s").accept(kid, name, over(made, end), now)
+    }
+
+    fn over(made: u64, end: u64) -> Over {
+        Over { made, end, for_everybody: true }
+    }
+
+    fn open(made: u64, end: u64) -> Over {
+        Over { made, end, for_everybody: false }
     }
 
     fn reason(result: Result<(), Refusal>) -> Option<Reason> {
@@ -187,7 +243,7 @@ mod tests {
         for (name, end) in [("1", 130), ("2", 140), ("3", 150)] {
             assert_eq!(reason(accept(&cache, "k", name, 100, end, at(100))), None);
         }
-        let full = cache.of("others", "others/1", "t").accept("m", "1", 100, 150, at(110)).unwrap_err();
+        let full = cache.of("others", "others/1", "t").accept("m", "1", over(100, 150), at(110)).unwrap_err();
         assert_eq!((full.reason, full.retry_after), (Reason::Overloaded, Some(Duration::from_secs(20))));
         assert_eq!(reason(accept(&cache, "k", "1", 100, 130, at(129))), Some(Reason::Replayed), "nothing was forgotten for it");
         assert_eq!(reason(accept(&cache, "m", "1", 100, 150, at(130))), None);
@@ -197,7 +253,7 @@ mod tests {
     fn nobody_takes_the_memory_of_another_however_many_keys_they_have() {
         let cache = cache(10, 3, 2, 100);
         let take = |reader: &str, signer: &str, kid: &str| {
-            reason(cache.of("tools", reader, signer).accept(kid, &format!("{reader} {signer}"), 100, 150, at(100)))
+            reason(cache.of("tools", reader, signer).accept(kid, &format!("{reader} {signer}"), over(100, 150), at(100)))
         };
         assert_eq!([take("tools/1", "s", "k1"), take("tools/1", "s", "k2")], [None, None]);
         assert_eq!(take("tools/1", "s", "k3"), Some(Reason::Overloaded), "the share of a signer");
@@ -209,7 +265,7 @@ mod tests {
     #[test]
     fn a_message_is_news_to_another_audience_and_to_nobody_of_the_same() {
         let cache = cache(10, 10, 10, 100);
-        let read = |audience, reader| reason(cache.of(audience, reader, "s").accept("k", "n", 100, 160, at(100)));
+        let read = |audience, reader| reason(cache.of(audience, reader, "s").accept("k", "n", over(100, 160), at(100)));
         assert_eq!(read("gateway", "gateway/1"), None);
         assert_eq!(read("tools", "tools/1"), None);
         assert_eq!(read("tools", "tools/2"), Some(Reason::Replayed));
@@ -224,20 +280,55 @@ mod tests {
         assert_eq!(reason(accept(&cache, "k", "n", 100, 160, at(120))), Some(Reason::Replayed));
     }
 
+    #[test]
+    fn an_open_message_is_accepted_once_however_long_another_reader_has_it_count() {
+        let cache = cache(10, 10, 10, 100);
+        let read = |audience, over, now| reason(cache.of(audience, "tools/1", "s").accept("k", "n", over, at(now)));
+        assert_eq!(read("tools", open(100, 161), 100), None);
+        assert_eq!(read("tools", open(100, 460), 162), Some(Reason::Replayed));
+        assert_eq!(read("others", open(100, 460), 163), None, "another audience has not heard it");
+        assert_eq!(
+            read("tools", over(100, 460), 164),
+            None,
+            "one that says when it ends was remembered until then, or is another"
+        );
+        assert_eq!(reason(cache.of("tools", "tools/1", "s").accept("k", "new", open(101, 460), at(165))), None);
+    }
+
+    #[test]
+    fn more_audiences_than_are_kept_apart_are_refused_more_and_never_less() {
+        let all = AUDIENCES_MAX + 2;
+        let cache = cache(all, all, all, 100);
+        let read = |audience: usize, name, over, now| {
+            reason(cache.of(&audience.to_string(), "tools/1", "s").accept("k", name, over, at(now)))
+        };
+        for audience in 0..all {
+            assert_eq!(read(audience, "n", open(100, 161), 100), None);
+        }
+        for audience in 0..all {
+            assert_eq!(read(audience, "n", open(100, 460), 200), Some(Reason::Replayed));
+        }
+        assert!(cache.seen.lock().unwrap().open_before.len() <= AUDIENCES_MAX);
+        assert_eq!(read(all, "n", open(100, 460), 200), Some(Reason::Replayed), "put together with the others");
+        assert_eq!(read(all, "n", open(101, 460), 200), None);
+    }
+
     proptest! {
         #[test]
-        fn nothing_is_ever_accepted_twice(steps in prop::collection::vec((0_u8..3, 0_u8..4, 0_u64..40, 0_u64..50), 1..200)) {
+        fn nothing_is_ever_accepted_twice(
+            steps in prop::collection::vec((0_u8..3, 0_u8..4, 0_u64..40, 0_u64..50, prop::option::of(1_u64..30)), 1..200)
+        ) {
             let cache = cache(8, 6, 4, 0);
             let mut accepted = HashSet::new();
-            for (kid, name, made, now) in steps {
-                // As the verifier does: a message counts from when it was made for ten seconds.
-                let end = made + 10;
-                if end <= now || made > now {
+            for (kid, name, made, now, lifetime) in steps {
+                // As the verifier does: a message counts from when it was made for ten seconds, an open one for as long as its reader says.
+                let over = lifetime.map_or(over(made, made + 10), |lifetime| open(made, made + lifetime));
+                if over.end <= now || made > now {
                     continue;
                 }
-                let (kid, name) = (kid.to_string(), format!("{name}/{made}"));
+                let (kid, name) = (kid.to_string(), format!("{name}/{made}/{}", over.for_everybody));
                 let signer = format!("{kid}'s");
-                match cache.of("tools", "tools/1", &signer).accept(&kid, &name, made, end, at(now)) {
+                match cache.of("tools", "tools/1", &signer).accept(&kid, &name, over, at(now)) {
                     Ok(()) => prop_assert!(accepted.insert((kid, name))),
                     Err(refusal) => prop_assert!(matches!(refusal.reason, Reason::Replayed | Reason::Overloaded)),
                 }

@@ -50,14 +50,6 @@ fn owner<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
     }
 }
 
-/// An agent may name itself; whoever else it names has no keys that it could see.
-fn is_own(connection: &Connection, agent: &str) -> Result<(), Status> {
-    if agent.is_empty() || connection.named().is_some_and(|own| own.as_str() == agent) {
-        return Ok(());
-    }
-    Err(status_of(&crate::ledger::key_not_found()))
-}
-
 fn refuse(reason: Reason, advice: &str) -> Status {
     status_of(&Refusal::new(reason, advice))
 }
@@ -190,10 +182,7 @@ impl Keys {
     ) -> Result<u64, Status> {
         let acts = Arc::clone(&self.acts);
         let index = match caller {
-            Caller::Agent(connection) => {
-                is_own(&connection, &agent)?;
-                own(async move { acts.end_own_key(&connection, &key, how).await }).await?
-            }
+            Caller::Agent(connection) => own(async move { acts.end_own_key(&connection, (&agent, &key), how).await }).await?,
             Caller::Operator(operator) => {
                 let (agent, reason) = (agent_id(&agent)?, checked_reason(reason)?);
                 act(async move { acts.end_key(&operator, (agent, epoch, &key), how, &reason).await }).await?
@@ -259,10 +248,7 @@ impl KeyService for Keys {
         let ask = request.into_inner();
         let limit = if ask.limit == 0 { 100 } else { ask.limit.min(1000) };
         let (page, more) = match caller {
-            Caller::Agent(connection) => {
-                is_own(&connection, &ask.agent)?;
-                told(self.acts.list_own_keys(&connection, ask.after, limit).await)?
-            }
+            Caller::Agent(connection) => told(self.acts.list_own_keys(&connection, &ask.agent, ask.after, limit).await)?,
             Caller::Operator(_) => told(self.acts.list_keys(agent_id(&ask.agent)?, ask.epoch, ask.after, limit).await)?,
         };
         let next = page.last().filter(|_| more).map(|last| last.key.of.name.to_string());

@@ -107,6 +107,50 @@ fn a_key_of_somebody_else_is_not_found_as_one_that_nobody_has() {
     own.sign("a", digest(b"x")).unwrap();
 }
 
+/// Whoever tries what is not its to have leaves a trace, whatever the call; a message that does not verify says nothing of who read it.
+#[test]
+fn a_refusal_of_the_caller_is_an_entry_in_every_call_and_one_of_a_message_is_none() {
+    let mut house = House::serving();
+    {
+        house.keys(&Identity::of(&house.attested("builder/2"))).create(for_jws("a")).unwrap();
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        refused(keys.verify(received("a.b.c".into())), "MALFORMED_REQUEST");
+        refused(keys.list("builder/2"), "KEY_NOT_FOUND");
+        refused(keys.disable("builder/2", "a"), "KEY_NOT_FOUND");
+        refused(keys.destroy("builder/2", "a"), "KEY_NOT_FOUND");
+        let denied = Identity::of(&house.attested("builder/3"));
+        house.wire().quarantine("builder/3");
+        let mut keys = house.keys(&denied);
+        refused(keys.verify(received("a.b.c".into())), "AGENT_QUARANTINED");
+        refused(keys.list(""), "AGENT_QUARANTINED");
+        refused(keys.kids(Of::Class("builder".into())), "AGENT_QUARANTINED");
+    }
+    let entries = house.stopped_entries();
+    let told = entries.iter().filter_map(|body| if let Body::Refused(refusal) = body { Some(refusal) } else { None });
+    let told: Vec<_> =
+        told.map(|refusal| (refusal.agent.as_str(), refusal.method.as_str(), refusal.reason().as_str_name())).collect();
+    let expected = [
+        ("builder/1", "ListKeys", "KEY_NOT_FOUND"),
+        ("builder/1", "DisableKey", "KEY_NOT_FOUND"),
+        ("builder/1", "DestroyKey", "KEY_NOT_FOUND"),
+        ("builder/3", "Verify", "AGENT_QUARANTINED"),
+        ("builder/3", "ListKeys", "AGENT_QUARANTINED"),
+        ("builder/3", "GetJwks", "AGENT_QUARANTINED"),
+    ];
+    assert_eq!(told, expected);
+    house.verify().ok();
+}
+
+#[test]
+fn the_next_page_of_a_jwks_starts_where_the_daemon_said_and_nowhere_else() {
+    let house = House::serving();
+    let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+    keys.create(for_jws("a")).unwrap();
+    for of in [Of::Agent("builder/1".into()), Of::Agent("builder/9".into()), Of::Class("builder".into())] {
+        refused(keys.jwks(of, "builder/1 1 a"), "MALFORMED_REQUEST");
+    }
+}
+
 #[test]
 fn a_key_signs_its_purpose_and_nothing_else() {
     let house = House::serving();

@@ -10,14 +10,20 @@ use crate::proto::{self, KeyStorage};
 use super::{Acts, KeyToken, Loaded};
 
 impl Acts {
-    /// An agent ends a key of its own. In force before it is durable, acknowledged when it is; `None`: it was so before.
+    /// An agent, which may name itself, ends a key of its own. In force before it is durable, acknowledged when it is; `None`: it was so before.
     ///
     /// # Errors
     /// `KEY_NOT_FOUND`, `KEY_DESTROYED` where it is to be disabled; as the agent's standing; `RATE_LIMITED`; `LEDGER_UNAVAILABLE`.
-    pub async fn end_own_key(&self, source: &Arc<Connection>, name: &str, how: Ends) -> Result<Option<u64>, Refusal> {
+    pub async fn end_own_key(
+        &self,
+        source: &Arc<Connection>,
+        (agent, name): (&str, &str),
+        how: Ends,
+    ) -> Result<Option<u64>, Refusal> {
         let ended = async {
             let caller = source.agent(&self.ledger)?;
             self.keys.rates.change(caller.agent(), self.ledger.clock().reckoned().seconds())?;
+            Self::is_own(caller, agent)?;
             self.end(Self::own_key(caller, name)?, how.clone(), None).await
         };
         let method = match how {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::authn::Connection;
 use crate::formats::{Jwk, jwks};
-use crate::ledger::{KeyOf, KeyPage, Reader, StoreError, StoredKey};
+use crate::ledger::{KeyPage, Reader, StoreError, StoredKey};
 use crate::model::{AgentId, Reason, Refusal, UnixTime};
 use crate::proto::KeyState;
 
@@ -48,18 +48,18 @@ impl Acts {
         self.refused_key_call("GetPublicKey", source, found).await
     }
 
-    /// A page of the caller's own keys, and whether there may be more.
+    /// A page of the caller's own keys, and whether there may be more. It may name itself.
     ///
     /// # Errors
-    /// As the agent's standing; `RATE_LIMITED`.
+    /// `KEY_NOT_FOUND` for another agent; as the agent's standing; `RATE_LIMITED`.
     pub async fn list_own_keys(
         &self,
         source: &Arc<Connection>,
+        agent: &str,
         after: String,
         limit: u32,
     ) -> Result<(Vec<KeyShown>, bool), Refusal> {
-        let caller = source.agent(&self.ledger)?;
-        self.keys.rates.look(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
+        let caller = self.may_look("ListKeys", source, agent, PAGE_COSTS).await?;
         self.page(caller.agent().clone(), caller.epoch(), after, limit).await
     }
 
@@ -93,37 +93,33 @@ impl Acts {
         of: JwksOf,
         after: &str,
     ) -> Result<(String, Option<String>), Refusal> {
-        let caller = source.agent(&self.ledger)?;
-        self.keys.rates.look(caller.agent(), PAGE_COSTS, self.ledger.clock().reckoned().seconds())?;
+        self.may_look("GetJwks", source, "", PAGE_COSTS).await?;
         self.jwks(of, after).await
     }
 
-    /// The keys by which messages of an agent, or of a class, verify now, and where the next page starts. Nothing is kept: an agent
-    /// that is denied has no keys from that moment on.
+    /// The keys by which messages of an agent, or of a class, verify now, and where the next page starts (for this daemon alone to read, as
+    /// long as it runs: it names a key). Nothing is kept: an agent that is denied has no keys from that moment on.
     ///
     /// # Errors
     /// `MALFORMED_REQUEST`.
     pub async fn jwks(&self, of: JwksOf, after: &str) -> Result<(String, Option<String>), Refusal> {
         let now = self.ledger.clock().reckoned();
+        let after = self.keys.places.open(after)?;
         let (KeyPage { keys, more }, odd) = match of {
             JwksOf::Agent(agent) => match self.ledger.agent(&agent) {
-                Ok(found) => {
-                    let after = place(after)?.2;
-                    self.held(move |reader| reader.agent_keys(&agent, found.epoch, &after, PAGE_MAX)).await?
-                }
+                Ok(found) => self.held(move |reader| reader.agent_keys(&agent, found.epoch, &after.2, PAGE_MAX)).await?,
                 // Nobody's keys are none.
                 Err(_) => Default::default(),
             },
             JwksOf::Class(class) => {
-                let after = place(after)?;
-                let after = move |reader: &Reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX);
-                self.held(after).await?
+                let page = move |reader: &Reader| reader.agent_keys_of_class(&class, (&after.0, after.1, &after.2), PAGE_MAX);
+                self.held(page).await?
             }
         };
         for _ in &odd {
             self.ledger.refused_stranger(Reason::KeyNotAsRecorded, None);
         }
-        let next = keys.last().filter(|_| more).map(|last| place_of(&last.of));
+        let next = keys.last().filter(|_| more).map(|last| self.keys.places.seal(&last.of)).transpose()?;
         let admitted = self.ledger.admitted(keys.iter().map(|key| (&key.of.agent, key.of.epoch)));
         let good = keys
             .iter()
@@ -172,20 +168,4 @@ fn published(key: &StoredKey, now: UnixTime) -> Vec<Jwk> {
     let Some(profile) = profile_of(key.terms.purpose) else { return Vec::new() };
     let good = key.versions.iter().filter(|version| version.expires > now);
     good.filter_map(|version| Jwk::published(profile, &version.public)).collect()
-}
-
-fn place_of(of: &KeyOf) -> String {
-    format!("{} {} {}", of.agent, of.epoch, of.name)
-}
-
-fn place(text: &str) -> Result<(String, u32, String), Refusal> {
-    let wrong = || Refusal::new(Reason::MalformedRequest, "page on from what the last page said is next");
-    if text.is_empty() {
-        return Ok(Default::default());
-    }
-    let mut parts = text.splitn(3, ' ');
-    match (parts.next(), parts.next().and_then(|epoch| epoch.parse().ok()), parts.next()) {
-        (Some(agent), Some(epoch), Some(name)) => Ok((agent.to_owned(), epoch, name.to_owned())),
-        _ => Err(wrong()),
-    }
 }

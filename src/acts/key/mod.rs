@@ -7,6 +7,7 @@ mod list;
 mod loaded;
 mod making;
 mod over;
+mod places;
 mod rates;
 mod rewrap;
 mod rotate;
@@ -30,6 +31,7 @@ use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose
 use super::{Acts, hsm_refusal};
 use loaded::{Loaded, LoadedKeys};
 use making::{BeingMade, RsaBeingMade};
+use places::Places;
 use rates::Rates;
 use rewrap::Rewrapping;
 use session::SessionKeys;
@@ -80,6 +82,7 @@ pub struct AgentKeys {
     making_rsa: RsaBeingMade,
     rates: Rates,
     seen: ReplayCache,
+    places: Places,
     session: SessionKeys,
     rewrapping: Rewrapping,
     per_agent_max: usize,
@@ -98,6 +101,7 @@ impl AgentKeys {
             making_rsa: RsaBeingMade::default(),
             rates: Rates::new(limits.signatures_per_second, limits.key_changes_per_second),
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
+            places: Places::new(),
             session: SessionKeys::default(),
             rewrapping: Rewrapping::default(),
             per_agent_max: limits.keys_per_agent,
@@ -186,6 +190,28 @@ impl Acts {
             let bound = token.hsm.agent_key(version.key_id, version.public.clone(), version.storage, wrapped, wrapping);
             bound.map_err(key_refusal)
         })
+    }
+
+    /// Who asks for what there is to see, and may: of `agent`'s keys, which are its own or none. What a message is refused for is no refusal
+    /// of its reader; this is, and recorded as one.
+    async fn may_look<'a>(
+        &self,
+        method: &str,
+        source: &'a Connection,
+        agent: &str,
+        cost: usize,
+    ) -> Result<&'a AgentConnection, Refusal> {
+        let caller = source.agent(&self.ledger).and_then(|caller| {
+            self.keys.rates.look(caller.agent(), cost, self.ledger.clock().reckoned().seconds())?;
+            Self::is_own(caller, agent)?;
+            Ok(caller)
+        });
+        self.refused_key_call(method, source, caller).await
+    }
+
+    /// An agent may name itself; whoever else it names has no keys that it could see.
+    fn is_own(caller: &AgentConnection, agent: &str) -> Result<(), Refusal> {
+        if agent.is_empty() || caller.agent().as_str() == agent { Ok(()) } else { Err(crate::ledger::key_not_found()) }
     }
 
     /// As the ledger records refusals of a known identity.

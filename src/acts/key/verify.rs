@@ -96,9 +96,8 @@ impl Acts {
     /// `ALGORITHM_REFUSED`, `PROFILE_MISMATCH`, `AUDIENCE_MISMATCH`, `BINDING_MISMATCH`, `MESSAGE_EXPIRED`, `OUTSIDE_TIME_WINDOW`, `REPLAYED`,
     /// `MALFORMED_REQUEST`, `REQUEST_TOO_LARGE`, `OVERLOADED`, `RATE_LIMITED`; as the caller's standing.
     pub async fn verify(&self, source: &Arc<Connection>, agent: Option<AgentId>, message: Message) -> Result<Signer, Refusal> {
-        let caller = source.agent(&self.ledger)?;
+        let caller = self.may_look("Verify", source, "", 1).await?;
         let now = self.trusted_now()?;
-        self.keys.rates.look(caller.agent(), 1, now.seconds())?;
         let received = match &message {
             Message::Jws { token, detached, .. } => Received::Jws(jws::Received::parse(token, detached.as_deref())?),
             Message::Http { signature_input, signature, label, .. } => {

@@ -2,9 +2,9 @@
 
 use keyward::proto::key_service_client::KeyServiceClient;
 use keyward::proto::{
-    Content, CreateKeyRequest, CreateKeyResponse, DestroyKeyRequest, DisableKeyRequest, GetJwksRequest, GetPublicKeyRequest, Key,
-    KeyPurpose, KeyStorage, ListKeysRequest, RotateKeyRequest, SignBatchRequest, SignBatchResponse, SignRequest, SignResponse,
-    VerifyRequest, VerifyResponse, content, get_jwks_request, signature::Form,
+    Content, CreateKeyRequest, CreateKeyResponse, DestroyKeyRequest, DisableKeyRequest, GetJwksRequest, GetJwksResponse,
+    GetPublicKeyRequest, Key, KeyPurpose, KeyStorage, ListKeysRequest, RotateKeyRequest, SignBatchRequest, SignBatchResponse,
+    SignRequest, SignResponse, VerifyRequest, VerifyResponse, content, get_jwks_request, signature::Form,
 };
 use tokio::sync::oneshot;
 use tonic::transport::Channel;
@@ -128,10 +128,13 @@ impl Keys {
 
     /// The kids of a JWKS.
     pub fn kids(&mut self, of: get_jwks_request::Of) -> Answer<Vec<String>> {
-        let request = GetJwksRequest { of: Some(of), after: String::new() };
-        let answer = self.wire.runtime.block_on(self.service.get_jwks(request))?.into_inner();
-        let set: serde_json::Value = serde_json::from_str(&answer.jwks).unwrap();
+        let set: serde_json::Value = serde_json::from_str(&self.jwks(of, "")?.jwks).unwrap();
         Ok(set["keys"].as_array().unwrap().iter().map(|key| key["kid"].as_str().unwrap().to_owned()).collect())
+    }
+
+    pub fn jwks(&mut self, of: get_jwks_request::Of, after: &str) -> Answer<GetJwksResponse> {
+        let request = GetJwksRequest { of: Some(of), after: after.to_owned() };
+        Ok(self.wire.runtime.block_on(self.service.get_jwks(request))?.into_inner())
     }
 
     pub fn verify(&mut self, request: VerifyRequest) -> Answer<VerifyResponse> {

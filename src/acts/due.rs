@@ -10,7 +10,7 @@ use super::certify;
 
 /// A root or a token-signing key is in the bundle for so long before it signs, in seconds: three refresh hints (SPIFFE Trust Domain and
 /// Bundle asks for three to five), so that who follows the hint has it twice over. A root for as long as the longest certificate lasts, if
-/// that is longer: there are agents that take the bundle with their renewals alone.
+/// that is longer ([`signs_from`]): there are agents that take the bundle with their renewals alone.
 pub(super) const PREPUBLISH_SECONDS: u64 = 3 * REFRESH_HINT_SECONDS as u64;
 /// Two ledger keys sign checkpoints for so long, and tokens outlive their key by no more, in seconds.
 const OVERLAP_SECONDS: u64 = 3_600;
@@ -102,7 +102,6 @@ pub(super) fn lacks_token_signing(all: &[Generation]) -> bool {
 fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     let urgent = all.iter().any(|found| found.purpose == of.purpose && found.state == State::Active && found.tainted);
     let overlap = match of.purpose {
-        Purpose::Root => PREPUBLISH_SECONDS.max(terms.ttl_seconds_longest.into()),
         Purpose::TokenSigning => PREPUBLISH_SECONDS,
         _ => 0,
     };
@@ -114,6 +113,7 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         Purpose::Ledger => before.map_or(Some(of.since), |before| retirement(before, all, terms).at),
         // What is under the one before comes under the active one, and not under one after the other.
         Purpose::Wrapping if all.iter().any(|found| found.purpose == of.purpose && found.state == State::Retiring) => None,
+        Purpose::Root => Some(signs_from(of, all, terms)),
         _ => Some(of.since.plus_seconds(overlap)),
     };
     let at = match terms.rotation.window {
@@ -122,6 +122,21 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     };
     let root_is_coming = root_of(of, all).is_some_and(Generation::is_coming);
     Arrow { passive: before.is_some(), ..arrow(State::Active, at.filter(|_| !root_is_coming), urgent) }
+}
+
+/// When a new root has been in the bundle for long enough. It does not wait until the one before is too old to certify for the longest lifetime,
+/// nor at all for one that nobody takes any more.
+fn signs_from(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> UnixTime {
+    let before = all.iter().find(|root| root.purpose == Purpose::Root && root.state == State::Active);
+    if before.is_some_and(|before| !is_in_force(before, terms.now)) {
+        return of.since;
+    }
+    let longest = terms.ttl_seconds_longest.into();
+    let (soonest, latest) = (of.since.plus_seconds(PREPUBLISH_SECONDS), of.since.plus_seconds(PREPUBLISH_SECONDS.max(longest)));
+    match before.and_then(|before| certify::validity(&before.certificate)) {
+        Some((_, end)) => latest.min(end.minus_seconds(longest)).max(soonest).min(end),
+        None => latest,
+    }
 }
 
 fn succession(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {

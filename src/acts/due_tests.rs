@@ -68,6 +68,27 @@ fn a_root_is_in_the_bundle_before_it_signs_and_brings_an_issuing_authority_along
     assert_eq!(next_of(&all, 0, &rotation), arrow(State::Retired, Some(NOW), false));
 }
 
+/// A certificate that ends in so many seconds; nothing else of it counts here.
+fn ends_in(seconds: i64) -> Vec<u8> {
+    let mut params = rcgen::CertificateParams::default();
+    let at = |seconds: i64| time::OffsetDateTime::from_unix_timestamp(1_800_000_000 + seconds).expect("a time");
+    (params.not_before, params.not_after) = (at(-86_400), at(seconds));
+    params.self_signed(&rcgen::KeyPair::generate().expect("a key")).expect("a certificate").der().to_vec()
+}
+
+#[test]
+fn a_new_root_does_not_wait_for_an_old_one_that_certifies_no_more() {
+    let rotation = rotation();
+    let of_a_day = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: false, now: NOW, freed: Vec::new() };
+    let mut all = house();
+    all.push(generation(3, Purpose::Root, State::Prepublished));
+    // When the old one ends, and how long the new one waits.
+    for (end, wait) in [(30 * 86_400, 86_400), (86_400 + 3_600, 3_600), (3_600, PREPUBLISH_SECONDS), (600, 600), (-1, 0)] {
+        all[0].certificate = ends_in(end);
+        assert_eq!(next(&all[2], &all, &of_a_day).expect("an arrow").at, Some(NOW.plus_seconds(wait)), "{end}");
+    }
+}
+
 #[test]
 fn an_issuing_authority_retires_when_its_last_certificate_has_ended_for_everybody() {
     let rotation = rotation();

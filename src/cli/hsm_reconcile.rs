@@ -33,6 +33,7 @@ struct Stray {
 
 const STRAY: &str = "stray";
 const MISSING: &str = "missing";
+const MISPLACED: &str = "misplaced";
 
 impl From<proto::Stray> for Stray {
     fn from(stray: proto::Stray) -> Self {
@@ -43,6 +44,7 @@ impl From<proto::Stray> for Stray {
             Finding::Stray => STRAY,
             Finding::Missing => MISSING,
             Finding::Foreign => "foreign",
+            Finding::Misplaced => MISPLACED,
             Finding::Unspecified => "unknown",
         };
         Self {
@@ -81,7 +83,7 @@ pub(super) async fn run(unwanted: Unwanted, yes: bool, global: &Global, output: 
     }
     let strays = ask(&mut daemon, request).await?;
     output.show(&strays, |strays| text(strays))?;
-    match strays.iter().filter(|stray| [STRAY, MISSING].contains(&stray.found)).count() {
+    match strays.iter().filter(|stray| [STRAY, MISSING, MISPLACED].contains(&stray.found)).count() {
         0 => Ok(()),
         left => Err(Failure::new(EXIT_UNAVAILABLE, format!("{left} not as the ledger says"))),
     }

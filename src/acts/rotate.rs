@@ -262,14 +262,19 @@ impl Acts {
     /// A key may be in other hands. Goes as far as it can go now; gives the entry.
     ///
     /// # Errors
-    /// `AUTHORITY_UNKNOWN`; `LEDGER_UNAVAILABLE`. When the token is not available the taint stands, and is acted on when it is.
+    /// `AUTHORITY_UNKNOWN`; `LEDGER_UNAVAILABLE`. With the index of its entry, those of the arrows that could not be taken: the taint stands, and
+    /// is acted on when they can.
     pub async fn taint(&self, operator: &Operator, key_id: &[u8], reason: &str) -> Result<u64, Refusal> {
         let _one = self.rotating.lock().await;
         let tainted = proto::AuthorityTainted { by: Some(operator.signs(reason)), key_id: key_id.to_vec() };
         let index = self.ledger.record(Body::AuthorityTainted(tainted)).await?;
         tracing::warn!(index, key = hex(key_id), "an authority is tainted");
-        self.take_arrows().await?.whole()?;
-        Ok(index)
+        let acted_on = self.take_arrows().await.and_then(|taken| taken.whole());
+        acted_on.map(|_| index).map_err(|mut refusal| {
+            refusal.advice =
+                format!("the taint stands, and is acted on as soon as can be (`keyward ca list`); {}", refusal.advice);
+            refusal.recorded_at(index)
+        })
     }
 
     /// No arrow is taken until the resumption, but those that follow from a taint. Gives the entry; none where an operator holds it up

@@ -1020,7 +1020,8 @@ fn a_token_that_makes_no_key_neither_fills_the_book_nor_keeps_an_operator_waitin
     house.shim().tell("fail C_GenerateKeyPair rv=0x31 count=all");
     let issuing = generations(&house, "issuing").remove(0).0;
     let from = Instant::now();
-    house.keyward(&["ca", "taint", &issuing, "--reason", "a test", "--yes"]);
+    let said = house.keyward(&["ca", "taint", &issuing, "--reason", "a test", "--yes"]);
+    assert!(said.code != 0 && said.stderr.contains("the taint stands") && said.stderr.contains("ledger entry"), "{said:?}");
     house.keyward(&["ca", "pause", "--reason", "a test"]).ok();
     assert!(from.elapsed() < DEADLINE, "{:?}", from.elapsed());
     let entries = house.keyward(&["status", "--format", "json"]).ok().json()["ledger"]["entries"].as_u64().unwrap();

@@ -23,9 +23,12 @@ const OPEN: [&str; 2] = ["/keyward.v1.AgentService/Attest", "/grpc.health.v1.Hea
 const KEY_CALLS_WAIT: Duration = Duration::from_millis(100);
 /// Calls about keys, by the path of their service.
 const KEYS: &str = "/keyward.v1.KeyService/";
-/// Calls about keys of one agent under way at once. Counted before a message is read and until the answer has been taken: what either
-/// brings along takes memory.
+/// Calls about keys of one agent under way at once. Counted before a message is read and until the answer has been taken, since what
+/// either brings along takes memory; and until the act has ended, also where its caller hung up.
 const KEY_CALLS_MAX: usize = 64;
+
+/// One of them, among the extensions of its request: its act keeps it.
+pub(super) type KeyShare = Arc<Share<AgentId>>;
 
 #[derive(Debug, Clone)]
 pub(super) struct Gatekeeper {
@@ -66,7 +69,7 @@ where
         self.inner.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let refuse = |refusal: &Refusal| {
             let refused = unindexed(status_of(refusal).into_http());
             Box::pin(std::future::ready(Ok(refused)))
@@ -79,26 +82,24 @@ where
             let answer = self.inner.call(request);
             return Box::pin(async move { answer.await.map(unindexed) });
         };
-        let share = request.uri().path().starts_with(KEYS).then(|| self.keys.take(caller.clone()));
-        if matches!(share, Some(None)) {
+        if !request.uri().path().starts_with(KEYS) {
+            let answer = self.inner.call(request);
+            return Box::pin(async move { answer.await.map(unindexed) });
+        }
+        let Some(share) = self.keys.take(caller.clone()).map(KeyShare::new) else {
             let advice = "too many calls about keys of this agent are under way; await an answer";
             return refuse(&Refusal::new(Reason::Overloaded, advice).retry_after(KEY_CALLS_WAIT));
-        }
+        };
+        request.extensions_mut().insert(KeyShare::clone(&share));
         let answer = self.inner.call(request);
-        Box::pin(async move {
-            let answer = answer.await.map(unindexed)?;
-            Ok(match share.flatten() {
-                Some(share) => answer.map(|body| Body::new(Held { body, _share: share })),
-                None => answer,
-            })
-        })
+        Box::pin(async move { Ok(answer.await.map(unindexed)?.map(|body| Body::new(Held { body, _share: share }))) })
     }
 }
 
 /// An answer that its agent has not taken yet. Whoever reads none of them is not given more and more.
 struct Held {
     body: Body,
-    _share: Share<AgentId>,
+    _share: KeyShare,
 }
 
 impl http_body::Body for Held {
@@ -128,7 +129,7 @@ mod tests {
     #[test]
     fn an_answer_that_nobody_takes_is_a_call_under_way() {
         let (shares, agent) = (Shares::of(1), AgentId::parse("builder/1").unwrap());
-        let share = shares.take(agent.clone()).unwrap();
+        let share = KeyShare::new(shares.take(agent.clone()).unwrap());
         let answer = Body::new(Held { body: Body::new("an answer".to_owned()), _share: share });
         assert!(shares.take(agent.clone()).is_none());
         drop(answer);

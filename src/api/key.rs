@@ -12,6 +12,7 @@ use crate::model::{AgentId, Digest, Reason, Refusal};
 use crate::proto::key_service_server::KeyService;
 use crate::proto::{self, content, signature, verify_request};
 
+use super::gatekeeper::KeyShare;
 use super::operator::{act, agent_id, checked_reason, operator};
 use super::refusal::status_of;
 use super::to_its_end::ToItsEnd;
@@ -22,8 +23,14 @@ pub(super) struct Keys {
 
 /// Who asks.
 enum Caller {
-    Agent(Arc<Connection>),
+    Agent(Call),
     Operator(Operator),
+}
+
+/// An agent's call, one of those that it may have under way.
+struct Call {
+    connection: Arc<Connection>,
+    share: KeyShare,
 }
 
 impl Keys {
@@ -33,16 +40,18 @@ impl Keys {
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    match request.extensions().get::<Arc<Connection>>() {
-        Some(connection) => Ok(Caller::Agent(Arc::clone(connection))),
-        None => operator(request).map(Caller::Operator),
-    }
+    let Some(connection) = request.extensions().get::<Arc<Connection>>().cloned() else {
+        return operator(request).map(Caller::Operator);
+    };
+    let share = request.extensions().get::<KeyShare>().cloned();
+    let share = share.ok_or_else(|| status_of(&Refusal::internal("a call about keys that was not counted")))?;
+    Ok(Caller::Agent(Call { connection, share }))
 }
 
 /// For what only the owner of a key may do.
-fn owner<T>(request: &Request<T>) -> Result<Arc<Connection>, Status> {
+fn owner<T>(request: &Request<T>) -> Result<Call, Status> {
     match caller(request)? {
-        Caller::Agent(connection) => Ok(connection),
+        Caller::Agent(call) => Ok(call),
         Caller::Operator(_) => {
             let advice = "keys are made and used by their agents; an operator lists, disables and destroys them";
             Err(status_of(&Refusal::new(Reason::CallerNotAllowed, advice)))
@@ -160,13 +169,13 @@ fn shown(shown: KeyShown) -> proto::Key {
 impl Keys {
     async fn signed(
         &self,
-        connection: Arc<Connection>,
+        Call { connection, share }: Call,
         key: String,
         contents: Vec<proto::Content>,
     ) -> Result<proto::SignBatchResponse, Status> {
         let contents = contents.into_iter().map(content_of).collect::<Result<_, _>>()?;
         let acts = Arc::clone(&self.acts);
-        let made = own(async move { acts.sign(&connection, &key, contents).await }).await?;
+        let made = own(share, async move { acts.sign(&connection, &key, contents).await }).await?;
         Ok(proto::SignBatchResponse {
             signatures: made.signed.into_iter().map(signature_of).collect(),
             kid: made.kid.to_string(),
@@ -182,7 +191,9 @@ impl Keys {
     ) -> Result<u64, Status> {
         let acts = Arc::clone(&self.acts);
         let index = match caller {
-            Caller::Agent(connection) => own(async move { acts.end_own_key(&connection, (&agent, &key), how).await }).await?,
+            Caller::Agent(Call { connection, share }) => {
+                own(share, async move { acts.end_own_key(&connection, (&agent, &key), how).await }).await?
+            }
             Caller::Operator(operator) => {
                 let (agent, reason) = (agent_id(&agent)?, checked_reason(reason)?);
                 act(async move { acts.end_key(&operator, (agent, epoch, &key), how, &reason).await }).await?
@@ -192,9 +203,13 @@ impl Keys {
     }
 }
 
-/// An agent's act.
-async fn own<T: Send + 'static>(work: impl Future<Output = Result<T, Refusal>> + Send + 'static) -> Result<T, Status> {
-    told(ToItsEnd::of(work).await)
+/// What an agent asks for, also where it only reads: what a look has left with the threads that may block is under way there, whether
+/// anybody waits for it or not.
+async fn own<T: Send + 'static>(
+    share: KeyShare,
+    work: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+) -> Result<T, Status> {
+    told(ToItsEnd::of(work, share).await)
 }
 
 fn told<T>(result: Result<T, Refusal>) -> Result<T, Status> {
@@ -204,7 +219,7 @@ fn told<T>(result: Result<T, Refusal>) -> Result<T, Status> {
 #[tonic::async_trait]
 impl KeyService for Keys {
     async fn create_key(&self, request: Request<proto::CreateKeyRequest>) -> Result<Response<proto::CreateKeyResponse>, Status> {
-        let connection = owner(&request)?;
+        let Call { connection, share } = owner(&request)?;
         let ask = request.into_inner();
         let wish = KeyWish {
             purpose: ask.purpose(),
@@ -216,30 +231,31 @@ impl KeyService for Keys {
             ttl_seconds: ask.ttl_seconds,
         };
         let acts = Arc::clone(&self.acts);
-        let key = own(async move { acts.create_key(&connection, wish).await }).await?;
+        let key = own(share, async move { acts.create_key(&connection, wish).await }).await?;
         Ok(Response::new(proto::CreateKeyResponse { key: Some(shown(key)) }))
     }
 
     async fn sign(&self, request: Request<proto::SignRequest>) -> Result<Response<proto::SignResponse>, Status> {
-        let connection = owner(&request)?;
+        let call = owner(&request)?;
         let proto::SignRequest { key, content } = request.into_inner();
-        let mut made = self.signed(connection, key, vec![content.unwrap_or_default()]).await?;
+        let mut made = self.signed(call, key, vec![content.unwrap_or_default()]).await?;
         let (kid, ledger_index) = (made.kid, made.ledger_index);
         Ok(Response::new(proto::SignResponse { signature: made.signatures.pop(), kid, ledger_index }))
     }
 
     async fn sign_batch(&self, request: Request<proto::SignBatchRequest>) -> Result<Response<proto::SignBatchResponse>, Status> {
-        let connection = owner(&request)?;
+        let call = owner(&request)?;
         let proto::SignBatchRequest { key, contents } = request.into_inner();
-        Ok(Response::new(self.signed(connection, key, contents).await?))
+        Ok(Response::new(self.signed(call, key, contents).await?))
     }
 
     async fn get_public_key(
         &self,
         request: Request<proto::GetPublicKeyRequest>,
     ) -> Result<Response<proto::GetPublicKeyResponse>, Status> {
-        let connection = owner(&request)?;
-        let key = told(self.acts.show_key(&connection, &request.into_inner().key).await)?;
+        let Call { connection, share } = owner(&request)?;
+        let (acts, name) = (Arc::clone(&self.acts), request.into_inner().key);
+        let key = own(share, async move { acts.show_key(&connection, &name).await }).await?;
         Ok(Response::new(proto::GetPublicKeyResponse { key: Some(shown(key)) }))
     }
 
@@ -248,7 +264,10 @@ impl KeyService for Keys {
         let ask = request.into_inner();
         let limit = if ask.limit == 0 { 100 } else { ask.limit.min(1000) };
         let (page, more) = match caller {
-            Caller::Agent(connection) => told(self.acts.list_own_keys(&connection, &ask.agent, ask.after, limit).await)?,
+            Caller::Agent(Call { connection, share }) => {
+                let acts = Arc::clone(&self.acts);
+                own(share, async move { acts.list_own_keys(&connection, &ask.agent, ask.after, limit).await }).await?
+            }
             Caller::Operator(_) => told(self.acts.list_keys(agent_id(&ask.agent)?, ask.epoch, ask.after, limit).await)?,
         };
         let next = page.last().filter(|_| more).map(|last| last.key.of.name.to_string());
@@ -257,10 +276,10 @@ impl KeyService for Keys {
     }
 
     async fn rotate_key(&self, request: Request<proto::RotateKeyRequest>) -> Result<Response<proto::RotateKeyResponse>, Status> {
-        let connection = owner(&request)?;
+        let Call { connection, share } = owner(&request)?;
         let proto::RotateKeyRequest { key, version } = request.into_inner();
         let acts = Arc::clone(&self.acts);
-        let (key, index) = own(async move { acts.rotate_key(&connection, &key, version).await }).await?;
+        let (key, index) = own(share, async move { acts.rotate_key(&connection, &key, version).await }).await?;
         Ok(Response::new(proto::RotateKeyResponse { key: Some(shown(key)), ledger_index: index.unwrap_or(0) }))
     }
 
@@ -285,11 +304,12 @@ impl KeyService for Keys {
     }
 
     async fn verify(&self, request: Request<proto::VerifyRequest>) -> Result<Response<proto::VerifyResponse>, Status> {
-        let connection = owner(&request)?;
+        let Call { connection, share } = owner(&request)?;
         let proto::VerifyRequest { agent, message } = request.into_inner();
         let agent = if agent.is_empty() { None } else { Some(agent_id(&agent)?) };
         let message = message.ok_or_else(|| refuse(Reason::MalformedRequest, "say what is to be verified"))?;
-        let signer = told(self.acts.verify(&connection, agent, message_of(message)?).await)?;
+        let (acts, message) = (Arc::clone(&self.acts), message_of(message)?);
+        let signer = own(share, async move { acts.verify(&connection, agent, message).await }).await?;
         Ok(Response::new(proto::VerifyResponse {
             agent: signer.agent.to_string(),
             key: signer.key,
@@ -311,11 +331,13 @@ impl KeyService for Keys {
             }
             _ => return Err(refuse(Reason::MalformedRequest, "name an agent as <class>/<instance>, or a class")),
         };
-        let page = match caller {
-            Caller::Agent(connection) => self.acts.jwks_for_agent(&connection, of, &after).await,
-            Caller::Operator(_) => self.acts.jwks(of, &after).await,
+        let (jwks, next) = match caller {
+            Caller::Agent(Call { connection, share }) => {
+                let acts = Arc::clone(&self.acts);
+                own(share, async move { acts.jwks_for_agent(&connection, of, &after).await }).await?
+            }
+            Caller::Operator(_) => told(self.acts.jwks(of, &after).await)?,
         };
-        let (jwks, next) = told(page)?;
         Ok(Response::new(proto::GetJwksResponse { jwks, next: next.unwrap_or_default() }))
     }
 }

@@ -170,6 +170,14 @@ async fn answered<T>(answer: oneshot::Receiver<Result<T, Refusal>>, deadline: Du
     }
 }
 
+/// A turn that somebody may have until his entry is durable: whoever comes after him waits no longer than for a commit of his own.
+///
+/// # Errors
+/// `LEDGER_UNAVAILABLE`.
+pub async fn in_time<T>(turn: impl Future<Output = T>) -> Result<T, Refusal> {
+    tokio::time::timeout(COMMIT_DEADLINE, turn).await.map_err(|_| unavailable())
+}
+
 impl Ledger {
     /// The ledger's file below a state directory.
     #[must_use]

@@ -4,7 +4,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use keyward::proto::{
-    CreateKeyRequest, KeyAlgorithm, KeyOver, KeyPurpose, KeyStorage, VerifyRequest, get_jwks_request::Of, verify_request,
+    CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyOver, KeyPurpose, KeyStorage, VerifyRequest, get_jwks_request::Of,
+    verify_request,
 };
 
 use crate::house::keys::{Keys, digest, wish};
@@ -74,6 +75,46 @@ fn every_call_about_keys_spends_a_rate() {
     is_limited(|| keys.destroy("", "nobodys"));
     other.create(session("a")).unwrap();
     other.sign("a", digest(b"x")).unwrap();
+}
+
+/// Behind a rotation whose entry waits for the disk.
+#[test]
+fn what_was_asked_for_is_under_way_though_its_asker_hung_up_and_waits_no_longer_than_for_a_commit() {
+    let limits = "signatures_per_second = 1000000";
+    let mut house = House::new().configured("limits", limits).initialised().served();
+    {
+        let identity = Identity::of(&house.attested("builder/1"));
+        let mut others = house.keys(&Identity::of(&house.attested("builder/2")));
+        let mut keys = house.keys(&identity);
+        keys.create(CreateKeyRequest { accounting: KeyAccounting::Counted.into(), ..session("a") }).unwrap();
+        // From here on there is a block, and a signature waits for no disk.
+        keys.sign("a", digest(b"x")).unwrap();
+        // The writer waits for this lock as it would for a disk that does not answer.
+        let other = rusqlite::Connection::open(house.state().join("keyward.db")).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let (house, identity) = (&house, &identity);
+        thread::scope(|scope| {
+            let rotation = scope.spawn(move || house.keys(identity).rotate("a", 1));
+            let (mut hung_up, end) = (0, Instant::now() + DEADLINE);
+            let refusal = loop {
+                assert!(hung_up < 256 && Instant::now() < end, "{hung_up} were hung up on, and none was too many");
+                match keys.sign_and_hang_up("a", 16) {
+                    Ok(more) => hung_up += more,
+                    Err(refusal) => break refusal,
+                }
+            };
+            assert_eq!(refusal.reason, "OVERLOADED", "{refusal:?}");
+            // Others have their own.
+            others.list("").unwrap();
+            refused(rotation.join().unwrap(), "LEDGER_UNAVAILABLE");
+            until("they wait for ever", || keys.show("a").is_ok());
+            refused(keys.sign("a", digest(b"x")), "LEDGER_UNAVAILABLE");
+        });
+        other.execute_batch("ROLLBACK").unwrap();
+        until("the new version never signs", || keys.sign("a", digest(b"x")).is_ok());
+        assert_eq!(keys.show("a").unwrap().versions.len(), 2, "the rotation was decided, and is durable by now");
+    }
+    house.stop_and_verify();
 }
 
 #[test]
@@ -298,7 +339,7 @@ fn beside_what_is_in_the_book_an_agents_key_signs_trials_and_nothing_else() {
             storage: storage.into(),
             purpose: KeyPurpose::Jws.into(),
             algorithm: KeyAlgorithm::Ed25519.into(),
-            accounting: keyward::proto::KeyAccounting::Counted.into(),
+            accounting: KeyAccounting::Counted.into(),
             ..wish(&name)
         };
         keys.create(wish).unwrap();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::authn::{Connection, Operator};
-use crate::ledger::{Ends, KeyOf};
+use crate::ledger::{Ends, KeyOf, in_time};
 use crate::model::{AgentId, KeyId, KeyName, Reason, Refusal};
 use crate::proto::{self, KeyStorage};
 
@@ -61,7 +61,7 @@ impl Acts {
             }
             loaded => loaded?,
         };
-        let changing = Arc::clone(&loaded.changing).lock_owned().await;
+        let changing = in_time(Arc::clone(&loaded.changing).lock_owned()).await?;
         let destroys = matches!(how, Ends::Destroyed);
         let objects: Vec<_> = loaded.key.versions().iter().map(|version| (version.key_id, version.storage)).collect();
         let index = self.ledger.end_key(&loaded.key, how, by, (changing, Arc::clone(&loaded.key))).await?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::ledger::{KeyOf, ResidentKey};
+use crate::ledger::{KeyOf, ResidentKey, in_time};
 use crate::model::{AgentId, KeyId, Refusal, UnixTime};
 use crate::proto::{KeyOver, KeyState, KeyStorage};
 
@@ -61,7 +61,7 @@ impl Acts {
         let token = self.keys.token()?;
         let loaded = self.load_key(&of).await?;
         // It may be rotated or destroyed right now: then its object goes with that.
-        let _changing = Arc::clone(&loaded.changing).lock_owned().await;
+        let _changing = in_time(Arc::clone(&loaded.changing).lock_owned()).await?;
         if loaded.key.state() == KeyState::Destroyed {
             return Ok(());
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::authn::Connection;
-use crate::ledger::{KeyVersion, VERSIONS_MAX};
+use crate::ledger::{KeyVersion, VERSIONS_MAX, in_time};
 use crate::model::{Reason, Refusal, UnixTime};
 
 use super::create::TRIES_MAX;
@@ -51,8 +51,15 @@ impl Acts {
             let token = self.keys.token()?;
             let version = self.make_version(&token, key.of(), key.terms(), before.number + 1, now).await?;
             let (key_id, storage) = (version.key_id, version.storage);
-            let changing = Arc::clone(&loaded.changing).lock_owned().await;
-            // Whoever signs with the old version finishes first.
+            let changing = match in_time(Arc::clone(&loaded.changing).lock_owned()).await {
+                Ok(changing) => changing,
+                Err(refusal) => {
+                    // For certain no entry puts it to use.
+                    self.give_up(&token, key_id, storage, "another change of its key did not come to its end").await;
+                    return Err(refusal);
+                }
+            };
+            // Whoever signs with the old version finishes first, by deadlines of his own.
             let signing = Arc::clone(&loaded.signing).write_owned().await;
             let entered = if key.newest()?.number == before.number {
                 self.ledger.rotate_key(key, version, now, (changing, signing, Arc::clone(&making))).await

@@ -9,7 +9,7 @@ use crate::formats::jws::Header;
 use crate::formats::tls::Role;
 use crate::formats::{self, Signed, SigningInput};
 use crate::hsm::SignError;
-use crate::ledger::{AgentKey, Intent, KeyVersion};
+use crate::ledger::{AgentKey, Intent, KeyVersion, in_time};
 use crate::model::{Digest, KeyId, Reason, Refusal, UnixTime};
 use crate::proto::KeyAccounting;
 
@@ -101,8 +101,11 @@ impl Acts {
         let now = self.trusted_now()?;
         self.keys.rates.sign(caller.agent(), contents.len(), self.keys.capacity(), now.seconds())?;
         let loaded = self.load_key(&Self::own_key(caller, name)?).await?;
-        // No version changes under a signature.
-        let _signing = loaded.signing.read().await;
+        // No version changes under a signature. Where one is changing, that may wait for the disk.
+        let _signing = match loaded.signing.try_read() {
+            Ok(signing) => signing,
+            Err(_) => in_time(loaded.signing.read()).await?,
+        };
         let key = &loaded.key;
         // Memory: the agent's standing and epoch, the key's state and expiry.
         self.ledger.admits_key(key)?;

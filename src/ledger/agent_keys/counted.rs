@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::model::{KeyId, Reason, Refusal};
 
 use super::super::sequencer::Command;
-use super::super::{COMMIT_DEADLINE, Ledger, answered, unavailable};
+use super::super::{COMMIT_DEADLINE, Ledger, answered, in_time, unavailable};
 use super::commands::KeyCommand;
 use super::{AgentKey, KeyVersion};
 
@@ -100,7 +100,7 @@ impl Ledger {
         if let Some(reserved) = self.take(key, version.key_id, count) {
             return Ok(reserved);
         }
-        let _one = key.blocks.reserving.lock().await;
+        let _one = in_time(key.blocks.reserving.lock()).await?;
         // Somebody else's reservation may do.
         if let Some(reserved) = self.take(key, version.key_id, count) {
             return Ok(reserved);

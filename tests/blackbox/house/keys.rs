@@ -7,6 +7,7 @@ use keyward::proto::{
     SignRequest, SignResponse, VerifyRequest, VerifyResponse, content, get_jwks_request, signature::Form,
 };
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::House;
@@ -88,6 +89,25 @@ impl Keys {
                 told = hang_up => told.expect("it is told"),
             }
         });
+    }
+
+    /// Asks for so many signatures, then for the key, all on one connection; hangs up on the signatures that have not come when the key has,
+    /// and says how many those are.
+    pub fn sign_and_hang_up(&mut self, key: &str, times: usize) -> Answer<usize> {
+        let Self { wire, service } = self;
+        let request = SignRequest { key: key.to_owned(), content: Some(digest(b"x")) };
+        wire.runtime.block_on(async {
+            let mut asked = JoinSet::new();
+            for _ in 0..times {
+                let (mut service, request) = (service.clone(), request.clone());
+                asked.spawn(async move { service.sign(request).await.map(drop) });
+            }
+            // Asked for after them: on this thread each of them has its turn first.
+            tokio::task::yield_now().await;
+            service.get_public_key(GetPublicKeyRequest { key: key.to_owned() }).await?;
+            while asked.try_join_next().is_some() {}
+            Ok(asked.len())
+        })
     }
 
     /// A JWS over a payload.

@@ -301,7 +301,11 @@ impl Hsm {
         }
     }
 
-    fn check_usable(&self) -> Result<(), Error> {
+    /// Whether anything can be asked of the token now: looked at before something is recorded that the token has to follow.
+    ///
+    /// # Errors
+    /// When it is out of service.
+    pub fn check_usable(&self) -> Result<(), Error> {
         if self.0.is_usable() { Ok(()) } else { Err(self.0.unusable()) }
     }
 

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use keyward::proto::{
-    CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyOver, KeyPurpose, KeyStorage, VerifyRequest, get_jwks_request::Of,
+    CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyOver, KeyPurpose, KeyStorage, Purpose, VerifyRequest, get_jwks_request::Of,
     verify_request,
 };
 
@@ -178,6 +178,75 @@ fn resident_keys_are_few_for_each_and_in_all() {
     }
     no_strays(&house);
     house.stop_and_verify();
+}
+
+/// Agents' keys that were intended, and those of them that were given up with objects.
+fn intended_and_given_up(house: &House) -> (usize, usize) {
+    let entries = house.entries();
+    let intended = |body: &&Body| matches!(body, Body::KeyIntended(key) if key.purpose() == Purpose::Agent);
+    let given_up = |body: &&Body| matches!(body, Body::KeyAbandoned(key) if key.objects_destroyed > 0);
+    (entries.iter().filter(intended).count(), entries.iter().filter(given_up).count())
+}
+
+#[test]
+fn while_the_token_is_away_no_resident_key_is_intended() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(resident("there")).unwrap();
+        house.shim().tell("lose");
+        let usable = || {
+            let tokens = house.keyward(&["hsm", "status", "--format", "json"]).json();
+            tokens.as_array().unwrap().iter().filter(|token| token["usable"] == true).count()
+        };
+        until("nobody misses them", || usable() == 0);
+        refused(keys.create(resident("a")), "HSM_UNAVAILABLE");
+        refused(keys.rotate("there", 1), "HSM_UNAVAILABLE");
+        assert_eq!(intended_and_given_up(&house), (1, 0));
+        house.shim().tell("return");
+        until("they are not back", || usable() == 2);
+        until("no key is made any more", || keys.create(resident("a")).is_ok());
+    }
+    no_strays(&house);
+    house.stop_and_verify();
+}
+
+#[test]
+fn resident_keys_that_can_neither_be_made_nor_destroyed_are_few_and_are_given_up_while_the_daemon_runs() {
+    let mut house = House::new().with_shim().configured("limits", "resident_keys_per_agent = 2").initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        // Both objects are there, and nobody hears of them.
+        house.shim().tell("fail C_GenerateKeyPair rv=0x06 count=all after");
+        house.shim().tell("fail C_DestroyObject rv=0x06 count=all");
+        until("none is intended", || {
+            refused(keys.create(resident("a")), "HSM_UNAVAILABLE");
+            intended_and_given_up(&house) == (2, 0)
+        });
+        until("more are tried", || keys.create(resident("b")).is_err_and(|refused| refused.message.contains("never used")));
+        assert_eq!(intended_and_given_up(&house), (2, 0));
+        house.shim().tell("clear");
+        until("they are not given up", || intended_and_given_up(&house) == (2, 2));
+        no_strays(&house);
+        until("there is no room", || keys.create(resident("a")).is_ok());
+    }
+    no_strays(&house);
+    house.stop_and_verify();
+}
+
+#[test]
+fn a_resident_key_whose_making_takes_long_is_not_taken_for_one_that_was_left() {
+    let mut house = House::new().with_shim().initialised().served();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        // For two looks at what is left.
+        house.shim().tell("delay C_GenerateKeyPair ms=5000");
+        keys.create(resident("a")).unwrap();
+        keys.sign("a", digest(b"x")).unwrap();
+    }
+    no_strays(&house);
+    assert!(!house.stopped_entries().iter().any(|body| matches!(body, Body::KeyAbandoned(_))));
+    house.verify().ok();
 }
 
 #[test]

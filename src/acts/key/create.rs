@@ -126,11 +126,11 @@ impl Acts {
             let advice = format!("destroy a key first: an agent has at most {}", self.keys.per_agent_max);
             return Err(Refusal::new(Reason::KeysTooMany, advice));
         }
-        self.has_room(&*self.keys.token()?, &making, &of, &terms, None).await?;
+        self.has_room(&*self.keys.token()?, &making, &terms, None).await?;
         let _turn = self.keys.making_rsa.make(&of.agent, terms.algorithm)?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
-            let version = self.make_version(&token, &of, &terms, 1, now).await?;
+            let version = self.make_version(&token, &making, &terms, 1, now).await?;
             let (key_id, storage) = (version.key_id, version.storage);
             match self.ledger.create_key(of.clone(), terms, version, Arc::clone(&making)).await {
                 Ok((_, key)) => return Ok(self.shown(super::stored(&key))),
@@ -163,11 +163,11 @@ impl Acts {
         &self,
         token: &KeyToken,
         making: &Making,
-        of: &KeyOf,
         terms: &KeyTerms,
         replaced: Option<KeyId>,
     ) -> Result<(), Refusal> {
-        let storage = token.storage(terms.storage_asked, algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256));
+        let (of, algorithm) = (making.of(), algorithm_of(terms.algorithm).unwrap_or(Algorithm::P256));
+        let storage = token.storage(terms.storage_asked, algorithm);
         // Before those that are there are counted.
         let (own_made, all_made) = making.lives(storage);
         let (there, own, own_max, all, all_max) = match storage {
@@ -176,6 +176,11 @@ impl Acts {
                 (there, self.keys.session.count(&of.agent), self.keys.session_max, 0, usize::MAX)
             }
             KeyStorage::Resident => {
+                // Whose they were nobody knows any more.
+                if self.left_in_the_making().await?.len() >= self.keys.resident_max {
+                    let advice = "keys that were never used have to leave the token first; ask again in a moment";
+                    return Err(Refusal::new(Reason::HsmUnavailable, advice).retry_after(Duration::from_secs(1)));
+                }
                 let agent = of.agent.clone();
                 let look = move |reader: &Reader| {
                     let there = replaced.map_or(Ok(false), |id| reader.has_object(id))?;
@@ -205,12 +210,12 @@ impl Acts {
         Err(Refusal::new(Reason::KeyExists, "a key of this name was made with other terms, or is gone; choose another name"))
     }
 
-    /// A key pair in the token. A resident one in two phases: a crash between them leaves an object that the next start destroys; of the
-    /// others nothing is left.
+    /// A key pair in the token. A resident one in two phases: a crash between them leaves an object that the next start destroys, and a
+    /// token that goes away one that a later round does; of the others nothing is left.
     pub(super) async fn make_version(
         &self,
         token: &KeyToken,
-        of: &KeyOf,
+        making: &Making,
         terms: &KeyTerms,
         number: u32,
         now: UnixTime,
@@ -218,7 +223,10 @@ impl Acts {
         let unsupported = || Refusal::new(Reason::AlgorithmUnsupported, "choose P-256, P-384, Ed25519 or PS256");
         let algorithm = algorithm_of(terms.algorithm).ok_or_else(unsupported)?;
         let storage = token.storage(terms.storage_asked, algorithm);
-        let key_id = KeyId::random();
+        // What is away makes nothing: then there is nothing to record, and to give up.
+        token.hsm.check_usable().map_err(key_refusal)?;
+        let (of, key_id) = (making.of(), KeyId::random());
+        making.gets(key_id);
         if storage == KeyStorage::Resident {
             let intent = proto::KeyIntended {
                 key_id: key_id.0.to_vec(),
@@ -264,8 +272,8 @@ impl Acts {
     }
 
     /// What becomes of a key pair whose entry was refused. Where the ledger did not answer, the entry may be made yet: then nothing is
-    /// destroyed, and of a resident key without an entry the next start takes care. Another pair is to be made where another wrapping key
-    /// has become active meanwhile.
+    /// destroyed, and of a resident key without an entry a later round takes care (`over.rs`). Another pair is to be made where another
+    /// wrapping key has become active meanwhile.
     pub(super) async fn not_entered(
         &self,
         refusal: Refusal,
@@ -284,7 +292,7 @@ impl Acts {
         Ok(())
     }
 
-    /// Nobody has used it: what there may be of it goes. What cannot be done now, the next start does.
+    /// Nobody has used it: what there may be of it goes. What cannot be done now, a later round does (`over.rs`), or the next start.
     pub(super) async fn give_up(&self, token: &KeyToken, key_id: KeyId, storage: KeyStorage, cause: &str) {
         let destroyed = match token.hsm.destroy_agent_key(key_id, storage).await {
             Ok(destroyed) => destroyed,
@@ -294,7 +302,7 @@ impl Acts {
         if storage == KeyStorage::Resident
             && let Err(refusal) = super::super::keys::abandon(&self.ledger, key_id, cause, destroyed).await
         {
-            tracing::warn!(key = %key_id, ?refusal, "the next start gives this key up");
+            tracing::warn!(key = %key_id, ?refusal, "a key that was never used is given up later");
         }
     }
 }

@@ -5,16 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::ledger::KeyOf;
-use crate::model::{AgentId, Reason, Refusal};
+use crate::model::{AgentId, KeyId, Reason, Refusal};
 use crate::proto::{KeyAlgorithm, KeyStorage};
 
 use super::in_progress;
 
 type Names = Mutex<BTreeMap<KeyOf, Made>>;
 
-/// Where it will live, unspecified until that is known; and whether its name is new.
+/// Where it will live, unspecified until that is known; the key pair that it is to get, once there is to be one; and whether its name
+/// is new.
 struct Made {
     lives: KeyStorage,
+    pair: Option<KeyId>,
     is_new: bool,
 }
 
@@ -34,8 +36,13 @@ impl BeingMade {
             return Err(in_progress());
         }
         let others = names.iter().filter(|(other, made)| made.is_new && other.agent == of.agent).count();
-        names.insert(of.clone(), Made { lives: KeyStorage::Unspecified, is_new });
+        names.insert(of.clone(), Made { lives: KeyStorage::Unspecified, pair: None, is_new });
         Ok((Arc::new(Making { names: Arc::clone(&self.0), of: of.clone() }), others))
+    }
+
+    /// Whether a key pair is being made, or one that was made may still be put to use.
+    pub(super) fn has(&self, pair: KeyId) -> bool {
+        lock(&self.0).values().any(|made| made.pair == Some(pair))
     }
 }
 
@@ -46,6 +53,18 @@ pub(super) struct Making {
 }
 
 impl Making {
+    /// The key that it is for.
+    pub(super) fn of(&self) -> &KeyOf {
+        &self.of
+    }
+
+    /// It is to get this key pair, and none that it was to get before. Said before anybody else can know of the pair.
+    pub(super) fn gets(&self, pair: KeyId) {
+        if let Some(made) = lock(&self.names).get_mut(&self.of) {
+            made.pair = Some(pair);
+        }
+    }
+
     /// It will live there. Gives how many others that are being made will: of its agent, and in all. Whoever counts those that are there,
     /// too, does so after this: what is in neither count is not made yet.
     pub(super) fn lives(&self, storage: KeyStorage) -> (usize, usize) {
@@ -114,7 +133,11 @@ mod tests {
         let (second, others) = being_made.make(&of("second"), true).unwrap();
         assert_eq!(others, 1);
         assert!(being_made.make(&of("second"), true).is_err() && being_made.make(&of("old"), true).is_err());
+        let pair = KeyId::random();
+        second.gets(pair);
+        assert!(being_made.has(pair));
         drop(second);
+        assert!(!being_made.has(pair));
         assert_eq!(being_made.make(&of("second"), true).unwrap().1, 1);
     }
 }

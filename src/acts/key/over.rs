@@ -1,13 +1,14 @@
-//! What is over leaves nothing behind but its entries: objects in the token that nothing signs with any more, and the rows of epochs that
-//! are past. A little at a time, round and round.
+//! What is over leaves nothing behind but its entries: objects in the token that nothing signs with any more, or ever did, and the rows of
+//! epochs that are past. A little at a time, round and round.
 
 use std::sync::Arc;
 
-use crate::ledger::{KeyOf, ResidentKey, in_time};
+use crate::ledger::{KeyOf, Reader, ResidentKey, in_time};
 use crate::model::{AgentId, KeyId, Refusal, UnixTime};
 use crate::proto::{KeyOver, KeyState, KeyStorage};
 
-use super::Acts;
+use super::super::keys::abandon;
+use super::{Acts, KeyToken};
 
 /// Resident keys that are looked at in one go.
 const KEYS: u32 = 256;
@@ -26,9 +27,9 @@ pub struct Round {
 }
 
 impl Acts {
-    /// A step of the round: resident keys whose epoch is over or that have expired lose their objects; of epochs that are over the rows go.
-    /// Whoever signs or verifies meets none of them any more. Each is an entry first: what a crash or a token that is away leaves undone is
-    /// done in a later round.
+    /// A step of the round: resident keys whose epoch is over or that have expired lose their objects, as do those whose making came to no
+    /// end; of epochs that are over the rows go. Whoever signs or verifies meets none of them any more. Each is an entry first: what a crash
+    /// or a token that is away leaves undone is done in a later round.
     ///
     /// # Errors
     /// `CLOCK_UNTRUSTED`: then nothing is ended by it; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
@@ -54,7 +55,37 @@ impl Acts {
         }
         // What could not be destroyed when it ended.
         self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
+        for id in self.left_in_the_making().await? {
+            if let Err(refusal) = self.give_up_left(&token, id).await {
+                tracing::debug!(key = %id, ?refusal, "a key that was never used stays for a while");
+            }
+        }
         Ok(())
+    }
+
+    /// Resident keys that were intended, and that nobody makes: the token went away before they could be given up, or the ledger did not
+    /// answer in time.
+    pub(super) async fn left_in_the_making(&self) -> Result<Vec<KeyId>, Refusal> {
+        let intended = || self.read(Reader::keys_intended);
+        let mut left = intended().await?;
+        left.retain(|id| !self.keys.making.has(*id));
+        if left.is_empty() {
+            return Ok(left);
+        }
+        // A pair is among those that are being made from before its intent until the entry that puts it to use is durable, or never will be.
+        // So what was intended first, was not being made then, and is intended still, is never put to use. One look at the rows is not
+        // enough: between it and the look at what is being made the entry may have come. Nor is a row of before what was decided: it may
+        // have been given up.
+        self.ledger.edge().await?;
+        let still = intended().await?;
+        left.retain(|id| still.contains(id));
+        Ok(left)
+    }
+
+    /// A crash after the object is gone leaves the intent: there is nothing to destroy the next time.
+    async fn give_up_left(&self, token: &KeyToken, id: KeyId) -> Result<(), Refusal> {
+        let destroyed = token.hsm.destroy_agent_key(id, KeyStorage::Resident).await.map_err(super::hsm_refusal)?;
+        abandon(&self.ledger, id, "its making was interrupted", destroyed).await
     }
 
     async fn end_object(&self, ResidentKey { id, of, .. }: ResidentKey, cause: KeyOver, now: UnixTime) -> Result<(), Refusal> {

@@ -46,10 +46,10 @@ impl Acts {
     pub(super) async fn replace_version(&self, loaded: &Loaded, before: &KeyVersion, now: UnixTime) -> Result<u64, Refusal> {
         let key = &loaded.key;
         let (making, _) = self.keys.making.make(key.of(), false)?;
-        self.has_room(&*self.keys.token()?, &making, key.of(), key.terms(), Some(before.key_id)).await?;
+        self.has_room(&*self.keys.token()?, &making, key.terms(), Some(before.key_id)).await?;
         for tries_left in (0..TRIES_MAX).rev() {
             let token = self.keys.token()?;
-            let version = self.make_version(&token, key.of(), key.terms(), before.number + 1, now).await?;
+            let version = self.make_version(&token, &making, key.terms(), before.number + 1, now).await?;
             let (key_id, storage) = (version.key_id, version.storage);
             let changing = match in_time(Arc::clone(&loaded.changing).lock_owned()).await {
                 Ok(changing) => changing,

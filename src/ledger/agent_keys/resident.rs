@@ -109,8 +109,20 @@ impl Reader {
     /// # Errors
     /// When the file cannot be read.
     pub fn keys_being_destroyed(&self) -> Result<Vec<KeyId>, StoreError> {
+        self.key_ids("SELECT id FROM hsm_key WHERE state = 'destroying' ORDER BY id LIMIT 1000")
+    }
+
+    /// Resident keys that were intended and neither put to use nor given up, at most 1,000 of them.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn keys_intended(&self) -> Result<Vec<KeyId>, StoreError> {
+        self.key_ids("SELECT id FROM hsm_key WHERE state = 'intended' AND purpose = 7 ORDER BY id LIMIT 1000")
+    }
+
+    fn key_ids(&self, select: &str) -> Result<Vec<KeyId>, StoreError> {
         let connection = self.locked();
-        let mut select = connection.prepare_cached("SELECT id FROM hsm_key WHERE state = 'destroying' ORDER BY id LIMIT 1000")?;
+        let mut select = connection.prepare_cached(select)?;
         let ids = select.query_map([], |row| row.get::<_, Vec<u8>>(0))?;
         let mut found = Vec::new();
         for id in ids {

@@ -2,7 +2,7 @@
 
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger};
-use crate::model::{Algorithm, KeyId, PublicKey, Refusal};
+use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal};
 use crate::proto::{self, AuthorityState, KeyAlgorithm, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
@@ -29,7 +29,8 @@ impl Tokens {
 }
 
 /// Puts key intents in order that were left open, by a crash or by a token that went away: whatever objects they made are destroyed (nobody
-/// has used them), and the intent is abandoned. Only objects of our own open intents are ever destroyed unasked. Gives how many there were.
+/// has used them), and the intent is abandoned. Only objects of our own open intents are ever destroyed unasked, and what is open the entries
+/// say: a row that says so alone is told, and left. Gives how many there were.
 /// For a time when nobody makes keys: one that is being made has an open intent, too.
 ///
 /// # Errors
@@ -37,7 +38,10 @@ impl Tokens {
 pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusal> {
     let mut abandoned = 0;
     for row in rows(ledger).await?.into_iter().filter(|row| !row.active) {
-        give_up(ledger, tokens, &row).await?;
+        match give_up(ledger, tokens, &row).await {
+            Err(odd) if odd.reason == Reason::KeyNotAsRecorded => continue,
+            given_up => given_up?,
+        }
         abandoned += 1;
     }
     for id in being_destroyed(ledger).await? {
@@ -50,9 +54,23 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
 }
 
 /// A key whose making was interrupted: nobody has used what there is of it.
+///
+/// # Errors
+/// `KEY_NOT_AS_RECORDED`: its row alone says so, and nothing is destroyed; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
 pub(super) async fn give_up(ledger: &Ledger, tokens: &Tokens, row: &KeyRow) -> Result<(), Refusal> {
-    let destroyed = tokens.of(row.token).destroy(row.id).await.map_err(hsm_refusal)?;
+    let intent = open_intent(ledger, row.id).await?;
+    let destroyed = tokens.of(intent.token()).destroy(row.id).await.map_err(hsm_refusal)?;
     abandon(ledger, row.id, "its making was interrupted", destroyed).await
+}
+
+/// What is known of a key that was intended and never entered: what there is of it may be destroyed.
+///
+/// # Errors
+/// `KEY_NOT_AS_RECORDED` of any other key.
+pub(super) async fn open_intent(ledger: &Ledger, id: KeyId) -> Result<proto::KeyIntended, Refusal> {
+    let reader = ledger.clone();
+    let found = tokio::task::spawn_blocking(move || reader.reader().open_key_intent(&id)).await;
+    found.map_err(Refusal::internal)?.map_err(|error| ledger.unread(error))
 }
 
 /// Agents' resident keys that have ended, and whose objects may be there yet.

@@ -9,6 +9,7 @@ mod agent;
 mod agent_keys;
 mod book;
 mod generation;
+mod hsm_keys;
 mod intent;
 pub mod merkle;
 pub mod note;

@@ -9,7 +9,7 @@ use rusqlite::{Connection, params};
 use crate::house::House;
 use crate::house::keys::{digest, wish};
 use crate::house::wire::{Identity, refused};
-use crate::rotate::{become_states, generations, later, rotate};
+use crate::rotate::{become_states, generations, later, nothing_is_left_over, rotate};
 
 /// A key's row, as the file has it.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -227,6 +227,37 @@ fn an_entry_that_was_changed_with_the_row_is_found_by_its_leaf() {
     }
     assert_eq!(house.stop(), 0);
     house.verify().exits(6);
+}
+
+#[test]
+fn no_row_makes_a_start_destroy_a_key() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("resident") }).unwrap();
+        keys.create(wish("other")).unwrap();
+    }
+    assert_eq!(house.stop(), 0);
+    let made = file(&house).execute("UPDATE hsm_key SET state = 'intended' WHERE state = 'active'", []).unwrap();
+    assert!(made >= 7, "the authorities', the canaries', an agent's: {made}");
+    house.serve();
+    {
+        let agent = house.agent("builder/1");
+        agent.renew().ok();
+        let mut keys = house.keys(&Identity::of(&agent));
+        keys.sign("resident", digest(b"x")).unwrap();
+        keys.sign("other", digest(b"x")).unwrap();
+        let told = house.log().matches("a key's row was changed by somebody else").count();
+        assert_eq!(told, made, "each is told");
+        assert!(house.log().contains("is not one in the making"));
+    }
+    assert_eq!(house.stop(), 0);
+    file(&house).execute("UPDATE hsm_key SET state = 'active' WHERE state = 'intended'", []).unwrap();
+    house.serve();
+    nothing_is_left_over(&house);
+    let entries = house.stopped_entries();
+    assert!(!entries.iter().any(|body| matches!(body, Body::KeyAbandoned(_))));
+    house.verify().ok();
 }
 
 /// Each to the rows of the authorities, in a house with an issuing authority that is retired and one that is tainted.

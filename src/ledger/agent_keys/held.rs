@@ -57,7 +57,7 @@ impl Ledger {
     /// Once, however often it is met: duties meet it every few seconds, and anybody who asks for keys does.
     fn tell_odd(&self, error: &StoreError) {
         if self.0.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string()) {
-            tracing::error!(%error, "a key's row was changed by somebody else: it neither signs nor verifies");
+            tracing::error!(%error, "a key's row was changed by somebody else: nothing is done by what it says");
         }
     }
 }

@@ -1,13 +1,13 @@
 //! The authorities in force, and the bundle that peers trust.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rustls::pki_types::CertificateDer;
 
 use crate::hsm::SigningKey;
 use crate::ledger::{Generation, KeyRow, Ledger};
-use crate::model::{KeyId, Refusal, UnixTime};
+use crate::model::{KeyId, PublicKey, Refusal, UnixTime};
 use crate::proto::{self, AuthorityState as State, Purpose};
 
 use super::certificate::Authority;
@@ -22,8 +22,8 @@ pub struct Authorities {
     tokens: Tokens,
     generations: Vec<Generation>,
     keys: BTreeMap<KeyId, SigningKey>,
-    /// Trusted, not active, and not bound: the token could not find them when it was asked.
-    missing: BTreeSet<KeyId>,
+    /// Trusted, not active, and not bound: the token could not find them when it was asked. Of a token-signing key what its entry says is kept.
+    missing: BTreeMap<KeyId, Option<PublicKey>>,
     /// Of all trusted issuing authorities, the active one first.
     issuing: Vec<Arc<Authority>>,
     /// From when until when the active issuing authority and its root both are.
@@ -46,7 +46,7 @@ impl Authorities {
         if before.is_none() {
             keys::set_canaries(&tokens, &rows).await?;
         }
-        let (mut keys, mut missing) = (BTreeMap::new(), BTreeSet::new());
+        let (mut keys, mut missing) = (BTreeMap::<_, SigningKey>::new(), BTreeMap::new());
         // A wrapping key signs nothing: agents' keys find it by its id.
         let signs = |found: &&Generation| found.is_trusted() && !found.is_outside() && found.purpose != Purpose::Wrapping;
         for generation in generations.iter().filter(signs) {
@@ -60,10 +60,14 @@ impl Authorities {
                 Err(refusal) if generation.state == State::Active => return Err(refusal),
                 // What it still had to sign stays as it is; the others are not to wait for it. It is asked for again.
                 Err(refusal) => {
-                    if before.is_none_or(|before| !before.missing.contains(&generation.key_id)) {
-                        tracing::error!(key = %generation.key_id, ?refusal, "a key that is not active cannot be used");
-                    }
-                    missing.insert(generation.key_id);
+                    let told = match before.and_then(|before| before.missing.get(&generation.key_id)) {
+                        Some(told) => told.clone(),
+                        None => {
+                            tracing::error!(key = %generation.key_id, ?refusal, "a key that is not active cannot be used");
+                            recorded(ledger, generation).await?
+                        }
+                    };
+                    missing.insert(generation.key_id, told);
                 }
             }
         }
@@ -90,8 +94,11 @@ impl Authorities {
         if sorted(Purpose::Ledger).first().is_none_or(|first| first.state != State::Active) {
             return Err(unfinished());
         }
-        // By their rows: what a key signed before it was lost is trusted still.
-        let public = |found: &Generation| rows.iter().find(|row| row.id == found.key_id)?.public.clone();
+        // What a key signed before it was lost is trusted still. By no row: a public key in there may be anybody's.
+        let public = |found: &Generation| match keys.get(&found.key_id) {
+            Some(key) => Some(key.public().clone()),
+            None => missing.get(&found.key_id)?.clone(),
+        };
         let token_signing = sorted(Purpose::TokenSigning).into_iter().filter_map(public);
         let bundle = proto::Bundle {
             authorities: roots.iter().map(|root| root.certificate.clone()).collect(),
@@ -227,6 +234,16 @@ fn in_order(generations: &[Generation], purpose: Purpose) -> Vec<&Generation> {
     };
     found.sort_by_key(|found| (rank(found.state), std::cmp::Reverse(found.since)));
     found
+}
+
+/// The public key of a token-signing key that the token does not have, as its entry has it.
+async fn recorded(ledger: &Ledger, generation: &Generation) -> Result<Option<PublicKey>, Refusal> {
+    if generation.purpose != Purpose::TokenSigning {
+        return Ok(None);
+    }
+    let (ledger, id) = (ledger.clone(), generation.key_id);
+    let found = tokio::task::spawn_blocking(move || ledger.reader().activated_key(&id)).await;
+    found.map_err(Refusal::internal)?.map_err(Refusal::internal)
 }
 
 /// A generation's key, looked up once and bound to its pinned public key.

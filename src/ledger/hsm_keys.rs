@@ -1,7 +1,7 @@
 //! What the entries say of a key in the token. Its row says as much, but anybody who can write to the file says it there, too: by a row alone
-//! no key is destroyed.
+//! no key is destroyed, and none is published.
 
-use crate::model::KeyId;
+use crate::model::{KeyId, PublicKey};
 use crate::proto::{self, entry::Body};
 
 use super::agent_keys::held::entry;
@@ -32,6 +32,22 @@ impl Reader {
             }
         }
         Err(wrong("no entry intends it".to_owned()))
+    }
+
+    /// The public key of an authority as the entry has it that put the key to use; `None` where there is no such entry. Blocking: looks back
+    /// from the newest entry.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn activated_key(&self, id: &KeyId) -> Result<Option<PublicKey>, StoreError> {
+        for index in (0..self.size()?).rev() {
+            if let Some(Body::KeyActivated(activated)) = entry(&self.locked(), index)?.and_then(|entry| entry.body)
+                && activated.key_id == id.0
+            {
+                return Ok(PublicKey::from_spki(&activated.spki).ok());
+            }
+        }
+        Ok(None)
     }
 
     fn size(&self) -> Result<u64, StoreError> {

@@ -9,7 +9,7 @@ use rusqlite::{Connection, params};
 use crate::house::House;
 use crate::house::keys::{digest, wish};
 use crate::house::wire::{Identity, refused};
-use crate::rotate::{become_states, generations, later, nothing_is_left_over, rotate};
+use crate::rotate::{become_states, generations, later, nothing_is_left_over, rotate, states};
 
 /// A key's row, as the file has it.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -258,6 +258,40 @@ fn no_row_makes_a_start_destroy_a_key() {
     let entries = house.stopped_entries();
     assert!(!entries.iter().any(|body| matches!(body, Body::KeyAbandoned(_))));
     house.verify().ok();
+}
+
+/// The keys of tokens in the bundle.
+fn of_tokens(house: &House) -> Vec<String> {
+    let set = house.keyward(&["bundle", "show", "--jwks"]).ok().json();
+    let keys = set["keys"].as_array().unwrap().iter().filter(|key| key["use"] == "jwt-svid");
+    keys.map(|key| key["kid"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_row_puts_no_key_into_the_bundle_and_takes_none_out() {
+    let mut house = House::new().with_preload().initialised().served();
+    let mine = rcgen::PublicKeyData::subject_public_key_info(&rcgen::KeyPair::generate().unwrap());
+    let write = |house: &House, id: &str| {
+        let changed = file(house).execute("UPDATE hsm_key SET spki = ?1 WHERE hex(id) = upper(?2)", params![mine, id]);
+        assert_eq!(changed.unwrap(), 1);
+    };
+    let first = of_tokens(&house);
+    // Under the daemon: its own is in its hands.
+    write(&house, &generations(&house, "token-signing")[0].0);
+    rotate(&house, "token-signing").ok();
+    assert_eq!(states(&house, "token-signing"), ["prepublished", "active"]);
+    let both = of_tokens(&house);
+    assert_eq!((both.len(), &both[0]), (2, &first[0]));
+    later(&house, 901);
+    become_states(&house, "token-signing", &["active", "retiring"]);
+    // Before a start: it is not bound, and what it signed verifies.
+    house.restart();
+    assert!(house.log().contains("a key that is not active cannot be used"));
+    assert_eq!(of_tokens(&house), [both[1].clone(), both[0].clone()]);
+    // And at a look after that.
+    rotate(&house, "issuing").ok();
+    assert_eq!(of_tokens(&house), [both[1].clone(), both[0].clone()]);
+    house.stop_and_verify();
 }
 
 /// Each to the rows of the authorities, in a house with an issuing authority that is retired and one that is tainted.

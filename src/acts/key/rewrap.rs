@@ -88,6 +88,11 @@ impl Task {
         };
         self.open.iter().filter(move |one| holds(one)).map(|(id, _)| *id)
     }
+
+    /// The same of a row: one that cannot be read may be under any of them.
+    fn held_by_row(&self, key: &StoredKey) -> Vec<KeyId> {
+        if key.is_unreadable() { self.open.iter().map(|(id, _)| *id).collect() } else { self.held_by(&key.versions).collect() }
+    }
 }
 
 /// A blob as it was, and as it is to be.
@@ -175,12 +180,12 @@ impl Acts {
             let mut page = self.read(move |reader| reader.all_agent_keys(from.as_ref(), PAGE)).await?;
             let Some(last) = page.last() else { break };
             after = Some(last.of.clone());
-            page.retain(|key| task.held_by(&key.versions).next().is_some());
+            page.retain(|key| !task.held_by_row(key).is_empty());
             // What is not as recorded is not made so: it stays where it is until an operator destroys it.
             let ledger = self.ledger.clone();
             let (mut page, odd) = self.read(move |_| ledger.odd_keys(&page).map(|odd| (page, odd))).await?;
             for at in odd.into_iter().rev() {
-                for id in task.held_by(&page.remove(at).versions) {
+                for id in task.held_by_row(&page.remove(at)) {
                     *left.entry(id).or_default() += 1;
                 }
             }
@@ -220,7 +225,7 @@ impl Acts {
             let page = self.read(move |reader| reader.all_agent_keys(from.as_ref(), PAGE)).await?;
             let Some(last) = page.last() else { break };
             after = Some(last.of.clone());
-            for id in page.iter().flat_map(|key| task.held_by(&key.versions)) {
+            for id in page.iter().flat_map(|key| task.held_by_row(key)) {
                 *left.entry(id).or_default() += 1;
             }
         }

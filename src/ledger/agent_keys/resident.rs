@@ -164,7 +164,7 @@ impl Reader {
         let mut rows = select.query(params![agent.as_str(), epoch, limit])?;
         let mut keys = Vec::new();
         while let Some(row) = rows.next()? {
-            keys.push(stored(row)?);
+            keys.extend(stored(row));
         }
         Ok(keys)
     }

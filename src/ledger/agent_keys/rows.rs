@@ -167,6 +167,14 @@ pub struct StoredKey {
     pub created: Option<u64>,
 }
 
+impl StoredKey {
+    /// Whether its row could not be read: nobody knows what of it is wrapped under which key.
+    #[must_use]
+    pub fn is_unreadable(&self) -> bool {
+        self.created.is_none() && self.versions.is_empty()
+    }
+}
+
 pub(in crate::ledger) fn write(
     transaction: &Connection,
     of: &KeyOf,
@@ -245,29 +253,30 @@ pub(in crate::ledger) fn forget(transaction: &Connection, of: &KeyOf) -> Result<
 
 pub(super) const COLUMNS: &str = "SELECT agent, epoch, name, state, used, row FROM agent_key";
 
-pub(super) fn stored(row: &rusqlite::Row<'_>) -> Result<StoredKey, StoreError> {
-    let damaged = || StoreError::Damaged("a row of agent_key".to_owned());
-    let (agent, name): (String, String) = (row.get(0)?, row.get(2)?);
-    let decoded = AgentKeyRow::decode(row.get_ref(5)?.as_blob().map_err(|_| damaged())?).map_err(|_| damaged())?;
-    Ok(StoredKey {
-        of: KeyOf {
-            agent: AgentId::parse(&agent).map_err(|_| damaged())?,
-            epoch: row.get(1)?,
-            name: KeyName::parse(&name).map_err(|_| damaged())?,
-        },
-        terms: decoded.terms(),
-        state: KeyState::try_from(row.get::<_, i32>(3)?).map_err(|_| damaged())?,
-        used: row.get::<_, i64>(4)?.cast_unsigned(),
-        created: decoded.created,
-        versions: decoded.versions.into_iter().map(VersionRow::restore).collect::<Option<_>>().ok_or_else(damaged)?,
-    })
+/// A row that cannot be read is one that is not as recorded. `None`: one that nobody can name.
+pub(super) fn stored(row: &rusqlite::Row<'_>) -> Option<StoredKey> {
+    let (agent, name): (String, String) = (row.get(0).ok()?, row.get(2).ok()?);
+    let of = KeyOf { agent: AgentId::parse(&agent).ok()?, epoch: row.get(1).ok()?, name: KeyName::parse(&name).ok()? };
+    let state = row.get::<_, i32>(3).ok().and_then(|state| KeyState::try_from(state).ok()).unwrap_or_default();
+    let used = row.get::<_, i64>(4).map_or(0, i64::cast_unsigned);
+    let decoded = row.get_ref(5).ok().and_then(|bytes| AgentKeyRow::decode(bytes.as_blob().ok()?).ok());
+    let read = decoded.and_then(|decoded| {
+        let (terms, created) = (decoded.terms(), decoded.created);
+        let versions = decoded.versions.into_iter().map(VersionRow::restore).collect::<Option<_>>()?;
+        Some((terms, created, versions))
+    });
+    let (terms, created, versions) = read.unwrap_or_else(|| (AgentKeyRow::default().terms(), None, Vec::new()));
+    Some(StoredKey { of, terms, state, used, versions, created })
 }
 
 fn page(mut rows: rusqlite::Rows<'_>, limit: u32) -> Result<KeyPage, StoreError> {
     let (mut page, mut bytes) = (KeyPage::default(), 0);
-    while let Some(row) = rows.next()? {
+    while page.keys.len() < limit as usize
+        && let Some(row) = rows.next()?
+    {
+        let Some(key) = stored(row) else { continue };
         bytes += row.get_ref(5)?.as_blob().map_or(0, <[u8]>::len);
-        page.keys.push(stored(row)?);
+        page.keys.push(key);
         if bytes >= PAGE_BYTES {
             page.more = true;
             return Ok(page);
@@ -286,7 +295,7 @@ impl Reader {
         let connection = self.locked();
         let mut select = connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name = ?3"))?;
         let found = select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| Ok(stored(row)));
-        let found = found.optional()?.transpose()?;
+        let found = found.optional()?.flatten();
         found.as_ref().map_or(Ok(()), |found| held::hold(&connection, found)).map(|()| found)
     }
 
@@ -299,7 +308,7 @@ impl Reader {
         let mut select = connection.prepare_cached(&format!(
             "{COLUMNS} WHERE (agent, epoch, name) = (SELECT agent, epoch, name FROM agent_kid WHERE kid = ?1)"
         ))?;
-        let found = select.query_row([kid], |row| Ok(stored(row))).optional()?.transpose()?;
+        let found = select.query_row([kid], |row| Ok(stored(row))).optional()?.flatten();
         found.as_ref().map_or(Ok(()), |found| held::hold(&connection, found)).map(|()| found)
     }
 
@@ -311,7 +320,7 @@ impl Reader {
         let connection = self.locked();
         let mut select = connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name = ?3"))?;
         let found = select.query_row(params![of.agent.as_str(), of.epoch, of.name.as_str()], |row| Ok(stored(row)));
-        Ok(found.optional()?.transpose()?.map(|found| StoredKey { versions: Vec::new(), ..found }))
+        Ok(found.optional()?.flatten().map(|found| StoredKey { versions: Vec::new(), ..found }))
     }
 
     /// Holds a key of a page against its entries.
@@ -328,9 +337,9 @@ impl Reader {
     /// When the file cannot be read or a row breaks a rule.
     pub fn agent_keys(&self, agent: &AgentId, epoch: u32, after: &str, limit: u32) -> Result<KeyPage, StoreError> {
         let connection = self.locked();
-        let mut select = connection
-            .prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name > ?3 ORDER BY name LIMIT ?4"))?;
-        page(select.query(params![agent.as_str(), epoch, after, limit])?, limit)
+        let mut select =
+            connection.prepare_cached(&format!("{COLUMNS} WHERE agent = ?1 AND epoch = ?2 AND name > ?3 ORDER BY name"))?;
+        page(select.query(params![agent.as_str(), epoch, after])?, limit)
     }
 
     /// At most `limit` keys of all agents of a class, destroyed ones among them, in the order of agent, epoch and name, after `after`.
@@ -343,9 +352,9 @@ impl Reader {
         // many of them lie in between, a page is no more work for it.
         let mut select = connection.prepare_cached(&format!(
             "{COLUMNS} WHERE agent > ?1 || '/' AND agent < ?1 || '0' AND (agent, epoch, name) > (?2, ?3, ?4) \
-             ORDER BY agent, epoch, name LIMIT ?5"
+             ORDER BY agent, epoch, name"
         ))?;
-        page(select.query(params![class, after.0, after.1, after.2, limit])?, limit)
+        page(select.query(params![class, after.0, after.1, after.2])?, limit)
     }
 
     /// At most `limit` keys that are not destroyed, of all agents and epochs, after `after`.
@@ -355,13 +364,15 @@ impl Reader {
     pub fn all_agent_keys(&self, after: Option<&KeyOf>, limit: u32) -> Result<Vec<StoredKey>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached(&format!(
-            "{COLUMNS} WHERE (agent, epoch, name) > (?1, ?2, ?3) AND state <> 3 ORDER BY agent, epoch, name LIMIT ?4"
+            "{COLUMNS} WHERE (agent, epoch, name) > (?1, ?2, ?3) AND state <> 3 ORDER BY agent, epoch, name"
         ))?;
         let (agent, epoch, name) = after.map_or(("", 0, ""), |of| (of.agent.as_str(), of.epoch, of.name.as_str()));
-        let mut rows = select.query(params![agent, epoch, name, limit])?;
+        let mut rows = select.query(params![agent, epoch, name])?;
         let mut keys = Vec::new();
-        while let Some(row) = rows.next()? {
-            keys.push(stored(row)?);
+        while keys.len() < limit as usize
+            && let Some(row) = rows.next()?
+        {
+            keys.extend(stored(row));
         }
         Ok(keys)
     }

@@ -148,7 +148,8 @@ impl Supervisor {
         let mut due = due(&card, UnixTime::wall(), random());
         let mut bundle = card.bundle_sequence;
         let mut back_off = BackOff::default();
-        let mut impostor = false;
+        // What the renewal under way has failed of and is tried again in spite of.
+        let mut said = String::new();
         // The certificate whose authority is known to leave.
         let mut leaving = None;
         let (tell, mut heard) = mpsc::channel(1);
@@ -187,7 +188,7 @@ impl Supervisor {
                     output.say(&format!("keyward: renewed {}, not after {}", card.agent, time(card.not_after_unix_seconds)));
                     due = self::due(&card, UnixTime::wall(), random());
                     back_off = BackOff::default();
-                    impostor = false;
+                    said.clear();
                     renewed.notify_waiters();
                     // Where the bundle could not be followed, the renewal has brought it.
                     let newer = card.bundle_sequence > bundle;
@@ -199,13 +200,14 @@ impl Supervisor {
                     output.say(&format!("keyward: {error}; again in {} s", wait.as_secs().max(1)));
                     due = UnixTime(UnixTime::wall().0.saturating_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX)));
                 }
-                // Whoever is on the path could end every agent else: what it has is good, and the true one may be back any time.
-                Event::Done(Turn::Renewed(Err(error))) if is_of_an_impostor(&error) && !card.is_expired(UnixTime::wall()) => {
-                    if !impostor {
+                // What it has is good: nobody on the path could end it else, and no full disk.
+                Event::Done(Turn::Renewed(Err(error))) if spares_the_command(&error) && !card.is_expired(UnixTime::wall()) => {
+                    let told = error.to_string();
+                    if said != told {
                         let end = time(card.not_after_unix_seconds);
-                        output.say(&format!("keyward: {error}; it is tried again until the certificate ends, at {end}"));
+                        output.say(&format!("keyward: {told}; it is tried again until the certificate ends, at {end}"));
+                        said = told;
                     }
-                    impostor = true;
                     let wait = u64::try_from(back_off.next(None).as_micros()).unwrap_or(u64::MAX);
                     let end = UnixTime::from_seconds(card.not_after_unix_seconds);
                     due = UnixTime(UnixTime::wall().0.saturating_add(wait)).min(end);
@@ -346,10 +348,11 @@ pub(super) fn is_contained(error: &client::Error) -> bool {
     })
 }
 
-/// Whether the other end has not proved to be the keyward of this trust domain: its certificate is wrong, or, where the bound key is
-/// shown without a certificate, it says that ours is.
-fn is_of_an_impostor(error: &client::Error) -> bool {
-    matches!(error, client::Error::Untrusted { .. } | client::Error::Rejected { .. })
+/// Whether keyward has not spoken. The other end has not proved to be the one of this trust domain: its certificate is wrong, or, where
+/// the bound key is shown without a certificate, it says that ours is. Or the directory fails: what was sent from it is sent again as it was,
+/// and brings the same answer.
+fn spares_the_command(error: &client::Error) -> bool {
+    matches!(error, client::Error::Untrusted { .. } | client::Error::Rejected { .. } | client::Error::Store(_))
 }
 
 impl Running {

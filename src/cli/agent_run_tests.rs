@@ -307,6 +307,51 @@ async fn with_somebody_on_the_path_a_command_ends_when_its_certificate_does() {
     assert!(seen.lock().expect("not poisoned").imposed > 1);
 }
 
+/// As with a full disk: where a file is to be written, for a while nothing can be.
+fn nothing_can_be_written_at(path: &Path) {
+    std::fs::create_dir(path).expect("in the way");
+}
+
+#[tokio::test]
+async fn a_renewal_that_could_not_be_kept_is_asked_for_again_and_the_command_goes_on() {
+    let script = r#"trap 'exit 7' USR1; touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised(6, Reaction::Signal(Signal::USR1), script).await;
+    let (ready, out) = (root.path().join("ready"), root.path().join("agent"));
+    let change = async {
+        appears(&ready).await;
+        let obstacle = out.join(".current.new");
+        nothing_can_be_written_at(&obstacle);
+        while seen.lock().expect("not poisoned").asks.len() < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        std::fs::remove_dir(obstacle).expect("room again");
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (code, ()) = timeout(Duration::from_secs(30), both).await.expect("renewed");
+    assert_eq!(code.expect("ran"), ExitCode::from(7));
+    let asks = &seen.lock().expect("not poisoned").asks;
+    assert!(asks[2..].iter().all(|ask| *ask == asks[1]), "another key under the same sequence would look like a clone");
+}
+
+#[tokio::test]
+async fn with_a_disk_that_takes_nothing_a_command_ends_when_its_certificate_does() {
+    let script = r#"touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised(4, Reaction::Nothing, script).await;
+    let (ready, out) = (root.path().join("ready"), root.path().join("agent"));
+    let change = async {
+        appears(&ready).await;
+        nothing_can_be_written_at(&out.join(".next.key.new"));
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (ended, ()) = timeout(Duration::from_secs(30), both).await.expect("at its end");
+    let failure = ended.expect_err("nothing to renew with");
+    assert!(failure.to_string().contains("next.key"), "{failure}");
+    assert!(holding_in(&out).expect("held").card.is_expired(UnixTime::wall()), "not before");
+    assert_eq!(seen.lock().expect("not poisoned").asks.len(), 1, "nothing is sent that is not durable");
+}
+
 #[tokio::test]
 async fn a_command_is_not_started_with_a_certificate_whose_authority_has_left_the_bundle() {
     let (root, supervisor, seen) = supervised(600, Reaction::Nothing, "exit 0").await;

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::pin::{Pin, pin};
 use std::process::{ExitCode, ExitStatus};
 use std::sync::Arc;
 use std::time::Duration;
@@ -157,14 +158,13 @@ impl Supervisor {
         // Ends when dropped.
         let mut following = JoinSet::new();
         following.spawn(follow(self.out.clone(), tell, Arc::clone(&renewed)));
+        // A renewal under way: it goes on whatever happens meanwhile, and holds up nothing.
+        let mut refreshing = pin!(None);
         loop {
-            let event = if UnixTime::wall() < due {
-                signals.or(&mut running, wait(due, &mut heard)).await?
-            } else {
-                // Dropped by a signal, it is repeated with the same bytes.
-                signals.or(&mut running, async { Turn::Renewed(refresh(&self.out, self.ttl_seconds).await) }).await?
-            };
-            match event {
+            if refreshing.is_none() && UnixTime::wall() >= due {
+                refreshing.set(Some(refresh(&self.out, self.ttl_seconds)));
+            }
+            match signals.or(&mut running, wait(due, &mut heard, refreshing.as_mut())).await? {
                 Event::Exited(status) => {
                     // What it has spawned would go on with credentials that nobody takes away.
                     running.send(Signal::KILL);
@@ -422,12 +422,25 @@ async fn at(moment: Option<Instant>) {
     }
 }
 
-/// Until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a machine is suspended; or until something is heard.
-async fn wait(due: UnixTime, heard: &mut mpsc::Receiver<Heard>) -> Turn {
+/// Until the end of the renewal under way; without one until `due`, at most [`LOOK_AGAIN`]: the monotonic clock stands still while a
+/// machine is suspended; or until something is heard. May be dropped and called again: nothing is lost.
+async fn wait<F>(due: UnixTime, heard: &mut mpsc::Receiver<Heard>, mut refreshing: Pin<&mut Option<F>>) -> Turn
+where
+    F: Future<Output = Result<Card, client::Error>>,
+{
     let left = Duration::from_micros(due.0.saturating_sub(UnixTime::wall().0));
+    let passed = async {
+        let Some(under_way) = refreshing.as_mut().as_pin_mut() else {
+            sleep_until(Instant::now() + left.min(LOOK_AGAIN)).await;
+            return Turn::Waited;
+        };
+        let renewed = under_way.await;
+        refreshing.set(None);
+        Turn::Renewed(renewed)
+    };
     tokio::select! {
         Some(heard) = heard.recv() => Turn::Heard(heard),
-        () = sleep_until(Instant::now() + left.min(LOOK_AGAIN)) => Turn::Waited,
+        turn = passed => turn,
     }
 }
 

@@ -437,6 +437,37 @@ async fn a_quarantine_does_not_wait_for_a_command_that_takes_its_time_to_end() {
     assert_eq!(ended.expect_err("quarantined").exit_code(), ExitCode::from(EXIT_REFUSED));
 }
 
+/// Each address costs 5 s, for the renewal and for the rejoining: that is a long time for a bad agent.
+#[tokio::test]
+async fn a_quarantine_does_not_wait_for_a_renewal_that_nobody_answers() {
+    let script = r#"touch "$1/ready"; while :; do sleep 0.05; done"#;
+    let (root, supervisor, seen) = supervised(6, Reaction::Nothing, script).await;
+    let ready = root.path().join("ready");
+    let becomes = |what: fn(&Seen) -> bool| {
+        let seen = &seen;
+        async move {
+            while !what(&seen.lock().expect("not poisoned")) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    };
+    let change = async {
+        appears(&ready).await;
+        becomes(|seen| seen.watches == 1).await;
+        seen.lock().expect("not poisoned").black_hole = true;
+        becomes(|seen| seen.swallowed > 0).await;
+        let mut seen = seen.lock().expect("not poisoned");
+        seen.refuse_watches = Some("AGENT_QUARANTINED");
+        seen.bundle.send_modify(|_| ());
+        Instant::now()
+    };
+    let mut output = output();
+    let both = async { tokio::join!(supervisor.run(&mut output), change) };
+    let (ended, from) = timeout(Duration::from_secs(30), both).await.expect("ended");
+    assert_eq!(ended.expect_err("quarantined").exit_code(), ExitCode::from(EXIT_REFUSED));
+    assert!(from.elapsed() < Duration::from_secs(4), "{:?}: the renewal was waited for", from.elapsed());
+}
+
 /// It may have done its work: that is not done twice.
 #[tokio::test]
 async fn a_command_that_has_ended_by_itself_is_not_started_again_for_what_comes_in_the_same_moment() {

@@ -37,6 +37,9 @@ pub(crate) struct Seen {
     /// Somebody else answers new connections; how often he did.
     pub(crate) impostor: bool,
     pub(crate) imposed: usize,
+    /// Nobody answers new connections, for good; how many were begun.
+    pub(crate) black_hole: bool,
+    pub(crate) swallowed: usize,
     /// How often it was asked to be followed; and how often before each ask.
     pub(crate) watches: usize,
     pub(crate) watches_before: Vec<usize>,
@@ -277,6 +280,8 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
         renew_within_seconds: 0,
         impostor: false,
         imposed: 0,
+        black_hole: false,
+        swallowed: 0,
         watches: 0,
         watches_before: Vec::new(),
         other: None,
@@ -285,12 +290,16 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
     let service = Server { issuer, authority, domain, token, seen: Arc::clone(&seen) };
     let doors = Arc::clone(&seen);
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener).then(move |tcp| {
-        let acceptor = {
+        let (acceptor, swallowed) = {
             let mut seen = doors.lock().expect("not poisoned");
             seen.imposed += usize::from(seen.impostor);
-            if seen.impostor { strange.clone() } else { acceptor.clone() }
+            seen.swallowed += usize::from(seen.black_hole);
+            (if seen.impostor { strange.clone() } else { acceptor.clone() }, seen.black_hole)
         };
         async move {
+            if swallowed {
+                std::future::pending::<()>().await;
+            }
             let mut tls = acceptor.accept(tcp?).await?;
             // tonic wants a transport that it knows; a pipe is one.
             let (near, mut far) = tokio::io::duplex(64 * 1024);

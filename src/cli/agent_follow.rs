@@ -81,23 +81,25 @@ async fn follow_once(
     *certificate = Some(held);
     let mut watch = Client::watch_bundle(&holding).await?;
     drop(holding);
-    *back_off = BackOff::default();
     loop {
-        let news = watch.newer().await?;
+        let news = watch.next().await?;
         if let Some(within) = news.renew_within
             && heard.send(Heard::Leaving(held, within)).await.is_err()
         {
             return Ok(());
         }
-        let Some(bundle) = news.bundle else { continue };
-        // Where a renewal has the directory this fails, and the next stream begins with the same bundle.
-        let directory = AgentDir::open(out, false)?;
-        let same = directory.holding()?.authorities == bundle.authorities;
-        let kept = directory.keep_bundle(&bundle)?;
-        drop(directory);
-        let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
-        if kept && heard.send(told).await.is_err() {
-            return Ok(());
+        if let Some(bundle) = news.bundle {
+            // Where a renewal has the directory this fails, and the next stream begins with the same bundle.
+            let directory = AgentDir::open(out, false)?;
+            let same = directory.holding()?.authorities == bundle.authorities;
+            let kept = directory.keep_bundle(&bundle)?;
+            drop(directory);
+            let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
+            if kept && heard.send(told).await.is_err() {
+                return Ok(());
+            }
         }
+        // Not before: a stream whose first word comes to nothing is a failure like one that never began.
+        *back_off = BackOff::default();
     }
 }

@@ -437,6 +437,25 @@ async fn a_quarantine_does_not_wait_for_a_command_that_takes_its_time_to_end() {
     assert_eq!(ended.expect_err("quarantined").exit_code(), ExitCode::from(EXIT_REFUSED));
 }
 
+#[tokio::test]
+async fn a_bundle_that_cannot_be_kept_is_told_and_is_not_asked_for_all_the_time() {
+    let (_root, supervisor, seen) = supervised(600, Reaction::Nothing, "").await;
+    supervisor.first_credentials(&mut output()).await.expect("held");
+    let obstacle = supervisor.out.join("current/.bundle.pem.new");
+    nothing_can_be_written_at(&obstacle);
+    seen.lock().expect("not poisoned").one_more_authority();
+    let (tell, mut heard) = mpsc::channel(1);
+    let mut following = JoinSet::new();
+    following.spawn(follow(supervisor.out.clone(), tell, Arc::new(Notify::new())));
+    let told = timeout(Duration::from_secs(20), heard.recv()).await.expect("after three failures");
+    let Some(Heard::Silence(client::Error::Store(error))) = told else { panic!("not of the directory") };
+    assert!(error.to_string().contains("bundle.pem"), "{error}");
+    assert_eq!(seen.lock().expect("not poisoned").watches, 3);
+    std::fs::remove_dir(obstacle).expect("room again");
+    let told = timeout(Duration::from_secs(20), heard.recv()).await.expect("with the next stream");
+    assert!(matches!(told, Some(Heard::Bundle(6))));
+}
+
 /// Each address costs 5 s, for the renewal and for the rejoining: that is a long time for a bad agent.
 #[tokio::test]
 async fn a_quarantine_does_not_wait_for_a_renewal_that_nobody_answers() {

@@ -13,7 +13,7 @@ const PATIENCE_FIRST: Duration = Duration::from_secs(10);
 /// A hint beyond this is taken for this, in seconds.
 const REFRESH_HINT_SECONDS_MAX: u32 = 3600;
 
-/// What is worth telling of one message.
+/// What is new in one message; often nothing.
 #[derive(Debug)]
 pub struct News {
     /// With a higher sequence than any before.
@@ -36,31 +36,27 @@ impl BundleWatch {
         Self { answers, place, sequence, silent_until: Instant::now() + PATIENCE_FIRST }
     }
 
-    /// Waits for a bundle with a higher sequence than any before, or for the taint of the certificate's authority. May be dropped and called again: nothing is lost.
+    /// Waits for the daemon's next word; the first comes at once, whatever is known already. May be dropped and called again: nothing is lost.
     ///
     /// # Errors
     /// `Refused`: this agent may not follow any more, or the daemon stops. `Unreachable`: the connection ended, or nothing was said for
     /// twice the refresh hint. `Answer`: against the protocol, or authorities that could not be used.
-    pub async fn newer(&mut self) -> Result<News, Error> {
-        loop {
-            let unreachable = |cause: &str| Error::Unreachable { place: self.place.address().to_owned(), cause: cause.into() };
-            let said = timeout_at(self.silent_until, self.answers.message()).await;
-            let said = said.map_err(|_| unreachable("it fell silent about the bundle"))?;
-            let said = said.map_err(|status| self.place.failed(&status))?;
-            let Some(said) = said else { return Err(unreachable("it says nothing more about the bundle")) };
-            let bundle = said.bundle.ok_or_else(|| Error::Answer("no bundle".into()))?;
-            let hint = bundle.refresh_hint_seconds.clamp(1, REFRESH_HINT_SECONDS_MAX);
-            self.silent_until = Instant::now() + 2 * Duration::from_secs(hint.into());
-            let newer = bundle.sequence > self.sequence;
-            if newer {
-                tls::anchors(&bundle.authorities).map_err(|error| Error::Answer(error.to_string()))?;
-                self.sequence = bundle.sequence;
-            }
-            let within = Some(said.renew_within_seconds).filter(|seconds| *seconds > 0);
-            if newer || within.is_some() {
-                let renew_within = within.map(|seconds| Duration::from_secs(seconds.into()));
-                return Ok(News { bundle: newer.then_some(bundle), renew_within });
-            }
+    pub async fn next(&mut self) -> Result<News, Error> {
+        let unreachable = |cause: &str| Error::Unreachable { place: self.place.address().to_owned(), cause: cause.into() };
+        let said = timeout_at(self.silent_until, self.answers.message()).await;
+        let said = said.map_err(|_| unreachable("it fell silent about the bundle"))?;
+        let said = said.map_err(|status| self.place.failed(&status))?;
+        let Some(said) = said else { return Err(unreachable("it says nothing more about the bundle")) };
+        let bundle = said.bundle.ok_or_else(|| Error::Answer("no bundle".into()))?;
+        let hint = bundle.refresh_hint_seconds.clamp(1, REFRESH_HINT_SECONDS_MAX);
+        self.silent_until = Instant::now() + 2 * Duration::from_secs(hint.into());
+        let newer = bundle.sequence > self.sequence;
+        if newer {
+            tls::anchors(&bundle.authorities).map_err(|error| Error::Answer(error.to_string()))?;
+            self.sequence = bundle.sequence;
         }
+        let within = Some(said.renew_within_seconds).filter(|seconds| *seconds > 0);
+        let renew_within = within.map(|seconds| Duration::from_secs(seconds.into()));
+        Ok(News { bundle: newer.then_some(bundle), renew_within })
     }
 }

@@ -16,8 +16,8 @@ use crate::proto::ask::Claim;
 use crate::proto::attest_response::Step;
 use crate::proto::{AttestRequest, BoundKeyClaim, Bundle, Credential, JoinClaim, RenewRequest, WatchBundleRequest};
 
-/// The whole of an attestation, challenge and signature included.
-const ATTEST_TIMEOUT: Duration = Duration::from_secs(15);
+/// The whole of an attestation, challenge and signature included; or of a renewal, whose answer could else trickle in for ever.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// A credential is a few kilobytes.
 const ANSWER_BYTES_MAX: usize = 256 * 1024;
 
@@ -57,9 +57,8 @@ impl Connection {
         spki: &Digest,
         prove: impl FnOnce(&Digest) -> Result<Vec<u8>, Error>,
     ) -> Result<Credential, Error> {
-        let place = self.place.clone();
-        let late = |_| Error::Unreachable { place: place.address().to_owned(), cause: "no answer within 15 s".into() };
-        timeout(ATTEST_TIMEOUT, self.attest_untimed(ask, spki, prove)).await.map_err(late)?
+        let answer = timeout(ANSWER_TIMEOUT, self.attest_untimed(ask, spki, prove)).await;
+        answer.map_err(|_| self.late())?
     }
 
     async fn attest_untimed(
@@ -89,9 +88,9 @@ impl Connection {
     /// `Renew` with `ask` and `proof` (empty where this connection itself proves the bound key).
     ///
     /// # Errors
-    /// A refusal, a broken connection, or an answer without a credential.
+    /// A refusal, a broken connection, 15 s passed, or an answer without a credential.
     pub async fn renew(&mut self, ask: Vec<u8>, proof: Vec<u8>) -> Result<Credential, Error> {
-        let answer = self.service.renew(RenewRequest { ask, proof }).await;
+        let answer = timeout(ANSWER_TIMEOUT, self.service.renew(RenewRequest { ask, proof })).await.map_err(|_| self.late())?;
         let answer = answer.map_err(|status| self.place.failed(&status))?.into_inner();
         answer.credential.ok_or_else(|| Error::Answer("no credential".into()))
     }
@@ -104,6 +103,10 @@ impl Connection {
         let answers = self.service.watch_bundle(WatchBundleRequest {}).await;
         let answers = answers.map_err(|status| self.place.failed(&status))?.into_inner();
         Ok(BundleWatch::new(answers, self.place, sequence))
+    }
+
+    fn late(&self) -> Error {
+        Error::Unreachable { place: self.place.address().to_owned(), cause: "no answer within 15 s".into() }
     }
 }
 

@@ -40,6 +40,8 @@ pub(crate) struct Seen {
     /// Nobody answers new connections, for good; how many were begun.
     pub(crate) black_hole: bool,
     pub(crate) swallowed: usize,
+    /// Answers begin, and never end.
+    endless: bool,
     /// How often it was asked to be followed; and how often before each ask.
     pub(crate) watches: usize,
     pub(crate) watches_before: Vec<usize>,
@@ -197,6 +199,21 @@ impl AgentService for Server {
     }
 }
 
+/// What follows the head of an answer, in vain.
+struct Endless;
+
+impl http_body::Body for Endless {
+    type Data = prost::bytes::Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<http_body::Frame<Self::Data>, Self::Error>>> {
+        std::task::Poll::Pending
+    }
+}
+
 impl Seen {
     /// One more authority, from here on.
     pub(crate) fn one_more_authority(&self) {
@@ -282,6 +299,7 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
         imposed: 0,
         black_hole: false,
         swallowed: 0,
+        endless: false,
         watches: 0,
         watches_before: Vec::new(),
         other: None,
@@ -307,7 +325,17 @@ pub(crate) async fn serve() -> (JoinFile, Arc<Mutex<Seen>>) {
             Ok::<_, std::io::Error>(near)
         }
     });
-    tokio::spawn(tonic::transport::Server::builder().add_service(AgentServiceServer::new(service)).serve_with_incoming(incoming));
+    let answered = Arc::clone(&seen);
+    let ends = move |answer: http::Response<tonic::body::Body>| {
+        if answered.lock().expect("not poisoned").endless { answer.map(|_| tonic::body::Body::new(Endless)) } else { answer }
+    };
+    let layer = tower::util::MapResponseLayer::new(ends);
+    tokio::spawn(
+        tonic::transport::Server::builder()
+            .layer(layer)
+            .add_service(AgentServiceServer::new(service))
+            .serve_with_incoming(incoming),
+    );
 
     let join = JoinFile::from_proto(proto::JoinFile {
         addresses: vec!["127.0.0.1:1".into(), address],
@@ -363,6 +391,20 @@ async fn a_lost_answer_is_asked_for_again_with_the_same_bytes() {
 }
 
 #[tokio::test]
+async fn an_answer_that_begins_and_never_ends_is_given_up_and_asked_for_again() {
+    let (join, seen) = serve().await;
+    let (_root, client) = client();
+    client.attest(&join, 0).await.expect("attested");
+    seen.lock().expect("not poisoned").endless = true;
+    let error = timeout(2 * ANSWER_TIMEOUT, client.renew(0)).await.expect("given up").expect_err("no end");
+    assert!(error.is_passing() && error.to_string().contains("within 15 s"), "{error}");
+    seen.lock().expect("not poisoned").endless = false;
+    client.renew(0).await.expect("renewed");
+    let asks = &seen.lock().expect("not poisoned").asks;
+    assert!(asks.len() == 3 && asks[1] == asks[2]);
+}
+
+#[tokio::test]
 async fn an_old_join_file_does_not_cost_the_renewal_under_way_its_key() {
     let (join, seen) = serve().await;
     let (_root, client) = client();
@@ -400,7 +442,7 @@ async fn a_server_of_another_authority_is_untrusted_and_nobody_at_all_is_unreach
 }
 
 async fn next(watch: &mut BundleWatch) -> Result<crate::client::News, Error> {
-    timeout(ATTEST_TIMEOUT, watch.next()).await.expect("soon")
+    timeout(ANSWER_TIMEOUT, watch.next()).await.expect("soon")
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use crate::ledger::{KeyOf, Reader, ResidentKey, in_time};
 use crate::model::{AgentId, KeyId, Refusal, UnixTime};
 use crate::proto::{KeyOver, KeyState, KeyStorage};
 
-use super::super::keys::abandon;
+use super::super::keys::{abandon, open_intent};
 use super::{Acts, KeyToken};
 
 /// Resident keys that are looked at in one go.
@@ -84,6 +84,7 @@ impl Acts {
 
     /// A crash after the object is gone leaves the intent: there is nothing to destroy the next time.
     async fn give_up_left(&self, token: &KeyToken, id: KeyId) -> Result<(), Refusal> {
+        open_intent(&self.ledger, id).await?;
         let destroyed = token.hsm.destroy_agent_key(id, KeyStorage::Resident).await.map_err(super::hsm_refusal)?;
         abandon(&self.ledger, id, "its making was interrupted", destroyed).await
     }

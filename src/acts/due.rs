@@ -124,17 +124,17 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
     Arrow { passive: before.is_some(), ..arrow(State::Active, at.filter(|_| !root_is_coming), urgent) }
 }
 
-/// When a new root has been in the bundle for long enough. It does not wait until the one before is too old to certify for the longest lifetime,
-/// nor at all for one that nobody takes any more.
+/// When a new root has been in the bundle for long enough. It does not wait until what signs now, or its root, is too old to certify for the
+/// longest lifetime, nor at all where nobody takes them any more: under an outside root the next issuing authority comes with a new root.
 fn signs_from(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> UnixTime {
-    let before = all.iter().find(|root| root.purpose == Purpose::Root && root.state == State::Active);
-    if before.is_some_and(|before| !is_in_force(before, terms.now)) {
+    let signs = |found: &&Generation| matches!(found.purpose, Purpose::Root | Purpose::Issuing) && found.state == State::Active;
+    if all.iter().filter(signs).any(|before| !is_in_force(before, terms.now)) {
         return of.since;
     }
     let longest = terms.ttl_seconds_longest.into();
     let (soonest, latest) = (of.since.plus_seconds(PREPUBLISH_SECONDS), of.since.plus_seconds(PREPUBLISH_SECONDS.max(longest)));
-    match before.and_then(|before| certify::validity(&before.certificate)) {
-        Some((_, end)) => latest.min(end.minus_seconds(longest)).max(soonest).min(end),
+    match all.iter().filter(signs).filter_map(|before| certify::validity(&before.certificate)).map(|(_, end)| end).min() {
+        Some(end) => latest.min(end.minus_seconds(longest)).max(soonest).min(end),
         None => latest,
     }
 }

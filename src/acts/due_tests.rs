@@ -84,8 +84,10 @@ fn a_new_root_does_not_wait_for_an_old_one_that_certifies_no_more() {
     all.push(generation(3, Purpose::Root, State::Prepublished));
     // When the old one ends, and how long the new one waits.
     for (end, wait) in [(30 * 86_400, 86_400), (86_400 + 3_600, 3_600), (3_600, PREPUBLISH_SECONDS), (600, 600), (-1, 0)] {
-        all[0].certificate = ends_in(end);
-        assert_eq!(next(&all[2], &all, &of_a_day).expect("an arrow").at, Some(NOW.plus_seconds(wait)), "{end}");
+        for (at, lasts) in [(0, 1), (1, 0)] {
+            (all[at].certificate, all[lasts].certificate) = (ends_in(end), ends_in(90 * 86_400));
+            assert_eq!(next(&all[2], &all, &of_a_day).expect("an arrow").at, Some(NOW.plus_seconds(wait)), "{end}");
+        }
     }
 }
 

@@ -29,7 +29,7 @@ pub mod verify;
 pub use jwk::{Jwk, jwks};
 pub use signing::{Profile, Signed, SigningInput};
 pub use spiffe_bundle::{SpiffeBundle, UnknownAuthority};
-pub use verify::{Bounds, LIFETIME_SECONDS_MAX, Memory, ReplayCache, VerifyingKey, Window};
+pub use verify::{Bounds, Memory, ReplayCache, VerifyingKey, Window};
 
 use crate::model::{Reason, Refusal};
 

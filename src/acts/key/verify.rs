@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::authn::Connection;
 use crate::formats::http_signature::Component;
 use crate::formats::verify::{dpop, http_signature, jws};
-use crate::formats::{LIFETIME_SECONDS_MAX, VerifyingKey, Window};
+use crate::formats::{VerifyingKey, Window};
 use crate::model::{AgentId, Digest, Reason, Refusal, UnixTime};
 use crate::proto::KeyState;
 
@@ -15,6 +15,8 @@ use super::{Acts, profile_of};
 const SKEW_SECONDS: u64 = 60;
 /// How long a message counts where the verifier does not say, in seconds.
 const LIFETIME_SECONDS_DEFAULT: u32 = 300;
+/// The longest.
+const LIFETIME_SECONDS_MAX: u32 = 3600;
 
 /// A message as it was received.
 #[derive(Debug, Clone)]
@@ -198,7 +200,7 @@ impl Acts {
 }
 
 fn window(lifetime_seconds_max: u32, now: UnixTime) -> Result<Window, Refusal> {
-    if u64::from(lifetime_seconds_max) > LIFETIME_SECONDS_MAX {
+    if lifetime_seconds_max > LIFETIME_SECONDS_MAX {
         return Err(Refusal::new(Reason::MalformedRequest, "take messages that count for at most 3,600 seconds"));
     }
     let most = if lifetime_seconds_max == 0 { LIFETIME_SECONDS_DEFAULT } else { lifetime_seconds_max };

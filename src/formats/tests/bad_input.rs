@@ -506,9 +506,14 @@ fn an_http_signature_over_another_message_or_with_other_parameters_is_refused() 
     assert_eq!(verdict(&open, &by_it, &later(0, 1)), Reason::Unspecified);
     assert_eq!(verdict(&open, &by_it, &later(5, 300)), Reason::Replayed, "it is remembered");
     assert_eq!(verdict(&open, &by_it, &later(7, 300)), Reason::Replayed, "it is forgotten");
+    let others = super::cache();
+    let later = |seconds, lifetime_seconds_max| received_http::Expected {
+        once: Some(memory(&others)),
+        ..later(seconds, lifetime_seconds_max)
+    };
     let (ends, by_it) = signed_http(&signer, &POST[..2], None);
     assert_eq!(verdict(&ends, &by_it, &later(0, 1)), Reason::Unspecified);
-    assert_eq!(verdict(&ends, &by_it, &later(7, 300)), Reason::Replayed, "it is remembered until it expires");
+    assert_eq!(verdict(&ends, &by_it, &later(7, 300)), Reason::Replayed, "it counts until it expires, and was forgotten before");
     assert_eq!(verdict(&ends, &by_it, &later(65, 300)), Reason::MessageExpired);
     assert_eq!(verdict_of(&"n".repeat(257)), Reason::MalformedRequest, "what nobody remembers");
     assert_eq!(verdict(&unnamed, &signature, &good), Reason::SignatureInvalid);

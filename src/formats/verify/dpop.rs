@@ -5,7 +5,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::Value;
 
 use super::jws::{Parts, signature_algorithm};
-use super::{Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing};
+use super::{Ends, Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing};
 use crate::formats::dpop::{Request, TYP, canonical_uri};
 use crate::formats::jwk::Jwk;
 use crate::formats::signing::Profile;
@@ -94,7 +94,7 @@ impl Received {
         window.check_made(made)?;
         window.check_end(end)?;
         let jti = check_name("jti", text("jti")?)?.to_owned();
-        let over = Over { made, end: window.last_second(end), for_everybody: true };
+        let over = Over { made, end: window.last_second(end), by: Ends::ForEverybody };
         once.accept(&self.signed.kid, &jti, over, window.now)?;
         Ok(Verified { kid: self.signed.kid, jti })
     }

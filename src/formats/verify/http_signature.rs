@@ -4,9 +4,7 @@ use std::borrow::Cow;
 
 use sfv::{Dictionary, InnerList, ListEntry, Parser, StringRef};
 
-use super::{
-    LIFETIME_SECONDS_MAX, Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid,
-};
+use super::{Ends, Memory, Over, SignedBytes, VerifyingKey, Window, elsewhere, missing, named_algorithm, unknown_kid};
 use crate::formats::http_signature::{
     COMPONENTS_MAX, Component, Covered, FIELD_BYTES_MAX, check_identifier, identity, parse_identifier, serialized,
     serialized_item,
@@ -120,15 +118,16 @@ impl Received {
         let window = &expected.window;
         let made = seconds(&self.list, "created")?.ok_or_else(|| missing("created"))?;
         let expires = seconds(&self.list, "expires")?;
-        let until = |lifetime_seconds| expires.unwrap_or(u64::MAX).min(made.saturating_add(lifetime_seconds));
-        let end = until(window.lifetime_seconds_max);
+        let latest = made.saturating_add(window.lifetime_seconds_max);
+        let (end, by) = match expires {
+            Some(expires) if expires <= latest => (expires, Ends::ByItself),
+            _ => (latest, Ends::ByItsReader),
+        };
         window.check_made(made)?;
         window.check_end(end)?;
         if let Some(once) = expected.once {
             let name = name(nonce, &signed.message)?;
-            // Another reader may have it count for longer.
-            let end = if expires.is_some() { until(window.lifetime_seconds_max.max(LIFETIME_SECONDS_MAX)) } else { end };
-            let over = Over { made, end: window.last_second(end), for_everybody: expires.is_some() };
+            let over = Over { made, end: window.last_second(end), by };
             once.accept(&signed.kid, &name, over, window.now)?;
         }
         Ok(Verified { kid: signed.kid, covered: self.list.items.iter().map(serialized_item).collect() })

@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
 
-use super::{Memory, Over, SignedBytes, VerifyingKey, Window, missing, named_algorithm, unknown_kid};
+use super::{Ends, Memory, Over, SignedBytes, VerifyingKey, Window, missing, named_algorithm, unknown_kid};
 use crate::formats::algorithm::SIGNATURE_BYTES_MAX;
 use crate::formats::jws::{HEADER_BYTES_MAX, refuse_reserved};
 use crate::formats::signing::Profile;
@@ -108,7 +108,7 @@ impl Expected<'_> {
         if let Some(once) = self.once {
             let jti = json::text(&claims, "jti")?.ok_or_else(|| missing("jti"))?;
             let made = made.ok_or_else(|| missing("iat"))?;
-            let over = Over { made, end: self.window.last_second(end), for_everybody: true };
+            let over = Over { made, end: self.window.last_second(end), by: Ends::ForEverybody };
             once.accept(kid, check_name("jti", jti)?, over, self.window.now)?;
         }
         Ok(claims)

@@ -8,8 +8,8 @@ pub mod http_signature;
 pub mod jws;
 mod replay;
 
-use replay::Over;
 pub use replay::{Bounds, Memory, ReplayCache};
+use replay::{Ends, Over};
 
 use super::http_signature::without_a_name;
 use super::jwk::Jwk;
@@ -67,9 +67,6 @@ struct SignedBytes {
     message: Vec<u8>,
     signature: Vec<u8>,
 }
-
-/// No reader has a message count for longer from when it was made, in seconds.
-pub const LIFETIME_SECONDS_MAX: u64 = 3600;
 
 /// When a message counts.
 #[derive(Debug, Clone, Copy)]

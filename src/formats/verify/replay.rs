@@ -48,8 +48,19 @@ pub(super) struct Over {
     pub made: u64,
     /// From then on it is not accepted any more.
     pub end: u64,
-    /// By whomever. Else it is open: this reader alone has it end then, another one later.
-    pub for_everybody: bool,
+    /// Who says so.
+    pub by: Ends,
+}
+
+/// Who has a message end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ends {
+    /// It ends for every reader at once.
+    ForEverybody,
+    /// It says so itself: another reader may have had it end sooner.
+    ByItself,
+    /// This reader: for another one it may end later, and is open when it is forgotten here.
+    ByItsReader,
 }
 
 /// What goes when a message is forgotten.
@@ -70,8 +81,8 @@ struct Seen {
     shares: HashMap<Digest, usize>,
     /// Everything that ended before was forgotten. A clock that is set back must not bring it to life again.
     forgotten_before: u64,
-    /// Of each audience: an open message that was made before may have been accepted and forgotten. Where its readers agree on how long one
-    /// counts, such a message is over anyway.
+    /// Of each audience: a message that was made before may have been accepted and forgotten while it was open. Where its readers agree on how
+    /// long one counts, such a message is over anyway.
     open_before: HashMap<Digest, u64>,
     /// The same of every audience.
     all_open_before: u64,
@@ -110,7 +121,7 @@ impl Memory<'_> {
     /// # Errors
     /// `REPLAYED`; `OVERLOADED` when there is no room to remember it.
     pub(super) fn accept(&self, kid: &str, name: &str, over: Over, now: UnixTime) -> Result<(), Refusal> {
-        let Over { made, end, for_everybody } = over;
+        let Over { made, end, by } = over;
         let replayed = |advice: &str| Err(Refusal::new(Reason::Replayed, advice));
         let cache = self.cache;
         if made < cache.since {
@@ -129,8 +140,8 @@ impl Memory<'_> {
         if end < seen.forgotten_before {
             return replayed("the message may have been accepted before; make a new one");
         }
-        if !for_everybody && made < seen.open_before(&audience) {
-            return replayed("the message may have been accepted before; make a new one that says when it expires");
+        if by != Ends::ForEverybody && made < seen.open_before(&audience) {
+            return replayed("the message may have been accepted before; make a new one that expires sooner");
         }
         let has = |who: &Digest| seen.shares.get(who).copied().unwrap_or_default();
         let Bounds { all, of_reader, of_signer } = cache.bounds;
@@ -141,7 +152,7 @@ impl Memory<'_> {
             return Err(Refusal::new(Reason::Overloaded, advice).retry_after(wait));
         }
         seen.names.insert(digest);
-        let open = (!for_everybody).then_some((audience, made));
+        let open = (by == Ends::ByItsReader).then_some((audience, made));
         seen.ends.insert((end, digest), Kept { shares: [reader, signer], open });
         for who in [reader, signer] {
             *seen.shares.entry(who).or_default() += 1;
@@ -209,11 +220,11 @@ mod tests {
     }
 
     fn over(made: u64, end: u64) -> Over {
-        Over { made, end, for_everybody: true }
+        Over { made, end, by: Ends::ForEverybody }
     }
 
     fn open(made: u64, end: u64) -> Over {
-        Over { made, end, for_everybody: false }
+        Over { made, end, by: Ends::ByItsReader }
     }
 
     fn reason(result: Result<(), Refusal>) -> Option<Reason> {
@@ -287,11 +298,9 @@ mod tests {
         assert_eq!(read("tools", open(100, 161), 100), None);
         assert_eq!(read("tools", open(100, 460), 162), Some(Reason::Replayed));
         assert_eq!(read("others", open(100, 460), 163), None, "another audience has not heard it");
-        assert_eq!(
-            read("tools", over(100, 460), 164),
-            None,
-            "one that says when it ends was remembered until then, or is another"
-        );
+        let says_so = Over { made: 100, end: 460, by: Ends::ByItself };
+        assert_eq!(read("tools", says_so, 164), Some(Reason::Replayed), "it ended sooner for the reader before");
+        assert_eq!(read("tools", over(100, 460), 165), None, "of another kind: that ends for everybody at once");
         assert_eq!(reason(cache.of("tools", "tools/1", "s").accept("k", "new", open(101, 460), at(165))), None);
     }
 
@@ -321,12 +330,20 @@ mod tests {
             let cache = cache(8, 6, 4, 0);
             let mut accepted = HashSet::new();
             for (kid, name, made, now, lifetime) in steps {
-                // As the verifier does: a message counts from when it was made for ten seconds, an open one for as long as its reader says.
-                let over = lifetime.map_or(over(made, made + 10), |lifetime| open(made, made + lifetime));
+                // As the verifier does: a message counts from when it was made for ten seconds, or for as long as its reader says, if it
+                // does not end by itself before.
+                let by_itself = made + u64::from(name) * 8;
+                let over = match lifetime {
+                    None => over(made, made + 10),
+                    Some(lifetime) if by_itself > made && by_itself <= made + lifetime => {
+                        Over { made, end: by_itself, by: Ends::ByItself }
+                    }
+                    Some(lifetime) => open(made, made + lifetime),
+                };
                 if over.end <= now || made > now {
                     continue;
                 }
-                let (kid, name) = (kid.to_string(), format!("{name}/{made}/{}", over.for_everybody));
+                let (kid, name) = (kid.to_string(), format!("{name}/{made}/{}", lifetime.is_some()));
                 let signer = format!("{kid}'s");
                 match cache.of("tools", "tools/1", &signer).accept(&kid, &name, over, at(now)) {
                     Ok(()) => prop_assert!(accepted.insert((kid, name))),

@@ -1,8 +1,10 @@
 //! HSM keys are made in two phases, so that a crash between them leaves nothing that nobody knows of.
 
+use std::collections::BTreeMap;
+
 use crate::hsm::{Hsm, SigningKey};
-use crate::ledger::{KeyRow, Ledger};
-use crate::model::{Algorithm, KeyId, PublicKey, Reason, Refusal};
+use crate::ledger::{KeyRow, Ledger, StoreError};
+use crate::model::{Algorithm, KeyId, PublicKey, Refusal};
 use crate::proto::{self, AuthorityState, KeyAlgorithm, KeyStorage, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
@@ -37,11 +39,9 @@ impl Tokens {
 /// When the token or the ledger is not available.
 pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusal> {
     let mut abandoned = 0;
-    for row in rows(ledger).await?.into_iter().filter(|row| !row.active) {
-        match give_up(ledger, tokens, &row).await {
-            Err(odd) if odd.reason == Reason::KeyNotAsRecorded => continue,
-            given_up => given_up?,
-        }
+    let open = rows(ledger).await?.into_iter().filter(|row| !row.active).map(|row| row.id).collect();
+    for (id, intent) in open_intents(ledger, open).await? {
+        give_up_intended(ledger, tokens, id, &intent).await?;
         abandoned += 1;
     }
     for id in being_destroyed(ledger).await? {
@@ -58,19 +58,28 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
 /// # Errors
 /// `KEY_NOT_AS_RECORDED`: its row alone says so, and nothing is destroyed; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
 pub(super) async fn give_up(ledger: &Ledger, tokens: &Tokens, row: &KeyRow) -> Result<(), Refusal> {
-    let intent = open_intent(ledger, row.id).await?;
-    let destroyed = tokens.of(intent.token()).destroy(row.id).await.map_err(hsm_refusal)?;
-    abandon(ledger, row.id, "its making was interrupted", destroyed).await
+    let intent = open_intents(ledger, vec![row.id]).await?.remove(&row.id).ok_or_else(|| ledger.unread(not_intended(row.id)))?;
+    give_up_intended(ledger, tokens, row.id, &intent).await
 }
 
-/// What is known of a key that was intended and never entered: what there is of it may be destroyed.
-///
-/// # Errors
-/// `KEY_NOT_AS_RECORDED` of any other key.
-pub(super) async fn open_intent(ledger: &Ledger, id: KeyId) -> Result<proto::KeyIntended, Refusal> {
-    let reader = ledger.clone();
-    let found = tokio::task::spawn_blocking(move || reader.reader().open_key_intent(&id)).await;
-    found.map_err(Refusal::internal)?.map_err(|error| ledger.unread(error))
+async fn give_up_intended(ledger: &Ledger, tokens: &Tokens, id: KeyId, intent: &proto::KeyIntended) -> Result<(), Refusal> {
+    let destroyed = tokens.of(intent.token()).destroy(id).await.map_err(hsm_refusal)?;
+    abandon(ledger, id, "its making was interrupted", destroyed).await
+}
+
+/// Of keys that rows call intended those that were, and never entered: what there is of them may be destroyed. The others are told.
+pub(super) async fn open_intents(ledger: &Ledger, keys: Vec<KeyId>) -> Result<BTreeMap<KeyId, proto::KeyIntended>, Refusal> {
+    let (reader, sought) = (ledger.clone(), keys.clone());
+    let found = tokio::task::spawn_blocking(move || reader.reader().open_key_intents(&sought)).await;
+    let found = found.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
+    for odd in keys.into_iter().filter(|key| !found.contains_key(key)) {
+        let _told = ledger.unread(not_intended(odd));
+    }
+    Ok(found)
+}
+
+fn not_intended(key: KeyId) -> StoreError {
+    StoreError::NotAsRecorded(format!("key {key} is not one in the making, as its row says"))
 }
 
 /// Agents' resident keys that have ended, and whose objects may be there yet.

@@ -1,6 +1,8 @@
 //! What the entries say of a key in the token. Its row says as much, but anybody who can write to the file says it there, too: by a row alone
 //! no key is destroyed, and none is published.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::model::{KeyId, PublicKey};
 use crate::proto::{self, entry::Body};
 
@@ -8,30 +10,34 @@ use super::agent_keys::held::entry;
 use super::store::{Reader, StoreError};
 
 impl Reader {
-    /// The intent of a key that was never entered: no entry says that it was made or put to use, or that it was given up. Looks at every entry
-    /// since the intent, each as its leaf has it, so that none can be hidden; what a crash left open is among the last. Blocking.
+    /// Of keys that rows call intended those of which the entries say so, with their intents: none since says that it was made, put to use or
+    /// given up. One look back for all of them, until the oldest intent, at entries as their leaves have them, so that none can be hidden; a
+    /// key that no entry intends makes it one at everything. Blocking.
     ///
     /// # Errors
-    /// [`StoreError::NotAsRecorded`] where there is none, whatever the row says; when the file cannot be read.
-    pub fn open_key_intent(&self, id: &KeyId) -> Result<proto::KeyIntended, StoreError> {
-        let wrong = |what: String| StoreError::NotAsRecorded(format!("key {id} is not one in the making: {what}"));
+    /// When the file cannot be read.
+    pub fn open_key_intents(&self, keys: &[KeyId]) -> Result<BTreeMap<KeyId, proto::KeyIntended>, StoreError> {
+        let (mut sought, mut open) = (keys.iter().copied().collect::<BTreeSet<_>>(), BTreeMap::new());
         for index in (0..self.size()?).rev() {
-            let Some(entry) = entry(&self.locked(), index)? else {
-                return Err(wrong(format!("entry {index} is not the one in the tree, or is not there")));
-            };
-            let (of, what) = match entry.body {
-                Some(Body::KeyIntended(intended)) if intended.key_id == id.0 => return Ok(intended),
-                Some(Body::KeyActivated(activated)) => (activated.key_id, "was made"),
-                Some(Body::KeyAbandoned(abandoned)) => (abandoned.key_id, "was given up"),
-                Some(Body::AgentKeyCreated(created)) => (created.version.unwrap_or_default().key_id, "is an agent's"),
-                Some(Body::AgentKeyRotated(rotated)) => (rotated.version.unwrap_or_default().key_id, "is an agent's"),
+            if sought.is_empty() {
+                break;
+            }
+            // What came before it nobody can tell.
+            let Some(entry) = entry(&self.locked(), index)? else { break };
+            let of = match &entry.body {
+                Some(Body::KeyIntended(intended)) => &intended.key_id,
+                Some(Body::KeyActivated(activated)) => &activated.key_id,
+                Some(Body::KeyAbandoned(abandoned)) => &abandoned.key_id,
+                Some(Body::AgentKeyCreated(proto::AgentKeyCreated { version: Some(version), .. })) => &version.key_id,
+                Some(Body::AgentKeyRotated(proto::AgentKeyRotated { version: Some(version), .. })) => &version.key_id,
                 _ => continue,
             };
-            if of == id.0 {
-                return Err(wrong(format!("it {what} in entry {index}")));
+            let Some(key) = KeyId::from_slice(of).filter(|key| sought.remove(key)) else { continue };
+            if let Some(Body::KeyIntended(intended)) = entry.body {
+                open.insert(key, intended);
             }
         }
-        Err(wrong("no entry intends it".to_owned()))
+        Ok(open)
     }
 
     /// The public key of an authority as the entry has it that put the key to use; `None` where there is no such entry. Blocking: looks back

@@ -1,13 +1,14 @@
 //! What is over leaves nothing behind but its entries: objects in the token that nothing signs with any more, or ever did, and the rows of
 //! epochs that are past. A little at a time, round and round.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::ledger::{KeyOf, Reader, ResidentKey, in_time};
 use crate::model::{AgentId, KeyId, Refusal, UnixTime};
 use crate::proto::{KeyOver, KeyState, KeyStorage};
 
-use super::super::keys::{abandon, open_intent};
+use super::super::keys::{abandon, open_intents};
 use super::{Acts, KeyToken};
 
 /// Resident keys that are looked at in one go.
@@ -24,6 +25,8 @@ const GRACE_SECONDS: u64 = 3600;
 pub struct Round {
     resident: Option<KeyId>,
     epoch: Option<(AgentId, u32)>,
+    /// Keys left in the making, and whether the entries say so, which is looked up once for each.
+    left: BTreeMap<KeyId, bool>,
 }
 
 impl Acts {
@@ -55,8 +58,23 @@ impl Acts {
         }
         // What could not be destroyed when it ended.
         self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
-        for id in self.left_in_the_making().await? {
-            if let Err(refusal) = self.give_up_left(&token, id).await {
+        // A token that is away gives nothing up.
+        if token.hsm.check_usable().is_ok() {
+            self.give_up_what_is_left(round, &token).await?;
+        }
+        Ok(())
+    }
+
+    async fn give_up_what_is_left(&self, round: &mut Round, token: &KeyToken) -> Result<(), Refusal> {
+        let left = self.left_in_the_making().await?;
+        round.left.retain(|id, _| left.contains(id));
+        let new: Vec<_> = left.into_iter().filter(|id| !round.left.contains_key(id)).collect();
+        if !new.is_empty() {
+            let intended = open_intents(&self.ledger, new.clone()).await?;
+            round.left.extend(new.into_iter().map(|id| (id, intended.contains_key(&id))));
+        }
+        for (id, _) in round.left.iter().filter(|(_, intended)| **intended) {
+            if let Err(refusal) = self.give_up_left(token, *id).await {
                 tracing::debug!(key = %id, ?refusal, "a key that was never used stays for a while");
             }
         }
@@ -84,7 +102,6 @@ impl Acts {
 
     /// A crash after the object is gone leaves the intent: there is nothing to destroy the next time.
     async fn give_up_left(&self, token: &KeyToken, id: KeyId) -> Result<(), Refusal> {
-        open_intent(&self.ledger, id).await?;
         let destroyed = token.hsm.destroy_agent_key(id, KeyStorage::Resident).await.map_err(super::hsm_refusal)?;
         abandon(&self.ledger, id, "its making was interrupted", destroyed).await
     }

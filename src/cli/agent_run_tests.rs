@@ -337,7 +337,7 @@ async fn a_renewal_that_could_not_be_kept_is_asked_for_again_and_the_command_goe
 #[tokio::test]
 async fn with_a_disk_that_takes_nothing_a_command_ends_when_its_certificate_does() {
     let script = r#"touch "$1/ready"; while :; do sleep 0.05; done"#;
-    let (root, supervisor, seen) = supervised(4, Reaction::Nothing, script).await;
+    let (root, supervisor, seen) = supervised(10, Reaction::Nothing, script).await;
     let (ready, out) = (root.path().join("ready"), root.path().join("agent"));
     let change = async {
         appears(&ready).await;

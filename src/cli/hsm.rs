@@ -46,10 +46,11 @@ pub(super) enum Verb {
     },
     /// Hold the tokens against the ledger: objects that it knows nothing of, keys that a token does not have.
     ///
-    /// in the making, being destroyed: on their way; what a crash left so the next start puts in order. stray: by its label this
-    /// deployment's, and not in the ledger. missing: in use, and not in the token. foreign: of another deployment, or not keyward's.
+    /// in the making, being destroyed: on their way; what a crash left so is put in order at the next start, or soon. stray: by its label this
+    /// deployment's, and not in the ledger. missing: in use, and not in the token. misplaced: in the wrong one of two tokens. foreign: of another
+    /// deployment, or not keyward's.
     ///
-    /// Nothing is destroyed unasked, and nothing but strays ever. Exit code 5 if one is left, or a key is missing.
+    /// Nothing is destroyed unasked, and nothing but strays ever. Exit code 5 if one is left, or a key is missing or misplaced.
     #[command(
         after_help = "Examples:\n  keyward hsm reconcile\n  keyward hsm reconcile --destroy 0f3a9c11\n  keyward hsm reconcile --destroy-orphans --yes"
     )]

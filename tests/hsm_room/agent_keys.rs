@@ -58,14 +58,13 @@ impl Room {
         Self::of(house.open(&Modules::new(), "agents")).await
     }
 
-    /// One lane behind the fault module, and a canary.
+    /// One lane behind the fault module, and no canary: it would now and then meet the fault that is meant for another.
     async fn behind_the_shim(house: &House) -> (Self, Shim) {
         let mut settings: Settings = house.settings("agents");
         settings.token.module = super::shim_module();
         settings.token.lanes = 1;
         settings.sign_deadline = Duration::from_secs(2);
         let hsm = Hsm::open(&Modules::new(), settings, Arc::default()).unwrap();
-        hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
         (Self::of(hsm).await, Shim::at(&house.0.join("shim.sock")))
     }
 

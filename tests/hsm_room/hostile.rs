@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use keyward::hsm::{Error, Hsm, Modules, Settings, SignError, SigningKey};
+use keyward::hsm::{Error, Hsm, Modules, Settings, SignError};
 use keyward::model::Algorithm;
 
 use super::shim::Shim;
@@ -23,12 +23,6 @@ fn shim(house: &House) -> Shim {
     Shim::at(&house.0.join("shim.sock"))
 }
 
-async fn with_a_canary(hsm: &Hsm) -> SigningKey {
-    let key = new_key(hsm, Algorithm::P256).await;
-    hsm.set_canary(new_key(hsm, Algorithm::P256).await);
-    key
-}
-
 fn logins(house: &House) -> usize {
     fs::read_to_string(house.0.join("shim.log")).unwrap().lines().filter(|line| *line == "login").count()
 }
@@ -37,7 +31,7 @@ fn logins(house: &House) -> usize {
 fn status_is_told_while_the_module_hangs_closing_an_old_session() {
     in_house("hostile::status_is_told_while_the_module_hangs_closing_an_old_session", async |house| {
         let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
-        let key = with_a_canary(&hsm).await;
+        let key = new_key(&hsm, Algorithm::P256).await;
         let shim = shim(&house);
         // The login is lost. The lane closes its session, the admin lane its own, the third is the old anchor.
         shim.tell("hang C_CloseSession nth=3");
@@ -61,7 +55,7 @@ fn status_is_told_while_the_module_hangs_closing_an_old_session() {
 fn a_login_that_failed_for_no_clear_reason_and_was_counted_is_not_tried_again() {
     in_house("hostile::a_login_that_failed_for_no_clear_reason_and_was_counted_is_not_tried_again", async |house| {
         let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
-        let key = with_a_canary(&hsm).await;
+        let key = new_key(&hsm, Algorithm::P256).await;
         let shim = shim(&house);
         let (good, before) = (fs::read(house.pin("authority")).unwrap(), logins(&house));
         shim.tell("pin_tries n=10");
@@ -92,7 +86,7 @@ fn a_login_that_failed_for_no_clear_reason_and_was_counted_is_not_tried_again() 
 fn a_login_that_never_reached_the_pin_is_tried_again() {
     in_house("hostile::a_login_that_never_reached_the_pin_is_tried_again", async |house| {
         let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
-        let key = with_a_canary(&hsm).await;
+        let key = new_key(&hsm, Algorithm::P256).await;
         let shim = shim(&house);
         for code in ["0x05", "0x30", "0x80000001"] {
             shim.tell(&format!("fail C_Login rv={code} count=2"));
@@ -110,7 +104,8 @@ fn a_login_that_never_reached_the_pin_is_tried_again() {
 fn a_token_that_has_become_slow_is_called_lost_once_at_most() {
     in_house("hostile::a_token_that_has_become_slow_is_called_lost_once_at_most", async |house| {
         let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
-        let key = with_a_canary(&hsm).await;
+        let key = new_key(&hsm, Algorithm::P256).await;
+        hsm.set_canary(new_key(&hsm, Algorithm::P256).await);
         for _ in 0..130 {
             key.sign(b"fast"[..].into()).await.unwrap();
         }
@@ -131,7 +126,7 @@ fn a_token_that_has_become_slow_is_called_lost_once_at_most() {
 fn a_key_that_was_taken_for_another_is_looked_for_until_it_is_there() {
     in_house("hostile::a_key_that_was_taken_for_another_is_looked_for_until_it_is_there", async |house| {
         let hsm = Hsm::open(&Modules::new(), behind_the_shim(&house, "authority"), Arc::default()).unwrap();
-        let key = with_a_canary(&hsm).await;
+        let key = new_key(&hsm, Algorithm::P256).await;
         key.sign(b"before"[..].into()).await.unwrap();
         // The signature is spoilt, and then the one by which the key is to be known again.
         shim(&house).tell("corrupt C_Sign count=2");

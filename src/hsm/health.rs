@@ -1,7 +1,6 @@
 //! The watch over one token: a canary signature while it is idle, spare lanes, recovery.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -245,9 +244,7 @@ async fn attempt(token: &Arc<Token>, remedy: Remedy) -> Result<(), Error> {
             SignError::NotSigned(error) | SignError::Unknown(error) => error,
         })?;
     }
-    on_a_thread(token, |token| token.resume(&token.module.lifecycle())).await?;
-    token.reconnects.fetch_add(1, Ordering::Relaxed);
-    Ok(())
+    on_a_thread(token, |token| token.resume(&token.module.lifecycle())).await
 }
 
 /// Runs what may hang inside the module, or wait for one who does, on a thread that the watch need not wait for.

@@ -158,7 +158,7 @@ impl Hsm {
             queued: token.jobs.waiting(),
             mechanisms: capabilities.mechanisms.clone(),
             signatures: token.signatures(),
-            reconnects: token.reconnects.load(Ordering::Relaxed),
+            reconnects: token.resumed.load(Ordering::Relaxed).saturating_sub(1),
             pin_pending,
             off: off.iter().filter(|(has, _)| !has).map(|(_, name)| (*name).into()).collect(),
             pace: token.admission.pace(),

@@ -69,7 +69,8 @@ pub(super) struct Token {
     pub(super) alarm: Notify,
     pub(super) watchman: Arc<Crew>,
     pub(super) crew: Arc<Crew>,
-    pub(super) reconnects: AtomicU64,
+    /// How often it came into service: the first time when it was opened.
+    pub(super) resumed: AtomicU64,
     pub(super) admission: Admission,
     pub(super) history: History,
     /// A login on new sessions is not enough to come back.
@@ -103,7 +104,7 @@ impl Token {
             alarm: Notify::new(),
             watchman: Crew::new(),
             crew: Crew::new(),
-            reconnects: AtomicU64::new(0),
+            resumed: AtomicU64::new(0),
             admission: Admission::new(settings.token.lanes, settings.queue, settings.sign_deadline),
             history: History::default(),
             restart: AtomicBool::new(false),
@@ -298,6 +299,8 @@ impl Token {
             let open = self.jobs.is_open();
             if open {
                 (health.usable, health.stuck, health.locked) = (true, false, false);
+                // Before anybody sees that it serves.
+                self.resumed.fetch_add(1, Ordering::Relaxed);
                 self.restart.store(false, Ordering::Release);
             }
             open

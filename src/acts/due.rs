@@ -117,23 +117,36 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         _ => Some(of.since.plus_seconds(overlap)),
     };
     let at = match terms.rotation.window {
-        Some(window) if !of.now && !urgent => at.map(|at| window.next(at)),
+        Some(window) if !of.now && !urgent && !certifies_no_more(of, all, terms) => at.map(|at| window.next(at)),
         _ => at,
     };
     let root_is_coming = root_of(of, all).is_some_and(Generation::is_coming);
     Arrow { passive: before.is_some(), ..arrow(State::Active, at.filter(|_| !root_is_coming), urgent) }
 }
 
-/// When a new root has been in the bundle for long enough. It does not wait until what signs now, or its root, is too old to certify for the
-/// longest lifetime, nor at all where nobody takes them any more: under an outside root the next issuing authority comes with a new root.
+/// What signs until `of` does. Under an outside root the next issuing authority comes with a new root, and with the one before it goes what
+/// was under that one; under a root of ours it comes by itself, and is waited for by nobody.
+fn before<'a>(of: &Generation, all: &'a [Generation]) -> impl Iterator<Item = &'a Generation> + use<'a> {
+    let active = |found: &&Generation| found.state == State::Active;
+    let outside = all.iter().filter(active).any(|found| found.purpose == Purpose::Root && found.is_outside());
+    let (purpose, issuing) = (of.purpose, of.purpose == Purpose::Root && outside);
+    all.iter().filter(active).filter(move |found| found.purpose == purpose || (issuing && found.purpose == Purpose::Issuing))
+}
+
+/// Nobody takes a certificate of what signs until `of` does: nothing is gained by waiting.
+fn certifies_no_more(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> bool {
+    before(of, all).any(|before| !is_in_force(before, terms.now))
+}
+
+/// When a new root has been in the bundle for long enough. It does not wait until what signs before it is too old to certify for the longest
+/// lifetime, nor at all where that certifies no more.
 fn signs_from(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> UnixTime {
-    let signs = |found: &&Generation| matches!(found.purpose, Purpose::Root | Purpose::Issuing) && found.state == State::Active;
-    if all.iter().filter(signs).any(|before| !is_in_force(before, terms.now)) {
+    if certifies_no_more(of, all, terms) {
         return of.since;
     }
     let longest = terms.ttl_seconds_longest.into();
     let (soonest, latest) = (of.since.plus_seconds(PREPUBLISH_SECONDS), of.since.plus_seconds(PREPUBLISH_SECONDS.max(longest)));
-    match all.iter().filter(signs).filter_map(|before| certify::validity(&before.certificate)).map(|(_, end)| end).min() {
+    match before(of, all).filter_map(|before| certify::validity(&before.certificate)).map(|(_, end)| end).min() {
         Some(end) => latest.min(end.minus_seconds(longest)).max(soonest).min(end),
         None => latest,
     }

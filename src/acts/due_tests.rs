@@ -82,12 +82,40 @@ fn a_new_root_does_not_wait_for_an_old_one_that_certifies_no_more() {
     let of_a_day = Terms { rotation: &rotation, ttl_seconds_longest: 86_400, paused: false, now: NOW, freed: Vec::new() };
     let mut all = house();
     all.push(generation(3, Purpose::Root, State::Prepublished));
+    let waits = |all: &[Generation]| next(&all[2], all, &of_a_day).expect("an arrow").at;
     // When the old one ends, and how long the new one waits.
     for (end, wait) in [(30 * 86_400, 86_400), (86_400 + 3_600, 3_600), (3_600, PREPUBLISH_SECONDS), (600, 600), (-1, 0)] {
         for (at, lasts) in [(0, 1), (1, 0)] {
             (all[at].certificate, all[lasts].certificate) = (ends_in(end), ends_in(90 * 86_400));
-            assert_eq!(next(&all[2], &all, &of_a_day).expect("an arrow").at, Some(NOW.plus_seconds(wait)), "{end}");
+            // Under a root of ours the next issuing authority comes with the old one.
+            all[0].key_id = KeyId([1; 16]);
+            let ours = if at == 0 { wait } else { 86_400 };
+            assert_eq!(waits(&all), Some(NOW.plus_seconds(ours)), "{end}");
+            all[0].key_id = crate::ledger::outside_id(&all[0].certificate).expect("a certificate");
+            assert_eq!(waits(&all), Some(NOW.plus_seconds(wait)), "outside, {end}");
         }
+    }
+}
+
+#[test]
+fn what_nobody_can_certify_without_waits_for_no_window() {
+    let text = include_str!("../../scripts/keyward.toml").replace("window = \"\"", "window = \"09:00-10:00\"");
+    let rotation = crate::config::Config::parse(&text).expect("a window").rotation;
+    let mut all = house();
+    (all[0].certificate, all[1].certificate) = (ends_in(90 * 86_400), ends_in(-1));
+    all[0].key_id = crate::ledger::outside_id(&all[0].certificate).expect("a certificate");
+    all[1].issuer = Some(all[0].key_id);
+    all.push(generation(3, Purpose::Root, State::Prepublished));
+    let issuing = generation(4, Purpose::Issuing, State::Prepublished);
+    all.push(Generation { issuer: Some(all[0].key_id), ..issuing });
+    let later = Some(NOW.plus_seconds(3_600));
+    for (end, at) in [(-1, Some(NOW)), (80 * 86_400, later)] {
+        all[1].certificate = ends_in(end);
+        all[2].since = NOW.minus_seconds(PREPUBLISH_SECONDS);
+        assert_eq!(
+            [2, 3].map(|coming| next_of(&all, coming, &rotation).at),
+            [if end < 0 { all[2].since.into() } else { at }, at]
+        );
     }
 }
 

@@ -4,6 +4,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # What is built is looked for there, wherever else cargo was told to put it.
 export CARGO_TARGET_DIR="$PWD/target"
+unset CARGO_BUILD_TARGET
 export CARGO_TERM_COLOR="${CARGO_TERM_COLOR:-never}"
 
 # step NAME COMMAND...: runs it and prints how long it took; ends the script if it fails.

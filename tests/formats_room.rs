@@ -139,7 +139,8 @@ fn keyward_reads_what_others_sign() {
         let public = PublicKey::from_spki(&unhex(text("spki")).unwrap()).unwrap();
         let now = UnixTime::from_seconds(written["now"].as_u64().unwrap());
         let window = Window { now, skew_seconds: 10, lifetime_seconds_max: 300 };
-        let cache = ReplayCache::new(Bounds { all: 10, of_reader: 10, of_signer: 10 }, UnixTime::from_seconds(0));
+        let cache =
+            ReplayCache::new(Bounds { all: 10, of_reader: 10, of_reader_scarce: 10, of_signer: 10 }, UnixTime::from_seconds(0));
         let once = cache.of("tools", "tools/1", "builder/1");
         let key = |profile| VerifyingKey::new(profile, public.clone());
 

@@ -44,7 +44,7 @@ pub use sign::{Content, SignaturesMade};
 pub use verify::{Message, Signer};
 
 /// Messages that `verify` remembers: 25 MiB at most.
-const REPLAYS: Bounds = Bounds { all: 65_536, of_reader: 16_384, of_signer: 8192 };
+const REPLAYS: Bounds = Bounds { all: 65_536, of_reader: 16_384, of_reader_scarce: 1024, of_signer: 8192 };
 /// What a page of keys costs, in signatures, of what an agent may ask for in a second.
 const PAGE_COSTS: usize = 100;
 

@@ -18,7 +18,7 @@ fn window() -> Window {
 }
 
 fn cache() -> ReplayCache {
-    ReplayCache::new(Bounds { all: 100, of_reader: 100, of_signer: 50 }, UnixTime::from_seconds(0))
+    ReplayCache::new(Bounds { all: 100, of_reader: 100, of_reader_scarce: 100, of_signer: 50 }, UnixTime::from_seconds(0))
 }
 
 fn memory(cache: &ReplayCache) -> Memory<'_> {

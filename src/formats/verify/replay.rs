@@ -10,7 +10,7 @@ use crate::model::{Digest, Reason, Refusal, UnixTime};
 ///
 /// Bounded in count, in all, for one reader and for one signer's messages to it, and through [`super::Window`] in time. It never forgets
 /// early: when it is full, or somebody has used up their share, new messages are refused as `OVERLOADED` with the time after which
-/// there is room. It lives in memory: after a restart, messages made before it are refused as `REPLAYED`, because nobody remembers them.
+/// something is forgotten. It lives in memory: after a restart, messages made before it are refused as `REPLAYED`, because nobody remembers them.
 /// (A signer whose clock runs ahead can be replayed once across a restart, for as long as the skew that was allowed it.)
 pub struct ReplayCache {
     since: u64,
@@ -26,8 +26,10 @@ const AUDIENCES_MAX: usize = 1024;
 pub struct Bounds {
     /// In all.
     pub all: usize,
-    /// For one reader: nobody takes the memory of the others.
+    /// For one reader.
     pub of_reader: usize,
+    /// For one reader once a half of all is used: it takes a crowd to take the memory of the others.
+    pub of_reader_scarce: usize,
     /// For one reader by one signer: nobody takes the memory of those they write to, however many keys they have.
     pub of_signer: usize,
 }
@@ -144,7 +146,8 @@ impl Memory<'_> {
             return replayed("the message may have been accepted before; make a new one that expires sooner");
         }
         let has = |who: &Digest| seen.shares.get(who).copied().unwrap_or_default();
-        let Bounds { all, of_reader, of_signer } = cache.bounds;
+        let Bounds { all, of_reader, of_reader_scarce, of_signer } = cache.bounds;
+        let of_reader = if seen.names.len() < all / 2 { of_reader } else { of_reader_scarce };
         if seen.names.len() >= all || has(&reader) >= of_reader || has(&signer) >= of_signer {
             let first = seen.ends.first_key_value().map_or(0, |((end, _), _)| *end);
             let wait = Duration::from_secs(first.saturating_sub(now.seconds()).max(1));
@@ -211,7 +214,7 @@ mod tests {
     }
 
     fn cache(all: usize, of_reader: usize, of_signer: usize, since: u64) -> ReplayCache {
-        ReplayCache::new(Bounds { all, of_reader, of_signer }, at(since))
+        ReplayCache::new(Bounds { all, of_reader, of_reader_scarce: of_reader, of_signer }, at(since))
     }
 
     /// What the reader `tools/1` makes of a message of `s`.
@@ -271,6 +274,18 @@ mod tests {
         assert_eq!(take("tools/1", "t", "l1"), None, "another signer has room");
         assert_eq!(take("tools/1", "u", "m1"), Some(Reason::Overloaded), "the share of a reader");
         assert_eq!(take("tools/2", "s", "k1"), None, "another reader has room");
+    }
+
+    #[test]
+    fn a_few_who_take_all_that_they_may_leave_a_half_to_the_others() {
+        let cache = ReplayCache::new(Bounds { all: 16, of_reader: 4, of_reader_scarce: 1, of_signer: 4 }, at(100));
+        let take = |reader: usize, name: usize| {
+            let (reader, name) = (reader.to_string(), name.to_string());
+            cache.of("tools", &reader, "s").accept("k", &format!("{reader} {name}"), over(100, 3700), at(100)).is_ok()
+        };
+        let taken = |reader: usize| (0..6).filter(|name| take(reader, *name)).count();
+        assert_eq!([taken(0), taken(1), taken(2), taken(3)], [4, 4, 1, 1]);
+        assert!(!take(0, 9) && take(4, 0));
     }
 
     #[test]

@@ -897,6 +897,11 @@ fn session_keys_die_with_the_daemon_and_the_others_come_back() {
     {
         let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
         refused(keys.sign("key-storage-session", digest(b"x")), "KEY_LOST");
+        // Nor is it handed out again as if it were there; another version brings it back.
+        let again = CreateKeyRequest { storage: KeyStorage::Session.into(), ..wish("key-storage-session") };
+        refused(keys.create(again.clone()), "KEY_LOST");
+        keys.rotate("key-storage-session", 1).unwrap();
+        keys.create(again).unwrap();
         for name in ["key-storage-wrapped", "key-storage-resident"] {
             let key = keys.show(name).unwrap();
             let signed = keys.sign(name, digest(b"x")).unwrap();

@@ -12,7 +12,7 @@ use super::super::label::label;
 use super::making::Making;
 use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
 use crate::formats::Jwk;
-use crate::hsm::MadeKey;
+use crate::hsm::{Error, MadeKey};
 
 /// Life of a version where none is wished for: 30 days.
 const TTL_SECONDS_DEFAULT: u32 = 2_592_000;
@@ -92,8 +92,8 @@ impl Acts {
     /// A key of the calling agent's own. The same wish again is answered the same.
     ///
     /// # Errors
-    /// `MALFORMED_REQUEST`, `KEY_EXISTS` (of that name, with other terms), `KEYS_TOO_MANY`, `ALGORITHM_UNSUPPORTED`, `ALGORITHM_REFUSED`;
-    /// as the agent's standing; `HSM_UNAVAILABLE`, `OVERLOADED`, `RATE_LIMITED`, `LEDGER_UNAVAILABLE`, `REQUEST_IN_PROGRESS`.
+    /// `MALFORMED_REQUEST`, `KEY_EXISTS` (of that name, with other terms), `KEYS_TOO_MANY`, `KEY_LOST` (the one that was made lived in a session
+    /// that is gone), `ALGORITHM_UNSUPPORTED`, `ALGORITHM_REFUSED`; as the agent's standing; `HSM_UNAVAILABLE`, `OVERLOADED`, `RATE_LIMITED`, `LEDGER_UNAVAILABLE`, `REQUEST_IN_PROGRESS`.
     pub async fn create_key(&self, source: &Arc<Connection>, wish: KeyWish) -> Result<KeyShown, Refusal> {
         let created = self.create(source, &wish).await;
         self.refused_key_call("CreateKey", source, created).await
@@ -205,7 +205,14 @@ impl Acts {
 
     fn same(&self, found: StoredKey, terms: &KeyTerms) -> Result<KeyShown, Refusal> {
         if found.terms == *terms && found.state != KeyState::Destroyed {
-            return Ok(self.shown(found));
+            // Whoever asks for it again after a restart is not to hear of it at its first signature.
+            let signs = |newest: &&KeyVersion| found.state == KeyState::Active && newest.expires > self.ledger.clock().reckoned();
+            return match found.versions.last().filter(signs) {
+                Some(newest) if newest.storage == KeyStorage::Session && !self.keys.session.has(newest.key_id) => {
+                    Err(key_refusal(Error::KeyLost(newest.key_id)))
+                }
+                _ => Ok(self.shown(found)),
+            };
         }
         Err(Refusal::new(Reason::KeyExists, "a key of this name was made with other terms, or is gone; choose another name"))
     }

@@ -247,7 +247,7 @@ fn is_passing(reason: Reason) -> bool {
 fn key_refusal(error: hsm::Error) -> Refusal {
     match error {
         hsm::Error::KeyLost(_) => {
-            let advice = "this key lived in a session, or in a token, that is gone; make a new one";
+            let advice = "this key lived in a session, or in a token, that is gone; rotate it, or make one under another name";
             Refusal::new(Reason::KeyLost, advice).because(error)
         }
         hsm::Error::Incapable { .. } => {

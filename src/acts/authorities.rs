@@ -241,8 +241,8 @@ async fn recorded(ledger: &Ledger, generation: &Generation) -> Result<Option<Pub
     if generation.purpose != Purpose::TokenSigning {
         return Ok(None);
     }
-    let (ledger, id) = (ledger.clone(), generation.key_id);
-    let found = tokio::task::spawn_blocking(move || ledger.reader().activated_key(&id)).await;
+    let (ledger, id, size) = (ledger.clone(), generation.key_id, ledger.progress().borrow().size);
+    let found = tokio::task::spawn_blocking(move || ledger.reader().activated_key(&id, size)).await;
     found.map_err(Refusal::internal)?.map_err(Refusal::internal)
 }
 

@@ -1,6 +1,6 @@
 //! HSM keys are made in two phases, so that a crash between them leaves nothing that nobody knows of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger, StoreError};
@@ -44,9 +44,10 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
         give_up_intended(ledger, tokens, id, &intent).await?;
         abandoned += 1;
     }
-    for id in being_destroyed(ledger).await? {
+    let left = being_destroyed(ledger).await?;
+    for id in ended(ledger, left).await? {
         // An agent's resident key whose end was recorded: a crash came before the object was gone.
-        // By its label it has to be an agent's: no row makes the daemon destroy an authority's.
+        // By its label it has to be an agent's, too.
         tokens.agents.destroy_agent_key(id, KeyStorage::Resident).await.map_err(hsm_refusal)?;
         ledger.key_object_destroyed(id).await?;
     }
@@ -69,8 +70,12 @@ async fn give_up_intended(ledger: &Ledger, tokens: &Tokens, id: KeyId, intent: &
 
 /// Of keys that rows call intended those that were, and never entered: what there is of them may be destroyed. The others are told.
 pub(super) async fn open_intents(ledger: &Ledger, keys: Vec<KeyId>) -> Result<BTreeMap<KeyId, proto::KeyIntended>, Refusal> {
+    if keys.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    let (size, _) = ledger.edge().await?;
     let (reader, sought) = (ledger.clone(), keys.clone());
-    let found = tokio::task::spawn_blocking(move || reader.reader().open_key_intents(&sought)).await;
+    let found = tokio::task::spawn_blocking(move || reader.reader().open_key_intents(&sought, size)).await;
     let found = found.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
     for odd in keys.into_iter().filter(|key| !found.contains_key(key)) {
         let _told = ledger.unread(not_intended(odd));
@@ -82,7 +87,22 @@ fn not_intended(key: KeyId) -> StoreError {
     StoreError::NotAsRecorded(format!("key {key} is not one in the making, as its row says"))
 }
 
-/// Agents' resident keys that have ended, and whose objects may be there yet.
+/// Of keys that rows call ended those that have: their objects may be destroyed. The others are told.
+pub(super) async fn ended(ledger: &Ledger, keys: Vec<KeyId>) -> Result<BTreeSet<KeyId>, Refusal> {
+    if keys.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let (size, _) = ledger.edge().await?;
+    let (reader, sought) = (ledger.clone(), keys.clone());
+    let found = tokio::task::spawn_blocking(move || reader.reader().ended_keys(&sought, size)).await;
+    let found = found.map_err(Refusal::internal)?.map_err(Refusal::internal)?;
+    for odd in keys.into_iter().filter(|key| !found.contains(key)) {
+        let _told = ledger.unread(StoreError::NotAsRecorded(format!("key {odd} has not ended, as its row says")));
+    }
+    Ok(found)
+}
+
+/// Agents' resident keys that have ended by their rows, and whose objects may be there yet.
 pub(super) async fn being_destroyed(ledger: &Ledger) -> Result<Vec<KeyId>, Refusal> {
     let ledger = ledger.clone();
     let read = tokio::task::spawn_blocking(move || ledger.reader().keys_being_destroyed()).await;

@@ -1,14 +1,16 @@
 //! Who can write to the ledger's file, but has neither a token's PIN nor a key, gains no key by it.
 
 use keyward::proto::{
-    AgentKeyVersion, CreateKeyRequest, KeyPurpose, KeyStorage, VerifyRequest, entry::Body, get_jwks_request, verify_request,
+    AgentKeyVersion, CreateKeyRequest, KeyPurpose, KeyStorage, Purpose, VerifyRequest, entry::Body, get_jwks_request,
+    verify_request,
 };
 use prost::Message as _;
 use rusqlite::{Connection, params};
+use std::time::{Duration, Instant};
 
-use crate::house::House;
 use crate::house::keys::{digest, wish};
 use crate::house::wire::{Identity, refused};
+use crate::house::{DEADLINE, House};
 use crate::rotate::{become_states, generations, later, nothing_is_left_over, rotate, states};
 
 /// A key's row, as the file has it.
@@ -237,22 +239,49 @@ fn no_row_makes_a_start_destroy_a_key() {
         keys.create(CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("resident") }).unwrap();
         keys.create(wish("other")).unwrap();
     }
-    assert_eq!(house.stop(), 0);
-    let made = file(&house).execute("UPDATE hsm_key SET state = 'intended' WHERE state = 'active'", []).unwrap();
-    assert!(made >= 7, "the authorities', the canaries', an agent's: {made}");
-    house.serve();
+    // Those of the authorities, the canaries, an agent; in the second state no daemon finds its authorities' and canaries'.
+    let agents = [Purpose::Agent, Purpose::Wrapping].map(|purpose| purpose as i32);
+    for (state, told, agents_alone) in [("intended", "is not one in the making", false), ("destroying", "has not ended", true)] {
+        assert_eq!(house.stop(), 0);
+        let change = "UPDATE hsm_key SET state = ?1 WHERE state = 'active' AND (NOT ?2 OR purpose IN (?3, ?4))";
+        let made = file(&house).execute(change, params![state, agents_alone, agents[0], agents[1]]).unwrap();
+        assert!(made >= if agents_alone { 2 } else { 7 }, "{made}");
+        // More than an agent may have.
+        let made_up = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20) INSERT INTO hsm_key \
+                       (id, purpose, algorithm, token, state) SELECT CAST('made up ' || (1000000 + i) || '0' AS BLOB), 7, 1, 2, ?1 FROM n";
+        let made = made + file(&house).execute(made_up, [state]).unwrap();
+        house.serve();
+        {
+            let agent = house.agent("builder/1");
+            agent.renew().ok();
+            let mut keys = house.keys(&Identity::of(&agent));
+            keys.sign("resident", digest(b"x")).unwrap();
+            keys.sign("other", digest(b"x")).unwrap();
+            assert_eq!(house.log().matches(told).count(), made, "{state}: each is told");
+            // Odd rows keep nobody from making one.
+            keys.create(CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish(state) }).unwrap();
+        }
+        assert_eq!(house.stop(), 0);
+        file(&house).execute("DELETE FROM hsm_key WHERE CAST(id AS TEXT) LIKE 'made up %'", []).unwrap();
+        file(&house).execute("UPDATE hsm_key SET state = 'active' WHERE state = ?1", [state]).unwrap();
+        house.serve();
+    }
+    // A row that lies under the running daemon is not believed by its round, either.
+    let of_resident = "UPDATE hsm_key SET state = ?1 WHERE state = ?2 AND purpose = 7";
+    let (there, told) = (file(&house).execute(of_resident, ["destroying", "active"]).unwrap(), house.log().len());
+    let until = Instant::now() + DEADLINE;
+    while house.log()[told..].matches("has not ended").count() < there {
+        assert!(Instant::now() < until, "the round does not tell of it");
+        std::thread::sleep(Duration::from_millis(50));
+    }
     {
-        let agent = house.agent("builder/1");
-        agent.renew().ok();
-        let mut keys = house.keys(&Identity::of(&agent));
+        let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
         keys.sign("resident", digest(b"x")).unwrap();
-        keys.sign("other", digest(b"x")).unwrap();
-        let told = house.log().matches("a key's row was changed by somebody else").count();
-        assert_eq!(told, made, "each is told");
-        assert!(house.log().contains("is not one in the making"));
+        // One that did end is destroyed, as it is said by an entry.
+        keys.destroy("", "destroying").unwrap();
     }
     assert_eq!(house.stop(), 0);
-    file(&house).execute("UPDATE hsm_key SET state = 'active' WHERE state = 'intended'", []).unwrap();
+    file(&house).execute(of_resident, ["active", "destroying"]).unwrap();
     house.serve();
     nothing_is_left_over(&house);
     let entries = house.stopped_entries();

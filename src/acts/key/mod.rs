@@ -38,6 +38,7 @@ use session::SessionKeys;
 
 pub use create::KeyWish;
 pub use list::{JwksOf, KeyShown};
+use over::LookedUp;
 pub use over::Round;
 pub use rewrap::Rewrap;
 pub use sign::{Content, SignaturesMade};
@@ -84,6 +85,8 @@ pub struct AgentKeys {
     seen: ReplayCache,
     places: Places,
     session: SessionKeys,
+    intended: LookedUp,
+    ended: LookedUp,
     rewrapping: Rewrapping,
     per_agent_max: usize,
     session_max: usize,
@@ -103,6 +106,8 @@ impl AgentKeys {
             seen: ReplayCache::new(REPLAYS, clock.reckoned()),
             places: Places::new(),
             session: SessionKeys::default(),
+            intended: LookedUp::default(),
+            ended: LookedUp::default(),
             rewrapping: Rewrapping::default(),
             per_agent_max: limits.keys_per_agent,
             session_max: limits.session_keys_per_agent,

@@ -1,14 +1,14 @@
 //! What is over leaves nothing behind but its entries: objects in the token that nothing signs with any more, or ever did, and the rows of
 //! epochs that are past. A little at a time, round and round.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::ledger::{KeyOf, Reader, ResidentKey, in_time};
 use crate::model::{AgentId, KeyId, Refusal, UnixTime};
 use crate::proto::{KeyOver, KeyState, KeyStorage};
 
-use super::super::keys::{abandon, open_intents};
+use super::super::keys::{abandon, ended, open_intents};
 use super::{Acts, KeyToken};
 
 /// Resident keys that are looked at in one go.
@@ -25,8 +25,31 @@ const GRACE_SECONDS: u64 = 3600;
 pub struct Round {
     resident: Option<KeyId>,
     epoch: Option<(AgentId, u32)>,
-    /// Keys left in the making, and whether the entries say so, which is looked up once for each.
-    left: BTreeMap<KeyId, bool>,
+}
+
+/// Resident keys of which rows say something, and whether the entries say so, too, which is looked up once for each.
+#[derive(Debug, Default)]
+pub(super) struct LookedUp(Mutex<BTreeMap<KeyId, bool>>);
+
+impl LookedUp {
+    /// Those of the keys in `rows` of which the entries say so, too. `look_up` is asked for those that are new.
+    async fn so(
+        &self,
+        mut rows: Vec<KeyId>,
+        look_up: impl AsyncFnOnce(Vec<KeyId>) -> Result<BTreeSet<KeyId>, Refusal>,
+    ) -> Result<Vec<KeyId>, Refusal> {
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = BTreeSet::from_iter(rows.iter().copied());
+        known().retain(|id, _| all.contains(id));
+        let new: Vec<_> = rows.iter().filter(|id| !known().contains_key(id)).copied().collect();
+        if !new.is_empty() {
+            let so = look_up(new.clone()).await?;
+            known().extend(new.into_iter().map(|id| (id, so.contains(&id))));
+        }
+        let known = known();
+        rows.retain(|id| known.get(id).is_some_and(|so| *so));
+        Ok(rows)
+    }
 }
 
 impl Acts {
@@ -56,33 +79,23 @@ impl Acts {
                 tracing::debug!(?refusal, "a resident key that is over stays for a while");
             }
         }
-        // What could not be destroyed when it ended.
-        self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
         // A token that is away gives nothing up.
-        if token.hsm.check_usable().is_ok() {
-            self.give_up_what_is_left(round, &token).await?;
+        if token.hsm.check_usable().is_err() {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    async fn give_up_what_is_left(&self, round: &mut Round, token: &KeyToken) -> Result<(), Refusal> {
-        let left = self.left_in_the_making().await?;
-        round.left.retain(|id, _| left.contains(id));
-        let new: Vec<_> = left.into_iter().filter(|id| !round.left.contains_key(id)).collect();
-        if !new.is_empty() {
-            let intended = open_intents(&self.ledger, new.clone()).await?;
-            round.left.extend(new.into_iter().map(|id| (id, intended.contains_key(&id))));
-        }
-        for (id, _) in round.left.iter().filter(|(_, intended)| **intended) {
-            if let Err(refusal) = self.give_up_left(token, *id).await {
+        // What could not be destroyed when it ended.
+        let left = self.keys.ended.so(left, async |new| ended(&self.ledger, new).await).await?;
+        self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
+        for id in self.left_in_the_making().await? {
+            if let Err(refusal) = self.give_up_left(&token, id).await {
                 tracing::debug!(key = %id, ?refusal, "a key that was never used stays for a while");
             }
         }
         Ok(())
     }
 
-    /// Resident keys that were intended, and that nobody makes: the token went away before they could be given up, or the ledger did not
-    /// answer in time.
+    /// Resident keys that were intended, by the entries as well, and that nobody makes: the token went away before they could be given up, or
+    /// the ledger did not answer in time.
     pub(super) async fn left_in_the_making(&self) -> Result<Vec<KeyId>, Refusal> {
         let intended = || self.read(Reader::keys_intended);
         let mut left = intended().await?;
@@ -97,7 +110,8 @@ impl Acts {
         self.ledger.edge().await?;
         let still = intended().await?;
         left.retain(|id| still.contains(id));
-        Ok(left)
+        let look_up = async |new| open_intents(&self.ledger, new).await.map(|intents| intents.into_keys().collect());
+        self.keys.intended.so(left, look_up).await
     }
 
     /// A crash after the object is gone leaves the intent: there is nothing to destroy the next time.

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 
 use crate::model::{AgentId, KeyId, KeyName, Refusal, UnixTime};
 use crate::proto::{self, KeyOver, KeyState, KeyStorage, Purpose, entry::Body};
@@ -54,6 +54,15 @@ pub(in crate::ledger) fn given_up(transaction: &Connection, id: &[u8]) -> Result
     delete.execute(params![id, Purpose::Agent as i32]).map(drop)
 }
 
+fn damaged() -> StoreError {
+    StoreError::Damaged("a row of resident_key".to_owned())
+}
+
+fn key_of(agent: &str, epoch: u32, name: &str) -> Result<KeyOf, StoreError> {
+    let agent = AgentId::parse(agent).map_err(|_| damaged())?;
+    Ok(KeyOf { agent, epoch, name: KeyName::parse(name).map_err(|_| damaged())? })
+}
+
 impl Reader {
     /// How many objects an agent's keys of all epochs have in the token, and those of all agents.
     ///
@@ -76,6 +85,17 @@ impl Reader {
         Ok(connection.prepare_cached("SELECT 1 FROM resident_key WHERE key_id = ?1")?.exists([id.0])?)
     }
 
+    /// Whose object a key in the token is, or was until it ended, as a row has it.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the row breaks a rule.
+    pub fn owner_of_object(&self, id: KeyId) -> Result<Option<KeyOf>, StoreError> {
+        let connection = self.locked();
+        let mut select = connection.prepare_cached("SELECT agent, epoch, name FROM resident_key WHERE key_id = ?1")?;
+        let found = select.query_row([id.0], |row| Ok((row.get::<_, String>(0)?, row.get(1)?, row.get::<_, String>(2)?)));
+        found.optional()?.map(|(agent, epoch, name)| key_of(&agent, epoch, &name)).transpose()
+    }
+
     /// At most `limit` keys that are objects in the token and stay there, by id, after `after`.
     ///
     /// # Errors
@@ -87,17 +107,12 @@ impl Reader {
              AND NOT EXISTS (SELECT 1 FROM hsm_key WHERE id = key_id AND state = 'destroying') ORDER BY key_id LIMIT ?2",
         )?;
         let mut rows = select.query(params![after.map_or_else(Vec::new, |id| id.0.to_vec()), limit])?;
-        let damaged = || StoreError::Damaged("a row of resident_key".to_owned());
         let mut keys = Vec::new();
         while let Some(row) = rows.next()? {
             let (id, agent, name): (Vec<u8>, String, String) = (row.get(0)?, row.get(1)?, row.get(3)?);
             keys.push(ResidentKey {
                 id: KeyId::from_slice(&id).ok_or_else(damaged)?,
-                of: KeyOf {
-                    agent: AgentId::parse(&agent).map_err(|_| damaged())?,
-                    epoch: row.get(2)?,
-                    name: KeyName::parse(&name).map_err(|_| damaged())?,
-                },
+                of: key_of(&agent, row.get(2)?, &name)?,
                 expires: UnixTime::from_seconds(row.get::<_, i64>(4)?.cast_unsigned()),
             });
         }

@@ -40,7 +40,7 @@ pub(super) enum Verb {
         #[arg(long)]
         counted: bool,
         /// Signatures it may make [default: no end].
-        #[arg(long, value_name = "COUNT")]
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
         signatures_max: Option<u64>,
         /// Life of each of its versions [default: 30d].
         #[arg(long, value_parser = duration::seconds, value_name = "DURATION")]

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::key_show::{Ended, KeyShown, Signed, Verified, keys_table, public_key_pem};
-use super::{Failure, Global, Output, duration};
-use crate::client::key::Keys;
-use crate::model::{AgentId, KeyName, unhex};
+use super::{EXIT_REFUSED, Failure, Global, Output, duration};
+use crate::client::{self, key::Keys};
+use crate::model::{AgentId, KeyName, Reason, unhex};
 use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyStorage, content, verify_request};
 
 /// Largest payload that is read, in bytes: what the daemon takes, and one more to be refused.
@@ -354,7 +354,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
                 signatures_max: signatures_max.unwrap_or(0),
                 ttl_seconds: ttl.unwrap_or(0),
             };
-            let answer = keys.service.create_key(request).await.map_err(|status| keys.failed(&status))?.into_inner();
+            let answer = keys.service.create_key(request).await.map_err(|status| not_made(keys.failed(&status)))?.into_inner();
             show(answer.key, output)
         }
         Verb::Sign { name, own, content } => {
@@ -476,6 +476,13 @@ async fn confirm(end: &End, question: &str, global: &Global, output: &mut Output
     } else {
         Err(Failure::usage("nothing was done; add --yes to do it without being asked"))
     }
+}
+
+/// An algorithm that the purpose does not take has the reason of one that does not verify; here nothing was verified.
+fn not_made(error: client::Error) -> Failure {
+    let is_of_the_wish = error.refused().is_some_and(|refused| refused.reason == Reason::AlgorithmRefused);
+    let failure = Failure::from(error);
+    if is_of_the_wish { failure.with_code(EXIT_REFUSED) } else { failure }
 }
 
 fn unanswered() -> Failure {

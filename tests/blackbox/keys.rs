@@ -975,6 +975,8 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         let own = |verb: &str, more: &[&str]| house.keyward(&[&["key", verb, "--dir", dir][..], more].concat());
         let wrong = own("create", &["tokens", "--purpose", "jws", "--signatures-max", "0"]).exits(2);
         wrong.says("--signatures-max");
+        let wrong = own("create", &["web", "--purpose", "http-message-signature", "--algorithm", "ps256"]).exits(3);
+        wrong.says("ALGORITHM_REFUSED");
         let stored = if lives(KeyStorage::Wrapped) == KeyStorage::Wrapped { "wrapped" } else { "resident" };
         let made = own("create", &["tokens", "--purpose", "jws", "--ttl", "1h", "--format", "json"]).ok().json();
         assert_eq!((made["storage"].as_str(), made["state"].as_str()), (Some(stored), Some("active")));

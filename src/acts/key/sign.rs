@@ -7,7 +7,7 @@ use crate::authn::{AgentConnection, Connection};
 use crate::formats::http_signature::{Component, Parameters};
 use crate::formats::jws::Header;
 use crate::formats::tls::Role;
-use crate::formats::{self, Signed, SigningInput};
+use crate::formats::{self, Profile, Signed, SigningInput};
 use crate::hsm::SignError;
 use crate::ledger::{AgentKey, Intent, KeyVersion, in_time};
 use crate::model::{Digest, KeyId, Reason, Refusal, UnixTime};
@@ -65,6 +65,18 @@ pub enum Content {
         /// Of the handshake so far.
         transcript_hash: Vec<u8>,
     },
+}
+
+impl Content {
+    fn profile(&self) -> Profile {
+        match self {
+            Self::Digest(_) => Profile::RawDigest,
+            Self::Jws { .. } => Profile::Jws,
+            Self::HttpMessage { .. } => Profile::HttpMessageSignature,
+            Self::Dpop { .. } => Profile::Dpop,
+            Self::Tls { .. } => Profile::Tls,
+        }
+    }
 }
 
 /// What was signed.
@@ -203,6 +215,8 @@ fn denied_meanwhile(refusal: Refusal) -> Refusal {
 /// The exact bytes of one content, if it is what the key is for.
 fn prepare(key: &AgentKey, version: &KeyVersion, content: &Content, now: UnixTime) -> Result<SigningInput, Refusal> {
     let (algorithm, kid) = (version.public.algorithm(), &*version.kid);
+    // Before what else is wrong with it: whoever mended that would hear this next.
+    is_for(key, content.profile())?;
     let input = match content {
         Content::Digest(digest) => formats::raw_digest::prepare(algorithm, digest),
         Content::Jws { payload, typ, header, detached } => {
@@ -223,12 +237,15 @@ fn prepare(key: &AgentKey, version: &KeyVersion, content: &Content, now: UnixTim
             formats::tls::prepare(algorithm, role, transcript_hash)
         }
     }?;
-    if profile_of(key.terms().purpose) != Some(input.profile()) {
-        let purpose = key_purpose_name(key.terms().purpose);
-        return Err(Refusal::new(
-            Reason::ProfileMismatch,
-            format!("this key is for {purpose} and signs nothing else; make another"),
-        ));
-    }
+    // Of the bytes themselves, whatever they were made from.
+    is_for(key, input.profile())?;
     Ok(input)
+}
+
+fn is_for(key: &AgentKey, profile: Profile) -> Result<(), Refusal> {
+    if profile_of(key.terms().purpose) == Some(profile) {
+        return Ok(());
+    }
+    let purpose = key_purpose_name(key.terms().purpose);
+    Err(Refusal::new(Reason::ProfileMismatch, format!("this key is for {purpose} and signs nothing else; make another")))
 }

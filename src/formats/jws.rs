@@ -75,7 +75,7 @@ pub fn prepare(
     detached: bool,
 ) -> Result<SigningInput, Refusal> {
     if payload.len() > PAYLOAD_BYTES_MAX {
-        return Err(too_large(format!("sign a payload of at most {PAYLOAD_BYTES_MAX} bytes, or its digest")));
+        return Err(too_large(format!("sign a payload of at most {PAYLOAD_BYTES_MAX} bytes")));
     }
     let mut members = extra_members(header.extra)?;
     if let Some(typ) = header.typ {

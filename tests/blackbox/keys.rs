@@ -694,6 +694,11 @@ fn a_received_message_is_refused_for_what_is_wrong_with_it() {
     let at = forged.len() - 10;
     forged[at] = if forged[at] == b'A' { b'B' } else { b'A' };
     refused(reader.verify(check(String::from_utf8(forged).unwrap())), "SIGNATURE_INVALID");
+    let detached = content::Jws { payload: b"{}".to_vec(), detached: true, ..Default::default() };
+    let signed = keys.sign("a", Content { content: Some(content::Content::Jws(detached)) }).unwrap();
+    let Some(Form::Jws(detached)) = signed.signature.and_then(|signature| signature.form) else { panic!("a JWS") };
+    let told = refused(reader.verify(received(detached)), "SIGNATURE_INVALID");
+    assert!(told.message.contains("send it as well"), "its payload is missing: {told:?}");
     let unsigned = {
         use base64::Engine as _;
         let encode = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);

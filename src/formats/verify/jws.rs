@@ -87,7 +87,13 @@ impl Received {
     /// `PROFILE_MISMATCH`, `KID_UNKNOWN`, `ALGORITHM_REFUSED`, `SIGNATURE_INVALID`; for the claims `MALFORMED_REQUEST`,
     /// `AUDIENCE_MISMATCH`, `MESSAGE_EXPIRED`, `OUTSIDE_TIME_WINDOW`, `REPLAYED`, `OVERLOADED`.
     pub fn check(self, key: &VerifyingKey, expected: Option<&Expected<'_>>) -> Result<Verified, Refusal> {
-        key.check(Profile::Jws, &self.signed)?;
+        key.check(Profile::Jws, &self.signed).map_err(|refusal| match refusal.reason {
+            Reason::SignatureInvalid if self.payload.is_empty() => {
+                let advice = "the signature does not fit an empty payload; where the payload is detached, send it as well";
+                Refusal::new(Reason::SignatureInvalid, advice)
+            }
+            _ => refusal,
+        })?;
         let claims = expected.map(|expected| expected.check(&self.signed.kid, &self.payload)).transpose()?;
         Ok(Verified { kid: self.signed.kid, typ: self.typ, payload: self.payload, claims })
     }

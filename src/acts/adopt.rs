@@ -13,6 +13,10 @@ use super::files;
 use super::outside::check_outside;
 use super::rotate::{Wish, step};
 
+fn is_above(root: &Generation) -> bool {
+    root.state == State::Active && root.is_outside()
+}
+
 impl Acts {
     /// What the outside root is to sign: the key it is of, PKCS#10 in DER. None while nothing is asked of it.
     #[must_use]
@@ -24,7 +28,7 @@ impl Acts {
     /// The issuing authority whose certificate an outside root has yet to sign.
     pub(super) fn awaiting_the_root(&self) -> Option<Generation> {
         let (all, _) = self.ledger.generations();
-        let outside = all.iter().any(|root| root.state == State::Active && root.is_outside());
+        let outside = all.iter().any(is_above);
         let planned = |found: &Generation| found.purpose == Purpose::Issuing && found.state == State::Planned && !found.tainted;
         all.into_iter().find(|found| outside && planned(found))
     }
@@ -59,10 +63,16 @@ impl Acts {
     pub async fn adopt(&self, operator: &Operator, issuing: Vec<u8>, root: Vec<u8>, reason: &str) -> Result<KeyId, Refusal> {
         let _one = self.rotating.lock().await;
         let now = self.trusted_now()?;
-        let nothing = || Refusal::new(Reason::NotFound, "no certificate is waited for; begin with `keyward ca rotate issuing`");
+        let (all, _) = self.ledger.generations();
+        let nothing = || {
+            let advice = match all.iter().any(is_above) {
+                true => "no certificate is waited for; begin with `keyward ca rotate issuing`",
+                false => "the root is inside the HSM and signs there: nothing is to be adopted",
+            };
+            Refusal::new(Reason::NotFound, advice)
+        };
         let planned = self.awaiting_the_root().ok_or_else(nothing)?;
         let key = self.key_to_come(&planned).await?.ok_or_else(nothing)?;
-        let (all, _) = self.ledger.generations();
         let known = |certificate: &[u8]| {
             all.iter().find(|found| found.purpose == Purpose::Root && found.is_trusted() && found.certificate == certificate)
         };

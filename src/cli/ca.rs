@@ -1,6 +1,6 @@
 //! `keyward ca`: the authorities of the trust domain and their rotation.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum};
 
@@ -10,6 +10,7 @@ use super::quarantine::reason;
 use super::render::pairs;
 use super::{EXIT_NOT_FOUND, Failure, Global, Output};
 use crate::client::store::certificates_pem;
+use crate::daemon::certificate;
 use crate::model::{hex, unhex};
 use crate::proto;
 
@@ -168,9 +169,10 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
             told(answer.authority, output)
         }
         Verb::Adopt { issuing_certificate, root_certificate, reason } => {
-            let root_certificate = root_certificate.as_deref().map(certificate).transpose()?.unwrap_or_default();
-            let request =
-                proto::AdoptRequest { issuing_certificate: certificate(&issuing_certificate)?, root_certificate, reason };
+            let root_certificate =
+                root_certificate.as_deref().map(certificate).transpose().map_err(Failure::error)?.unwrap_or_default();
+            let issuing_certificate = certificate(&issuing_certificate).map_err(Failure::error)?;
+            let request = proto::AdoptRequest { issuing_certificate, root_certificate, reason };
             let answer = daemon.service.adopt(request).await.map_err(|status| daemon.failed(&status))?.into_inner();
             told(answer.authority, output)
         }
@@ -273,14 +275,4 @@ fn entry(ledger_index: u64, done: &str, output: &mut Output) -> Result<(), Failu
 fn csr_pem(der: &[u8]) -> String {
     let lf = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
     pem::encode_config(&pem::Pem::new("CERTIFICATE REQUEST", der), lf)
-}
-
-fn certificate(path: &Path) -> Result<Vec<u8>, Failure> {
-    let failed = |error: &dyn std::fmt::Display| Failure::error(format!("{}: {error}", path.display()));
-    let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
-    let parsed = pem::parse(text).map_err(|error| failed(&error))?;
-    if parsed.tag() != "CERTIFICATE" {
-        return Err(failed(&format!("no certificate but {}", parsed.tag())));
-    }
-    Ok(parsed.into_contents())
 }

@@ -1,6 +1,6 @@
 //! `keyward init`: the ledger's first entry, keys, authorities.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::acts::{self, Initialised, Root, Tokens};
@@ -80,11 +80,12 @@ fn told(refusal: crate::model::Refusal) -> String {
     text
 }
 
-fn certificate(path: &PathBuf) -> Result<Vec<u8>, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let parsed = pem::parse(text).map_err(|error| format!("{}: {error}", path.display()))?;
-    if parsed.tag() != "CERTIFICATE" {
-        return Err(format!("{}: no certificate but {}", path.display(), parsed.tag()));
-    }
-    Ok(parsed.into_contents())
+/// A certificate in PEM.
+///
+/// # Errors
+/// That it is none, or cannot be read.
+pub fn certificate(path: &Path) -> Result<Vec<u8>, String> {
+    let read = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let parsed = pem::parse(read).ok().filter(|parsed| parsed.tag() == "CERTIFICATE");
+    Ok(parsed.ok_or_else(|| format!("{} is no PEM certificate", path.display()))?.into_contents())
 }

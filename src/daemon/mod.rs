@@ -21,7 +21,7 @@ use crate::api;
 use crate::config::{Config, Log, LogFormat};
 use crate::hsm::Modules;
 
-pub use init::{InitAsk, initialise};
+pub use init::{InitAsk, certificate, initialise};
 
 /// The ledger cannot be written (EX_IOERR).
 pub const EXIT_LEDGER: u8 = 74;

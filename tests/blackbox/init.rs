@@ -141,7 +141,7 @@ fn outside_certificates_that_do_not_fit_are_refused_and_the_right_ones_are_still
     other.openssl("req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout x.key -out x.csr -subj /CN=x");
     let foreign = other.0.join("x.csr").display().to_string();
     init(&root.certificate(), &root.sign(&foreign, FITS)).exits(1).says("not for the key");
-    init(&root.certificate(), &csr).exits(1).says("no certificate");
+    init(&root.certificate(), &csr).exits(1).says("is no PEM certificate");
     init(&root.certificate(), &root.sign(&csr, FITS)).ok();
     house.serve();
     house.attested("builder/1");

@@ -459,6 +459,8 @@ fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
     let mut house = House::new().configured("rotation", "destroy_days = 0").with_preload().initialised();
     house.serve();
     house.attested("builder/1");
+    let issuing = house.state().join("issuing.pem").display().to_string();
+    house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).exits(4).says("the root is inside the HSM");
     let tainted = generations(&house, "issuing")[0].0.clone();
     house.keyward(&["ca", "pause", "--reason", "even then"]).ok();
     house.keyward(&["ca", "taint", "ffffffff", "--reason", "a test", "--yes"]).exits(4);
@@ -850,9 +852,14 @@ fn under_an_outside_root_the_next_issuing_authority_waits_for_its_certificate() 
     let adopt = |issuing: &str| house.keyward(&["ca", "adopt", "--issuing-certificate", issuing]);
     adopt(&root.sign(&csr, &FITS.replace("pathlen:0", "pathlen:1"))).refused("CERTIFICATE_UNFIT");
     adopt(&OutsideRoot::new(&house, "stranger").sign(&csr, FITS)).refused("CERTIFICATE_UNFIT");
+    let text = house.path("claims.json");
+    std::fs::write(&text, "{}").unwrap();
+    for none in [&csr, text.to_str().unwrap()] {
+        adopt(none).exits(1).says("is no PEM certificate");
+    }
     adopt(&root.sign(&csr, FITS)).ok();
     assert_eq!(states(&house, "issuing"), ["active", "retiring"]);
-    adopt(&root.sign(&csr, FITS)).exits(4);
+    adopt(&root.sign(&csr, FITS)).exits(4).says("ca rotate issuing");
     house.agent("builder/1").renew().ok();
     nothing_is_left_over(&house);
     house.restart();

@@ -134,10 +134,32 @@ async fn list(daemon: &mut Daemon, mut from: u64, limit: u64, output: &mut Outpu
     Ok(())
 }
 
-/// One line of the list. The widths are fixed, for what comes later is not known yet; the last one at a terminal alone: a program reads
-/// every cell whole.
+/// One line of the list.
 fn line(cells: [&str; 4]) -> String {
-    let detail = if io::stdout().is_terminal() { 100 - 8 - 20 - 19 - 6 } else { cells[3].chars().count() };
-    let cells = cells.iter().zip([8, 20, 19, detail]).map(|(cell, width)| pad(cell, width));
+    laid_out(cells, io::stdout().is_terminal())
+}
+
+/// The widths are fixed, for what comes later is not known yet. At a terminal the last cell is cut to it, and no other ever.
+fn laid_out(cells: [&str; 4], at_terminal: bool) -> String {
+    let detail = if at_terminal { 100 - 8 - 20 - 22 - 6 } else { usize::MAX };
+    let cells = cells.iter().zip([(8, usize::MAX), (20, usize::MAX), (22, usize::MAX), (0, detail)]);
+    let cells = cells.map(|(cell, (least, most))| pad(cell, cell.chars().count().clamp(least, most)));
     format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn at_a_terminal_the_detail_alone_is_cut() {
+        let (kind, detail) = ("agent_key_object_ended", "x".repeat(200));
+        let cells = ["123456789", "2027-01-15T08:00:00Z", kind, &detail];
+        assert!(laid_out(cells, false).ends_with(&format!("  {kind}  {detail}\n")));
+        let cut = laid_out(cells, true);
+        assert!(
+            cut.starts_with("123456789  2027-01-15T08:00:00Z  agent_key_object_ended  xxx") && cut.ends_with("x…\n"),
+            "{cut}"
+        );
+    }
 }

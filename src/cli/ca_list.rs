@@ -90,12 +90,15 @@ impl Rotation {
             Some(end) if *end <= self.now => format!("ENDED {end}: nothing under it is believed"),
             Some(end) => format!("until {end}"),
         };
-        let rotation = match (&self.pause, self.awaits_certificate) {
-            (Some(pause), _) => format!("PAUSED {}: nothing moves but what is tainted", pause.who()),
-            (None, true) => "WAITS FOR THE OUTSIDE ROOT: sign `keyward ca show --csr`, then `keyward ca adopt`".into(),
-            (None, false) => "by itself; `keyward ca list` says when".into(),
-        };
-        vec![("root", until(&self.root_not_after)), ("issuing", until(&self.issuing_not_after)), ("rotation", rotation)]
+        let paused = self.pause.as_ref().map(|pause| format!("PAUSED {}: nothing moves but what is tainted", pause.who()));
+        let waits = "WAITS FOR THE OUTSIDE ROOT: sign `keyward ca show --csr`, then `keyward ca adopt`";
+        let waits = self.awaits_certificate.then(|| waits.to_owned());
+        let mut lines = vec![("root", until(&self.root_not_after)), ("issuing", until(&self.issuing_not_after))];
+        if paused.is_none() && waits.is_none() {
+            lines.push(("rotation", "by itself; `keyward ca list` says when".into()));
+        }
+        lines.extend(paused.into_iter().chain(waits).map(|told| ("rotation", told)));
+        lines
     }
 }
 
@@ -262,7 +265,7 @@ mod tests {
         };
         let by = proto::Operator { uid: 1000, reason: "change freeze".into() };
         let text = paused(Some(proto::RotationPause { by: Some(by), since_unix_seconds: 1_800_000_000 }));
-        let words = ["PAUSED", "2027-01-15T08:00:00Z", "uid 1000", "\"change freeze\"", "`keyward ca resume`"];
+        let words = ["WAITS FOR", "PAUSED", "2027-01-15T08:00:00Z", "uid 1000", "\"change freeze\"", "`keyward ca resume`"];
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
         assert!(paused(Some(proto::RotationPause::default())).contains("by an operator"), "a ledger of before says no more");
         assert!(paused(None).contains("in the configuration"));

@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use super::key_show::{Ended, KeyShown, Signed, Verified, keys_table, public_key_pem};
 use super::{EXIT_REFUSED, Failure, Global, Output, duration};
@@ -123,16 +123,19 @@ pub(super) enum Verb {
         end: End,
     },
     /// Print the keys by which an agent's signatures, or those of a class, verify (JWKS, RFC 7517): as an agent, or as an operator.
-    #[command(after_help = "Examples:\n  keyward key jwks --class coder\n  keyward key jwks --dir /run/coder --of coder/8")]
+    #[command(
+        after_help = "Examples:\n  keyward key jwks --class coder\n  keyward key jwks --dir /run/coder --of coder/8",
+        group = ArgGroup::new("signers").required(true)
+    )]
     Jwks {
         /// Directory of the credentials of the agent that asks [default: an operator asks, over the daemon's socket].
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
         /// Whose.
-        #[arg(long, value_parser = AgentId::parse, value_name = "AGENT", required_unless_present = "class")]
+        #[arg(long, value_parser = AgentId::parse, value_name = "AGENT", group = "signers")]
         of: Option<AgentId>,
         /// Of all agents of this class.
-        #[arg(long, value_name = "CLASS", conflicts_with = "of")]
+        #[arg(long, value_name = "CLASS", group = "signers")]
         class: Option<String>,
     },
 }
@@ -147,12 +150,13 @@ pub(super) struct Own {
 
 /// An agent by its directory, or any agent by its name.
 #[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
 pub(super) struct Whose {
     /// Directory of the agent's credentials.
-    #[arg(long, value_name = "DIR", required_unless_present = "agent")]
+    #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Any agent (operator).
-    #[arg(long, value_parser = AgentId::parse, value_name = "AGENT", conflicts_with = "dir")]
+    #[arg(long, value_parser = AgentId::parse, value_name = "AGENT")]
     agent: Option<AgentId>,
 }
 

@@ -264,6 +264,15 @@ mod tests {
     }
 
     #[test]
+    fn whoever_leaves_out_whose_keys_is_told_every_way_to_say_it() {
+        for (verb, ways) in [("list", ["--dir", "--agent"]), ("disable", ["--dir", "--agent"]), ("jwks", ["--of", "--class"])] {
+            let name = (verb == "disable").then_some("tokens");
+            let error = Arguments::try_parse_from(["keyward", "key", verb].into_iter().chain(name)).unwrap_err().to_string();
+            assert!(ways.iter().all(|way| error.contains(way)), "{error}");
+        }
+    }
+
+    #[test]
     fn every_verb_has_help_and_an_example() {
         fn check(command: &clap::Command, path: &str) {
             let path = format!("{path} {}", command.get_name());

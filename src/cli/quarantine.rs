@@ -69,7 +69,7 @@ pub(super) async fn run(verb: Verb, global: &Global, output: &mut Output) -> Res
         Verb::Apply { agent, reason, yes } => {
             let mut daemon = Daemon::connect(global).await?;
             if !yes {
-                let consequence = "Its certificates are revoked and it gets no more.";
+                let consequence = "Its certificates are revoked, its keys sign and verify no more, and it gets none.";
                 confirm(&show(&mut daemon, &agent).await?, &format!("Quarantine {agent}? {consequence}"), output)?;
             }
             let answer = apply(&mut daemon, &agent, &reason, output).await?;

@@ -67,9 +67,10 @@ impl Output {
         self.raw(text.as_bytes())
     }
 
-    /// Asks a person for `yes`; false where nobody is there to ask.
+    /// Asks a person for `yes`. Where nobody is there to ask it is said all the same, since it tells what follows; false.
     pub fn confirms(&mut self, question: &str) -> bool {
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+            self.say(question);
             return false;
         }
         let _ = write!(self.messages, "{question} Type yes to go on: ");

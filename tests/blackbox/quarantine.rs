@@ -13,6 +13,8 @@ use crate::house::{Body, DEADLINE, House};
 fn a_quarantined_agent_gets_nothing_more_and_is_told_why() {
     let house = House::serving();
     let agent = house.attested("builder/1");
+    let asked = house.keyward(&["quarantine", "apply", "builder/1", "--reason", "a test"]).exits(2);
+    asked.says("its keys sign and verify no more").says("nothing was done");
     agent.quarantine().ok();
     agent.renew().refused("AGENT_QUARANTINED");
     let shown = agent.shown();

@@ -35,7 +35,7 @@ pub(super) enum Verb {
         #[arg(long, value_name = "FILE")]
         module: Option<PathBuf>,
     },
-    /// Have the daemon's tokens sign, and look every key up anew: attributes, public key, a verified signature.
+    /// Have the daemon's tokens sign, and look the authorities' keys up anew: attributes, public key, a verified signature.
     ///
     /// Exit code 5 if anything fails.
     #[command(after_help = "Example:\n  keyward hsm test --signatures 100")]

@@ -3,9 +3,10 @@
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use clap::{ArgGroup, Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::key_show::{Ended, KeyShown, Signed, Verified, keys_table, public_key_pem};
+use super::key_terms::{Algorithm, Purpose, Storage};
 use super::{EXIT_REFUSED, Failure, Global, Output, duration};
 use crate::client::{self, key::Keys};
 use crate::model::{AgentId, KeyName, Reason, unhex};
@@ -77,7 +78,7 @@ pub(super) enum Verb {
         #[command(flatten)]
         message: MessageArgs,
     },
-    /// Show a key of one's own: its terms, what it has signed, its versions that have not expired.
+    /// Show a key of one's own: its terms, how many signatures count against its budget, its versions that have not expired.
     #[command(
         after_help = "Examples:\n  keyward key show tokens --dir /run/coder\n  keyward key show meter --dir /run/coder --pem > meter.pub"
     )]
@@ -268,75 +269,6 @@ pub(super) struct MessageArgs {
     /// The nonce that was given out [default: any, or none].
     #[arg(long, value_name = "NONCE")]
     nonce: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum Purpose {
-    /// JSON Web Signatures (RFC 7515).
-    Jws,
-    /// HTTP Message Signatures (RFC 9421).
-    HttpMessageSignature,
-    /// Proofs of possession (RFC 9449).
-    Dpop,
-    /// Digests that the caller answers for.
-    RawDigest,
-    /// CertificateVerify of TLS 1.3.
-    Tls,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum Algorithm {
-    /// ECDSA on P-256.
-    Es256,
-    /// ECDSA on P-384.
-    Es384,
-    /// Ed25519.
-    Eddsa,
-    /// RSA-PSS on 2048 bits, for those who know nothing else: slow to make and to sign with.
-    Ps256,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum Storage {
-    /// Dies with the daemon.
-    Session,
-    /// Kept outside the token under its wrapping key.
-    Wrapped,
-    /// A token object; few.
-    Resident,
-}
-
-impl From<Purpose> for KeyPurpose {
-    fn from(purpose: Purpose) -> Self {
-        match purpose {
-            Purpose::Jws => Self::Jws,
-            Purpose::HttpMessageSignature => Self::HttpMessageSignature,
-            Purpose::Dpop => Self::Dpop,
-            Purpose::RawDigest => Self::RawDigest,
-            Purpose::Tls => Self::Tls,
-        }
-    }
-}
-
-impl From<Algorithm> for KeyAlgorithm {
-    fn from(algorithm: Algorithm) -> Self {
-        match algorithm {
-            Algorithm::Es256 => Self::P256,
-            Algorithm::Es384 => Self::P384,
-            Algorithm::Eddsa => Self::Ed25519,
-            Algorithm::Ps256 => Self::Ps256,
-        }
-    }
-}
-
-impl From<Storage> for KeyStorage {
-    fn from(storage: Storage) -> Self {
-        match storage {
-            Storage::Session => Self::Session,
-            Storage::Wrapped => Self::Wrapped,
-            Storage::Resident => Self::Resident,
-        }
-    }
 }
 
 /// A clap value parser.

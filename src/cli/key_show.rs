@@ -9,7 +9,7 @@ use super::describe::algorithm_name;
 use super::describe_keys::{accounting_name, purpose_name, storage_name};
 use super::render::{brief, pairs, table, time};
 use crate::model::{UnixTime, hex};
-use crate::proto::{self, KeyAlgorithm, KeyState, signature::Form};
+use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyState, signature::Form};
 
 #[derive(Serialize)]
 pub(super) struct KeyShown {
@@ -22,7 +22,8 @@ pub(super) struct KeyShown {
     storage: &'static str,
     accounting: &'static str,
     signatures_max: Option<u64>,
-    signatures: u64,
+    /// That count against the budget: of a recorded key without one the ledger alone tells them.
+    signatures: Option<u64>,
     state: &'static str,
     ttl_seconds: u32,
     versions: Vec<Version>,
@@ -53,7 +54,7 @@ impl KeyShown {
             storage: key.versions.first().map_or("-", |newest| storage_name(newest.storage())),
             accounting: accounting_name(key.accounting()),
             signatures_max: (key.signatures_max > 0).then_some(key.signatures_max),
-            signatures: key.signatures,
+            signatures: (key.signatures_max > 0 || key.accounting() == KeyAccounting::Counted).then_some(key.signatures),
             state: standing(&key),
             ttl_seconds: key.ttl_seconds,
             versions: key.versions.iter().map(version).collect(),
@@ -65,7 +66,11 @@ impl KeyShown {
 
     pub(super) fn text(&self) -> String {
         let newest = self.versions.first();
-        let budget = self.signatures_max.map_or("none".to_owned(), |max| format!("{} of {max}", self.signatures));
+        let budget = match (self.signatures_max, self.signatures) {
+            (Some(max), made) => format!("{} of {max}", made.unwrap_or_default()),
+            (None, Some(made)) => format!("none ({made} counted or reserved)"),
+            (None, None) => "none".to_owned(),
+        };
         let storage = if self.storage_asked == "default" || self.storage_asked == self.storage {
             self.storage.to_owned()
         } else {

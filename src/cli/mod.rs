@@ -25,6 +25,7 @@ mod hsm_status;
 mod hsm_unlock;
 mod key;
 mod key_show;
+mod key_terms;
 mod ledger;
 mod ledger_verify;
 mod quarantine;

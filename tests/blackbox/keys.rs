@@ -1007,6 +1007,13 @@ fn the_command_makes_a_key_signs_verifies_and_ends_it() {
         let table = own("show", &["tokens"]).ok().stdout;
         let kids = shown["versions"].as_array().unwrap().iter().map(|version| version["kid"].as_str().unwrap());
         assert!(kids.clone().all(|kid| table.contains(kid)), "{table}");
+        assert!(shown["signatures"].is_null(), "nobody counts what each of its entries tells: {shown}");
+        own("create", &["used", "--purpose", "raw-digest", "--counted"]).ok();
+        own("sign", &["used", "--digest", &"5a".repeat(32)]).ok();
+        let counted = own("show", &["used", "--format", "json"]).ok().json();
+        let made = counted["signatures"].as_u64().filter(|made| *made > 0).unwrap();
+        let told = own("show", &["used"]).ok().stdout;
+        assert!(told.contains(&format!("none ({made} counted or reserved)")), "{told}");
         own("show", &["nobodys"]).exits(4).says("KEY_NOT_FOUND");
         let set = own("jwks", &["--class", "builder"]).ok().json();
         assert_eq!(set["keys"].as_array().unwrap().len(), 2);

@@ -22,7 +22,7 @@ const REJECTED_WAIT: Duration = Duration::from_secs(300);
 pub(super) enum Heard {
     /// A newer bundle is in the directory, durable; its sequence.
     Bundle(u64),
-    /// The same, and its authorities are those of before.
+    /// The same, and its authorities are those of before; or, as the first word of all, that it is the one that is held.
     Sequence(u64),
     /// The authority of the certificate of this ledger entry is tainted, and not trusted after this time.
     Leaving(u64, Duration),
@@ -36,10 +36,10 @@ pub(super) enum Heard {
 
 /// Follows the bundle until the agent is contained or nobody listens. With each certificate that is `renewed` it is tried again at once.
 pub(super) async fn follow(out: PathBuf, heard: Sender<Heard>, renewed: Arc<Notify>) {
-    let mut back_off = BackOff::default();
+    let (mut back_off, mut silent) = (BackOff::default(), true);
     loop {
         let mut certificate = None;
-        let Err(error) = follow_once(&out, &heard, &mut back_off, &mut certificate).await else { return };
+        let Err(error) = follow_once(&out, &heard, (&mut back_off, &mut silent), &mut certificate).await else { return };
         // From here on none is missed.
         let mut another = pin!(renewed.notified());
         another.as_mut().enable();
@@ -69,11 +69,11 @@ fn is_held(out: &Path, certificate: u64) -> bool {
     holding_in(out).is_ok_and(|holding| holding.card.ledger_index == certificate)
 }
 
-/// One stream, to its end, by the `certificate` that is held. `Ok`: nobody listens.
+/// One stream, to its end, by the `certificate` that is held. `silent`: nothing has been said of any bundle yet. `Ok`: nobody listens.
 async fn follow_once(
     out: &Path,
     heard: &Sender<Heard>,
-    back_off: &mut BackOff,
+    (back_off, silent): (&mut BackOff, &mut bool),
     certificate: &mut Option<u64>,
 ) -> Result<(), Error> {
     let holding = holding_in(out)?;
@@ -95,9 +95,10 @@ async fn follow_once(
             let kept = directory.keep_bundle(&bundle)?;
             drop(directory);
             let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
-            if kept && heard.send(told).await.is_err() {
+            if (kept || *silent) && heard.send(told).await.is_err() {
                 return Ok(());
             }
+            *silent = false;
         }
         // Not before: a stream whose first word comes to nothing is a failure like one that never began.
         *back_off = BackOff::default();

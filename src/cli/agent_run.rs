@@ -28,6 +28,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 const SOON_MAX_MICROS: u64 = 180_000_000;
 /// Between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
+/// The command waits so long for what the daemon says of its agent, where it says anything.
+const FIRST_WORD: Duration = Duration::from_secs(1);
 const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 
@@ -144,27 +146,39 @@ impl Supervisor {
 
     pub(super) async fn run(self, output: &mut Output) -> Result<ExitCode, Failure> {
         let mut card = self.first_credentials(output).await?;
-        let mut signals = Signals::listen()?;
-        let mut running = self.start()?;
-        let mut due = due(&card, UnixTime::wall(), random());
-        let mut bundle = card.bundle_sequence;
-        let mut back_off = BackOff::default();
-        // What the renewal under way has failed of and is tried again in spite of.
-        let mut said = String::new();
-        // The certificate whose authority is known to leave.
-        let mut leaving = None;
         let (tell, mut heard) = mpsc::channel(1);
         let renewed = Arc::new(Notify::new());
         // Ends when dropped.
         let mut following = JoinSet::new();
         following.spawn(follow(self.out.clone(), tell, Arc::clone(&renewed)));
+        let mut first_word = self.first_word(&mut heard).await?;
+        let mut bundle = card.bundle_sequence;
+        if let Some(Heard::Bundle(sequence)) = first_word {
+            // It starts with this one, and is told of nothing.
+            bundle = bundle.max(sequence);
+        }
+        let mut signals = Signals::listen()?;
+        let mut running = self.start()?;
+        let mut due = due(&card, UnixTime::wall(), random());
+        if !self.is_in_the_bundle() {
+            due = due.min(soon(&card, UnixTime::wall(), random()));
+        }
+        let mut back_off = BackOff::default();
+        // What the renewal under way has failed of and is tried again in spite of.
+        let mut said = String::new();
+        // The certificate whose authority is known to leave.
+        let mut leaving = None;
         // A renewal under way: it goes on whatever happens meanwhile, and holds up nothing.
         let mut refreshing = pin!(None);
         loop {
             if refreshing.is_none() && UnixTime::wall() >= due {
                 refreshing.set(Some(refresh(&self.out, self.ttl_seconds)));
             }
-            match signals.or(&mut running, wait(due, &mut heard, refreshing.as_mut())).await? {
+            let event = match first_word.take() {
+                Some(word) => Event::Done(Turn::Heard(word)),
+                None => signals.or(&mut running, wait(due, &mut heard, refreshing.as_mut())).await?,
+            };
+            match event {
                 Event::Exited(status) => {
                     // What it has spawned would go on with credentials that nobody takes away.
                     running.send(Signal::KILL);
@@ -219,7 +233,7 @@ impl Supervisor {
                 Event::Done(Turn::Heard(Heard::Bundle(sequence))) if sequence > bundle => {
                     output.say(&format!("keyward: the bundle has changed, sequence {sequence}"));
                     bundle = sequence;
-                    if !holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle()) {
+                    if !self.is_in_the_bundle() {
                         output.say("keyward: its authority is not trusted any more; there will be another certificate soon");
                         due = due.min(soon(&card, UnixTime::wall(), random()));
                     }
@@ -291,6 +305,23 @@ impl Supervisor {
         }
         drop(dir);
         refresh(&self.out, self.ttl_seconds).await
+    }
+
+    /// What the daemon says first, if it answers soon. Fresh as the credentials look, the agent may be in quarantine: then the command does
+    /// not start, however often a supervisor calls for it.
+    async fn first_word(&self, heard: &mut mpsc::Receiver<Heard>) -> Result<Option<Heard>, Failure> {
+        match timeout(FIRST_WORD, heard.recv()).await {
+            Ok(Some(Heard::Contained(error))) => {
+                let failure = Failure::from(error).and_then_said(&format!("{} was not started", self.program.display()));
+                Err(failure.with_code(EXIT_REFUSED))
+            }
+            Ok(word) => Ok(word),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn is_in_the_bundle(&self) -> bool {
+        holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle())
     }
 
     fn start(&self) -> Result<Running, Failure> {

@@ -208,6 +208,21 @@ fn a_command_beside_its_credentials_ends_the_moment_its_agent_is_quarantined() {
     let (tell, ended) = channel();
     thread::spawn(move || tell.send(child.wait().unwrap()));
     assert_eq!(ended.recv_timeout(DEADLINE).expect("it ended").code(), Some(3));
+    // A supervisor calls for it again: fresh as the credentials look, nothing starts with them.
+    let again = run(&mut beside(&house, &agent)).exits(3);
+    let again = again.says("AGENT_QUARANTINED").says("was not started");
+    assert_eq!(again.stdout, "");
+}
+
+#[test]
+fn a_command_starts_with_good_credentials_while_the_daemon_is_away() {
+    let mut house = House::serving();
+    house.attested("builder/1");
+    assert_eq!(house.stop(), 0);
+    let agent = house.agent("builder/1");
+    let mut command = house.command();
+    command.args(["agent", "run", "--out"]).arg(agent.dir()).args(["--", "sh", "-c", "echo up; exit 7"]);
+    assert_eq!(run(&mut command).exits(7).stdout, "up\n");
 }
 
 fn beside(house: &House, agent: &Agent<'_>) -> Command {

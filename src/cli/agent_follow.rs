@@ -77,7 +77,7 @@ async fn follow_once(
     certificate: &mut Option<u64>,
 ) -> Result<(), Error> {
     let holding = holding_in(out)?;
-    let held = holding.card.ledger_index;
+    let (held, known) = (holding.card.ledger_index, holding.card.bundle_sequence);
     *certificate = Some(held);
     let mut watch = Client::watch_bundle(&holding).await?;
     drop(holding);
@@ -95,10 +95,15 @@ async fn follow_once(
             let kept = directory.keep_bundle(&bundle)?;
             drop(directory);
             let told = if same { Heard::Sequence(bundle.sequence) } else { Heard::Bundle(bundle.sequence) };
-            if (kept || *silent) && heard.send(told).await.is_err() {
-                return Ok(());
+            if kept {
+                *silent = false;
+                if heard.send(told).await.is_err() {
+                    return Ok(());
+                }
             }
-            *silent = false;
+        }
+        if std::mem::take(silent) && heard.send(Heard::Sequence(known)).await.is_err() {
+            return Ok(());
         }
         // Not before: a stream whose first word comes to nothing is a failure like one that never began.
         *back_off = BackOff::default();

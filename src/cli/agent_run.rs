@@ -1,5 +1,6 @@
 //! `keyward agent run`: a command beside credentials that are kept fresh, and killed with them.
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
@@ -12,7 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
 use super::agent::refresh;
 use super::agent_follow::{Heard, follow};
@@ -151,18 +152,21 @@ impl Supervisor {
         // Ends when dropped.
         let mut following = JoinSet::new();
         following.spawn(follow(self.out.clone(), tell, Arc::clone(&renewed)));
-        let mut first_word = self.first_word(&mut heard).await?;
-        let mut bundle = card.bundle_sequence;
-        if let Some(Heard::Bundle(sequence)) = first_word {
-            // It starts with this one, and is told of nothing.
-            bundle = bundle.max(sequence);
-        }
+        // What comes before the command does is for the command.
         let mut signals = Signals::listen()?;
-        let mut running = self.start()?;
         let mut due = due(&card, UnixTime::wall(), random());
-        if !self.is_in_the_bundle() {
-            due = due.min(soon(&card, UnixTime::wall(), random()));
+        let mut bundle = card.bundle_sequence;
+        let (first, mut unheard) = self.first_word(&mut heard).await?;
+        match first {
+            // It starts with this one, and is told of nothing.
+            Some(Heard::Bundle(sequence)) if sequence > bundle => {
+                output.say(&format!("keyward: the bundle has changed, sequence {sequence}"));
+                bundle = sequence;
+                due = due.min(self.left(&card, output));
+            }
+            other => unheard.extend(other),
         }
+        let mut running = self.start()?;
         let mut back_off = BackOff::default();
         // What the renewal under way has failed of and is tried again in spite of.
         let mut said = String::new();
@@ -174,7 +178,7 @@ impl Supervisor {
             if refreshing.is_none() && UnixTime::wall() >= due {
                 refreshing.set(Some(refresh(&self.out, self.ttl_seconds)));
             }
-            let event = match first_word.take() {
+            let event = match unheard.pop_front() {
                 Some(word) => Event::Done(Turn::Heard(word)),
                 None => signals.or(&mut running, wait(due, &mut heard, refreshing.as_mut())).await?,
             };
@@ -233,10 +237,7 @@ impl Supervisor {
                 Event::Done(Turn::Heard(Heard::Bundle(sequence))) if sequence > bundle => {
                     output.say(&format!("keyward: the bundle has changed, sequence {sequence}"));
                     bundle = sequence;
-                    if !self.is_in_the_bundle() {
-                        output.say("keyward: its authority is not trusted any more; there will be another certificate soon");
-                        due = due.min(soon(&card, UnixTime::wall(), random()));
-                    }
+                    due = due.min(self.left(&card, output));
                     self.react(&mut running, &[Some(self.on_bundle)])?;
                 }
                 Event::Done(Turn::Heard(Heard::Bundle(_))) => {}
@@ -307,21 +308,30 @@ impl Supervisor {
         refresh(&self.out, self.ttl_seconds).await
     }
 
-    /// What the daemon says first, if it answers soon. Fresh as the credentials look, the agent may be in quarantine: then the command does
-    /// not start, however often a supervisor calls for it.
-    async fn first_word(&self, heard: &mut mpsc::Receiver<Heard>) -> Result<Option<Heard>, Failure> {
-        match timeout(FIRST_WORD, heard.recv()).await {
-            Ok(Some(Heard::Contained(error))) => {
-                let failure = Failure::from(error).and_then_said(&format!("{} was not started", self.program.display()));
-                Err(failure.with_code(EXIT_REFUSED))
+    /// What the daemon tells of the bundle first, if it answers soon, and what it said before. Fresh as the credentials look, the
+    /// agent may be in quarantine: then the command does not start, however often a supervisor calls for it.
+    async fn first_word(&self, heard: &mut mpsc::Receiver<Heard>) -> Result<(Option<Heard>, VecDeque<Heard>), Failure> {
+        let (until, mut before) = (Instant::now() + FIRST_WORD, VecDeque::new());
+        while let Ok(Some(word)) = timeout_at(until, heard.recv()).await {
+            match word {
+                Heard::Contained(error) => {
+                    let failure = Failure::from(error).and_then_said(&format!("{} was not started", self.program.display()));
+                    return Err(failure.with_code(EXIT_REFUSED));
+                }
+                Heard::Bundle(_) | Heard::Sequence(_) => return Ok((Some(word), before)),
+                other => before.push_back(other),
             }
-            Ok(word) => Ok(word),
-            Err(_) => Ok(None),
         }
+        Ok((None, before))
     }
 
-    fn is_in_the_bundle(&self) -> bool {
-        holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle())
+    /// When another certificate is due because the bundle has no authority for this one any more.
+    fn left(&self, card: &Card, output: &mut Output) -> UnixTime {
+        if holding_in(&self.out).is_ok_and(|holding| holding.ends_in_the_bundle()) {
+            return UnixTime(u64::MAX);
+        }
+        output.say("keyward: its authority is not trusted any more; there will be another certificate soon");
+        soon(card, UnixTime::wall(), random())
     }
 
     fn start(&self) -> Result<Running, Failure> {

@@ -214,6 +214,22 @@ fn a_command_beside_its_credentials_ends_the_moment_its_agent_is_quarantined() {
     assert_eq!(again.stdout, "");
 }
 
+/// It waits a second for a daemon that says nothing, and for one that does no longer than that takes.
+#[test]
+fn a_command_starts_once_the_daemon_has_spoken() {
+    let house = House::serving();
+    let agent = house.attested("builder/1");
+    let starts = || {
+        let mut command = house.command();
+        command.args(["agent", "run", "--out"]).arg(agent.dir()).args(["--", "true"]);
+        let from = Instant::now();
+        run(&mut command).ok();
+        from.elapsed()
+    };
+    // On a busy machine one of them may take long.
+    assert!((0..20).any(|_| starts() < Duration::from_secs(1)));
+}
+
 #[test]
 fn a_command_starts_with_good_credentials_while_the_daemon_is_away() {
     let mut house = House::serving();

@@ -28,7 +28,8 @@ pub struct Bounds {
     pub all: usize,
     /// For one reader.
     pub of_reader: usize,
-    /// For one reader once a half of all is used: it takes a crowd to take the memory of the others.
+    /// For one reader where less is left than that four times over, down to this: a quarter of what is left. It takes a crowd to take the
+    /// memory of the others.
     pub of_reader_scarce: usize,
     /// For one reader by one signer: nobody takes the memory of those they write to, however many keys they have.
     pub of_signer: usize,
@@ -147,7 +148,7 @@ impl Memory<'_> {
         }
         let has = |who: &Digest| seen.shares.get(who).copied().unwrap_or_default();
         let Bounds { all, of_reader, of_reader_scarce, of_signer } = cache.bounds;
-        let of_reader = if seen.names.len() < all / 2 { of_reader } else { of_reader_scarce };
+        let of_reader = of_reader.min((all.saturating_sub(seen.names.len()) / 4).max(of_reader_scarce));
         if seen.names.len() >= all || has(&reader) >= of_reader || has(&signer) >= of_signer {
             let first = seen.ends.first_key_value().map_or(0, |((end, _), _)| *end);
             let wait = Duration::from_secs(first.saturating_sub(now.seconds()).max(1));
@@ -277,15 +278,16 @@ mod tests {
     }
 
     #[test]
-    fn a_few_who_take_all_that_they_may_leave_a_half_to_the_others() {
-        let cache = ReplayCache::new(Bounds { all: 16, of_reader: 4, of_reader_scarce: 1, of_signer: 4 }, at(100));
+    fn a_few_who_take_all_that_they_may_leave_as_much_to_the_others() {
+        let cache = ReplayCache::new(Bounds { all: 64, of_reader: 16, of_reader_scarce: 1, of_signer: 64 }, at(100));
         let take = |reader: usize, name: usize| {
             let (reader, name) = (reader.to_string(), name.to_string());
             cache.of("tools", &reader, "s").accept("k", &format!("{reader} {name}"), over(100, 3700), at(100)).is_ok()
         };
-        let taken = |reader: usize| (0..6).filter(|name| take(reader, *name)).count();
-        assert_eq!([taken(0), taken(1), taken(2), taken(3)], [4, 4, 1, 1]);
-        assert!(!take(0, 9) && take(4, 0));
+        let taken = |reader: usize| (0..64).take_while(|name| take(reader, *name)).count();
+        assert_eq!((0..5).map(taken).collect::<Vec<_>>(), [13, 11, 8, 7, 5]);
+        assert!(!take(0, 64), "no more than is left to the others");
+        assert!((5..16).all(|reader| taken(reader) > 0));
     }
 
     #[test]

@@ -207,8 +207,9 @@ impl Acts {
         if found.terms == *terms && found.state != KeyState::Destroyed {
             // Whoever asks for it again after a restart is not to hear of it at its first signature.
             let signs = |newest: &&KeyVersion| found.state == KeyState::Active && newest.expires > self.ledger.clock().reckoned();
+            let there = |id| self.keys.token().is_ok_and(|token| token.hsm.session_keys().contains(&id));
             return match found.versions.last().filter(signs) {
-                Some(newest) if newest.storage == KeyStorage::Session && !self.keys.session.has(newest.key_id) => {
+                Some(newest) if newest.storage == KeyStorage::Session && !there(newest.key_id) => {
                     Err(key_refusal(Error::KeyLost(newest.key_id)))
                 }
                 _ => Ok(self.shown(found)),

@@ -463,7 +463,7 @@ fn a_tainted_issuing_authority_is_replaced_at_once_together_with_its_root() {
     house.keyward(&["ca", "adopt", "--issuing-certificate", &issuing]).exits(4).says("the root is inside the HSM");
     let tainted = generations(&house, "issuing")[0].0.clone();
     house.keyward(&["ca", "pause", "--reason", "even then"]).ok();
-    house.keyward(&["ca", "taint", &tainted[..8], "--reason", "a test"]).exits(2).says("its root are replaced at once");
+    house.keyward(&["ca", "taint", &tainted[..8], "--reason", "a test"]).exits(2).says("its root are replaced, at once");
     house.keyward(&["ca", "taint", "ffffffff", "--reason", "a test", "--yes"]).exits(4);
     house.keyward(&["ca", "taint", &tainted[..8], "--reason", "backup tape lost", "--yes"]).ok();
     assert_eq!(states(&house, "root"), ["active", "retiring"]);

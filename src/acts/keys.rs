@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::hsm::{Hsm, SigningKey};
 use crate::ledger::{KeyRow, Ledger, StoreError};
 use crate::model::{Algorithm, KeyId, PublicKey, Refusal};
-use crate::proto::{self, AuthorityState, KeyAlgorithm, KeyStorage, Purpose, TokenRole, entry::Body};
+use crate::proto::{self, AuthorityState, KeyAlgorithm, Purpose, TokenRole, entry::Body};
 
 use super::hsm_refusal;
 use super::label::label;
@@ -33,7 +33,8 @@ impl Tokens {
 /// Puts key intents in order that were left open, by a crash or by a token that went away: whatever objects they made are destroyed (nobody
 /// has used them), and the intent is abandoned. Only objects of our own open intents are ever destroyed unasked, and what is open the entries
 /// say: a row that says so alone is told, and left. Gives how many there were.
-/// For a time when nobody makes keys: one that is being made has an open intent, too.
+/// For a time when nobody makes keys: one that is being made has an open intent, too. Agents' keys that ended before a crash, and whose objects
+/// are there yet, are the round's (`key/over.rs`): what is looked up for them may be far back.
 ///
 /// # Errors
 /// When the token or the ledger is not available.
@@ -43,13 +44,6 @@ pub async fn reconcile(ledger: &Ledger, tokens: &Tokens) -> Result<usize, Refusa
     for (id, intent) in open_intents(ledger, open).await? {
         give_up_intended(ledger, tokens, id, &intent).await?;
         abandoned += 1;
-    }
-    let left = being_destroyed(ledger).await?;
-    for id in ended(ledger, left).await? {
-        // An agent's resident key whose end was recorded: a crash came before the object was gone.
-        // By its label it has to be an agent's, too.
-        tokens.agents.destroy_agent_key(id, KeyStorage::Resident).await.map_err(hsm_refusal)?;
-        ledger.key_object_destroyed(id).await?;
     }
     Ok(abandoned)
 }

@@ -231,6 +231,17 @@ fn an_entry_that_was_changed_with_the_row_is_found_by_its_leaf() {
     house.verify().exits(6);
 }
 
+/// Of each of so many keys, by a start or by the round.
+#[track_caller]
+fn told_of(house: &House, what: &str, times: usize) {
+    let until = Instant::now() + DEADLINE;
+    while house.log().matches(what).count() < times {
+        assert!(Instant::now() < until, "{what}, of fewer than {times}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(house.log().matches(what).count(), times, "each once");
+}
+
 #[test]
 fn no_row_makes_a_start_destroy_a_key() {
     let mut house = House::serving();
@@ -247,7 +258,7 @@ fn no_row_makes_a_start_destroy_a_key() {
         let made = file(&house).execute(change, params![state, agents_alone, agents[0], agents[1]]).unwrap();
         assert!(made >= if agents_alone { 2 } else { 7 }, "{made}");
         // More than an agent may have.
-        let made_up = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20) INSERT INTO hsm_key \
+        let made_up = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 17) INSERT INTO hsm_key \
                        (id, purpose, algorithm, token, state) SELECT CAST('made up ' || (1000000 + i) || '0' AS BLOB), 7, 1, 2, ?1 FROM n";
         let made = made + file(&house).execute(made_up, [state]).unwrap();
         house.serve();
@@ -257,7 +268,7 @@ fn no_row_makes_a_start_destroy_a_key() {
             let mut keys = house.keys(&Identity::of(&agent));
             keys.sign("resident", digest(b"x")).unwrap();
             keys.sign("other", digest(b"x")).unwrap();
-            assert_eq!(house.log().matches(told).count(), made, "{state}: each is told");
+            told_of(&house, told, made);
             // Odd rows keep nobody from making one.
             keys.create(CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish(state) }).unwrap();
         }
@@ -268,12 +279,9 @@ fn no_row_makes_a_start_destroy_a_key() {
     }
     // A row that lies under the running daemon is not believed by its round, either.
     let of_resident = "UPDATE hsm_key SET state = ?1 WHERE state = ?2 AND purpose = 7";
-    let (there, told) = (file(&house).execute(of_resident, ["destroying", "active"]).unwrap(), house.log().len());
-    let until = Instant::now() + DEADLINE;
-    while house.log()[told..].matches("has not ended").count() < there {
-        assert!(Instant::now() < until, "the round does not tell of it");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let told = house.log().matches("has not ended").count();
+    let there = file(&house).execute(of_resident, ["destroying", "active"]).unwrap();
+    told_of(&house, "has not ended", told + there);
     {
         let mut keys = house.keys(&Identity::of(&house.agent("builder/1")));
         keys.sign("resident", digest(b"x")).unwrap();

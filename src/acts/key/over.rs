@@ -50,6 +50,16 @@ impl LookedUp {
         rows.retain(|id| known.get(id).is_some_and(|so| *so));
         Ok(rows)
     }
+
+    /// Whether the entries were found not to say so.
+    fn is_not(&self, id: KeyId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&id) == Some(&false)
+    }
+
+    /// It is looked up again: something has happened to it since.
+    pub(super) fn forget(&self, id: KeyId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
 }
 
 impl Acts {
@@ -68,9 +78,12 @@ impl Acts {
     async fn end_objects(&self, round: &mut Round, now: UnixTime) -> Result<(), Refusal> {
         let token = self.keys.token()?;
         let after = round.resident;
-        let (found, left) =
+        let (mut found, left) =
             self.read(move |reader| Ok((reader.resident_keys(after, KEYS)?, reader.keys_being_destroyed()?))).await?;
         round.resident = found.last().filter(|_| found.len() == KEYS as usize).map(|last| last.id);
+        let left = self.keys.ended.so(left, async |new| ended(&self.ledger, new).await).await?;
+        // A row that lies keeps no key from its end.
+        found.retain(|key| !key.ending || self.keys.ended.is_not(key.id));
         let over = self.ledger.over(found.iter().map(|key| (&key.of.agent, key.of.epoch)), now, GRACE_SECONDS);
         for (key, over) in found.into_iter().zip(over) {
             let expired = key.expires.plus_seconds(GRACE_SECONDS) < now;
@@ -84,7 +97,6 @@ impl Acts {
             return Ok(());
         }
         // What could not be destroyed when it ended.
-        let left = self.keys.ended.so(left, async |new| ended(&self.ledger, new).await).await?;
         self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
         for id in self.left_in_the_making().await? {
             if let Err(refusal) = self.give_up_left(&token, id).await {

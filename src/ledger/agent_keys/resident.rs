@@ -23,6 +23,8 @@ pub struct ResidentKey {
     pub of: KeyOf,
     /// It signs until then.
     pub expires: UnixTime,
+    /// By a row it has ended, and the object is being destroyed.
+    pub ending: bool,
 }
 
 /// The version that an entry puts to use has an object, if it is resident.
@@ -96,15 +98,15 @@ impl Reader {
         found.optional()?.map(|(agent, epoch, name)| key_of(&agent, epoch, &name)).transpose()
     }
 
-    /// At most `limit` keys that are objects in the token and stay there, by id, after `after`.
+    /// At most `limit` keys that are objects in the token, by id, after `after`.
     ///
     /// # Errors
     /// When the file cannot be read or a row breaks a rule.
     pub fn resident_keys(&self, after: Option<KeyId>, limit: u32) -> Result<Vec<ResidentKey>, StoreError> {
         let connection = self.locked();
         let mut select = connection.prepare_cached(
-            "SELECT key_id, agent, epoch, name, expires FROM resident_key WHERE key_id > ?1 \
-             AND NOT EXISTS (SELECT 1 FROM hsm_key WHERE id = key_id AND state = 'destroying') ORDER BY key_id LIMIT ?2",
+            "SELECT key_id, agent, epoch, name, expires, EXISTS (SELECT 1 FROM hsm_key WHERE id = key_id AND state = 'destroying') \
+             FROM resident_key WHERE key_id > ?1 ORDER BY key_id LIMIT ?2",
         )?;
         let mut rows = select.query(params![after.map_or_else(Vec::new, |id| id.0.to_vec()), limit])?;
         let mut keys = Vec::new();
@@ -114,6 +116,7 @@ impl Reader {
                 id: KeyId::from_slice(&id).ok_or_else(damaged)?,
                 of: key_of(&agent, row.get(2)?, &name)?,
                 expires: UnixTime::from_seconds(row.get::<_, i64>(4)?.cast_unsigned()),
+                ending: row.get(5)?,
             });
         }
         Ok(keys)

@@ -88,7 +88,7 @@ impl Acts {
                 Err(error) => Err(super::hsm_refusal(error)),
             };
             if let Err(refusal) = noted {
-                self.keys.ended.forget(id);
+                self.keys.ended.may_be(id);
                 tracing::warn!(key = %id, ?refusal, "an ended key's object may be in the token for a while");
             }
         }

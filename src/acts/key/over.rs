@@ -56,9 +56,9 @@ impl LookedUp {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&id) == Some(&false)
     }
 
-    /// It is looked up again: something has happened to it since.
-    pub(super) fn forget(&self, id: KeyId) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    /// Something may have happened to it since it was found not to be so: then it is looked up again.
+    pub(super) fn may_be(&self, id: KeyId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|known, so| *so || *known != id);
     }
 }
 
@@ -70,18 +70,34 @@ impl Acts {
     /// # Errors
     /// `CLOCK_UNTRUSTED`: then nothing is ended by it; `HSM_UNAVAILABLE`, `LEDGER_UNAVAILABLE`.
     pub async fn end_what_is_over(&self, round: &mut Round) -> Result<(), Refusal> {
+        self.finish_what_ended().await?;
         let now = self.trusted_now()?;
         self.end_objects(round, now).await?;
         self.forget_epochs(round, now).await
     }
 
-    async fn end_objects(&self, round: &mut Round, now: UnixTime) -> Result<(), Refusal> {
+    /// Objects of keys that ended, and that could not be destroyed then; and of those that nobody made to the end. By no clock.
+    async fn finish_what_ended(&self) -> Result<(), Refusal> {
         let token = self.keys.token()?;
-        let after = round.resident;
-        let (mut found, left) =
-            self.read(move |reader| Ok((reader.resident_keys(after, KEYS)?, reader.keys_being_destroyed()?))).await?;
-        round.resident = found.last().filter(|_| found.len() == KEYS as usize).map(|last| last.id);
+        let left = self.read(Reader::keys_being_destroyed).await?;
         let left = self.keys.ended.so(left, async |new| ended(&self.ledger, new).await).await?;
+        // A token that is away destroys nothing, and gives nothing up.
+        if token.hsm.check_usable().is_err() {
+            return Ok(());
+        }
+        self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
+        for id in self.left_in_the_making().await? {
+            if let Err(refusal) = self.give_up_left(&token, id).await {
+                tracing::debug!(key = %id, ?refusal, "a key that was never used stays for a while");
+            }
+        }
+        Ok(())
+    }
+
+    async fn end_objects(&self, round: &mut Round, now: UnixTime) -> Result<(), Refusal> {
+        let after = round.resident;
+        let mut found = self.read(move |reader| reader.resident_keys(after, KEYS)).await?;
+        round.resident = found.last().filter(|_| found.len() == KEYS as usize).map(|last| last.id);
         // A row that lies keeps no key from its end.
         found.retain(|key| !key.ending || self.keys.ended.is_not(key.id));
         let over = self.ledger.over(found.iter().map(|key| (&key.of.agent, key.of.epoch)), now, GRACE_SECONDS);
@@ -90,17 +106,6 @@ impl Acts {
             let Some(cause) = over.or(expired.then_some(KeyOver::Expired)) else { continue };
             if let Err(refusal) = self.end_object(key, cause, now).await {
                 tracing::debug!(?refusal, "a resident key that is over stays for a while");
-            }
-        }
-        // A token that is away gives nothing up.
-        if token.hsm.check_usable().is_err() {
-            return Ok(());
-        }
-        // What could not be destroyed when it ended.
-        self.destroy_objects(&token, left.into_iter().map(|id| (id, KeyStorage::Resident)).collect()).await;
-        for id in self.left_in_the_making().await? {
-            if let Err(refusal) = self.give_up_left(&token, id).await {
-                tracing::debug!(key = %id, ?refusal, "a key that was never used stays for a while");
             }
         }
         Ok(())
@@ -147,6 +152,7 @@ impl Acts {
             return Ok(());
         }
         tracing::info!(agent = %of.agent, epoch = of.epoch, key = %of.name, cause = cause.as_str_name(), "a resident key is over");
+        self.keys.ended.may_be(id);
         self.ledger.end_key_object(&loaded.key, id, cause).await?;
         self.ledger.seal_signatures(&loaded.key);
         loaded.unbind();

@@ -319,6 +319,8 @@ impl Supervisor {
                     return Err(failure.with_code(EXIT_REFUSED));
                 }
                 Heard::Bundle(_) | Heard::Sequence(_) => return Ok((Some(word), before)),
+                // No bundle comes with this certificate.
+                Heard::Rejected(..) => return Ok((Some(word), before)),
                 other => before.push_back(other),
             }
         }

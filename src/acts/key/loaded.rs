@@ -2,6 +2,7 @@
 //! anybody uses it or anything of it waits for the disk.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,6 +12,9 @@ use crate::model::{KeyId, Refusal};
 
 /// Keys that are looked at when one more is loaded, at most: those in use stay, and memory is above its bound by them for a while.
 const LOOKS_MAX: usize = 64;
+/// Kinds of names, by a hash that nobody outside knows: the leaving of one key voids what is being read of others of its kind, and of no
+/// more, so that many who load at once do not have one another read again and again.
+const KINDS: usize = 4096;
 
 /// A version, by its number, and the wrapping key that it is under.
 type BoundOf = (u32, Option<KeyId>);
@@ -67,17 +71,17 @@ pub(super) struct LoadedKeys {
     max: usize,
 }
 
-#[derive(Default)]
 struct Inner {
     by_name: HashMap<KeyOf, Arc<Loaded>>,
     ring: VecDeque<KeyOf>,
-    /// How many keys have left memory: whoever read a row before one did reads again.
-    evicted: u64,
+    /// How many keys of each kind have left memory: whoever read a row before its key did reads again.
+    left: Vec<u64>,
 }
 
 impl LoadedKeys {
     pub(super) fn new(max: usize) -> Self {
-        Self { inner: Mutex::default(), max }
+        let inner = Inner { by_name: HashMap::new(), ring: VecDeque::new(), left: vec![0; KINDS] };
+        Self { inner: Mutex::new(inner), max }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -92,7 +96,7 @@ impl LoadedKeys {
                 loaded.touched.store(true, Ordering::Relaxed);
                 Ok(Arc::clone(loaded))
             }
-            None => Err(inner.evicted),
+            None => Err(inner.left[inner.kind(of)]),
         }
     }
 
@@ -102,7 +106,7 @@ impl LoadedKeys {
         if let Some(there) = inner.by_name.get(loaded.key.of()) {
             return Some(Arc::clone(there));
         }
-        if inner.evicted != generation {
+        if inner.left[inner.kind(loaded.key.of())] != generation {
             return None;
         }
         let of = loaded.key.of().clone();
@@ -122,23 +126,24 @@ impl LoadedKeys {
         let mut inner = self.lock();
         inner.by_name.remove(of);
         inner.ring.retain(|other| other != of);
-        inner.evicted += 1;
+        inner.has_left(of);
     }
 
     /// What to hand to [`LoadedKeys::pass`] with rows that are read after this.
-    pub(super) fn generation(&self) -> u64 {
-        self.lock().evicted
+    pub(super) fn generations(&self) -> Vec<u64> {
+        self.lock().left.clone()
     }
 
-    /// The keys of rows that were read at `generation`, for somebody who passes by all there are: those that were not in memory leave it
+    /// The keys of rows that were read at `generations`, for somebody who passes by all there are: those that were not in memory leave it
     /// again with him, unless somebody used them meanwhile. Those of which a row may be out of date are not among them.
-    pub(super) fn pass(&self, keys: Vec<AgentKey>, generation: u64) -> Passing<'_> {
+    pub(super) fn pass(&self, keys: Vec<AgentKey>, generations: &[u64]) -> Passing<'_> {
         let mut inner = self.lock();
         let mut passing = Passing { keys: self, here: Vec::new(), brought: Vec::new() };
         for key in keys {
+            let kind = inner.kind(key.of());
             if let Some(there) = inner.by_name.get(key.of()) {
                 passing.here.push(Arc::clone(there));
-            } else if inner.evicted == generation {
+            } else if generations.get(kind) == inner.left.get(kind) {
                 let brought = Arc::new(Loaded { touched: AtomicBool::new(false), ..Loaded::new(key) });
                 inner.by_name.insert(brought.key.of().clone(), Arc::clone(&brought));
                 passing.brought.push(brought.key.of().clone());
@@ -165,7 +170,6 @@ impl Drop for Passing<'_> {
     fn drop(&mut self) {
         self.here.clear();
         let mut inner = self.keys.lock();
-        let mut gone = 0;
         for of in self.brought.drain(..) {
             let Some(loaded) = inner.by_name.get(&of) else { continue };
             let used = loaded.touched.load(Ordering::Relaxed) || loaded.key.has_reserved();
@@ -173,10 +177,9 @@ impl Drop for Passing<'_> {
                 inner.ring.push_back(of);
             } else {
                 inner.by_name.remove(&of);
-                gone += 1;
+                inner.has_left(&of);
             }
         }
-        inner.evicted += gone;
     }
 }
 
@@ -194,7 +197,74 @@ impl Inner {
             self.ring.push_back(of);
         } else {
             self.by_name.remove(&of);
-            self.evicted += 1;
+            self.has_left(&of);
         }
+    }
+
+    fn kind(&self, of: &KeyOf) -> usize {
+        usize::try_from(self.by_name.hasher().hash_one(of) % KINDS as u64).unwrap_or(0)
+    }
+
+    fn has_left(&mut self, of: &KeyOf) {
+        let kind = self.kind(of);
+        self.left[kind] += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ledger::{self, KeyTerms, Settings, StoredKey, Token};
+    use crate::model::{AgentId, KeyName, TokenId, TrustDomain};
+    use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage};
+
+    /// Each loads a key of its own while memory is full: one that leaves for another voids what few of them have read.
+    #[tokio::test]
+    async fn who_loads_beside_many_reads_his_row_once_and_never_keeps_one_that_left_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        ledger::create(&state, &TrustDomain::parse("example.org").unwrap(), [1; 16]).unwrap();
+        let settings = Settings { state, runtime: directory.path().into(), queue_max: 64, live_max: 8, forget_seconds: 3600 };
+        let ledger = Ledger::open(&settings, Arc::default()).unwrap().ledger;
+        let expires = ledger.clock().reckoned().plus_seconds(600);
+        let token = Token { id: TokenId::random(), public_key: [7; 32], expires, spent_for: None };
+        let agent = AgentId::parse("builder/1").unwrap();
+        let limits = proto::Limits { ttl_seconds_max: 600, rejoin_seconds: 0 };
+        ledger.enrol(&agent, limits, proto::Operator::default(), token).await.unwrap();
+        let terms = KeyTerms {
+            purpose: KeyPurpose::Jws,
+            algorithm: KeyAlgorithm::P256,
+            storage_asked: KeyStorage::Wrapped,
+            accounting: KeyAccounting::Recorded,
+            signatures_max: 0,
+            ttl_seconds: 600,
+        };
+        let of = |number: usize| KeyOf { agent: agent.clone(), epoch: 1, name: KeyName::parse(&format!("k-{number}")).unwrap() };
+        let read = |of: KeyOf| {
+            let row = StoredKey { of, terms, state: KeyState::Active, used: 0, versions: Vec::new(), created: None };
+            Arc::new(Loaded { touched: AtomicBool::new(false), ..Loaded::new(ledger.restore_key(row).unwrap()) })
+        };
+        let keys = LoadedKeys::new(8);
+        // All of them read, and only then does the first take its key in.
+        let begun: Vec<_> = (0..300).map(|number| (of(number), keys.get(&of(number)).err().unwrap())).collect();
+        let again = begun.iter().filter(|(of, generation)| keys.insert(read(of.clone()), *generation, &ledger).is_none()).count();
+        assert!(again < 60, "{again} of 300 had to read again");
+        // One that came and left while its row was being read is read again, by whichever way it left.
+        let (mine, pages) = (keys.get(&of(0)).err().unwrap(), keys.generations());
+        assert!(keys.insert(read(of(0)), mine, &ledger).is_some());
+        keys.forget(&of(0));
+        assert!(keys.insert(read(of(0)), mine, &ledger).is_none());
+        let stale = ledger.restore_key(StoredKey {
+            of: of(0),
+            terms,
+            state: KeyState::Active,
+            used: 0,
+            versions: Vec::new(),
+            created: None,
+        });
+        assert!(keys.pass(vec![stale.unwrap()], &pages).here.is_empty());
+        ledger.finish(Duration::from_secs(5)).await;
     }
 }

@@ -48,6 +48,8 @@ pub use verify::{Message, Signer};
 const REPLAYS: Bounds = Bounds { all: 65_536, of_reader: 16_384, of_reader_scarce: 1024, of_signer: 8192 };
 /// What a page of keys costs, in signatures, of what an agent may ask for in a second.
 const PAGE_COSTS: usize = 100;
+/// Looks at a key's row for one call, should others of its kind leave memory during each.
+const READS_MAX: usize = 16;
 
 /// The token that agents' keys live in.
 pub struct KeyToken {
@@ -170,7 +172,7 @@ impl Acts {
 
     /// A key in use, loaded if it is not. What is destroyed is loaded as well: it says so.
     async fn load_key(&self, of: &KeyOf) -> Result<Arc<Loaded>, Refusal> {
-        loop {
+        for _ in 0..READS_MAX {
             let generation = match self.keys.loaded.get(of) {
                 Ok(loaded) => return Ok(loaded),
                 Err(generation) => generation,
@@ -183,6 +185,7 @@ impl Acts {
                 return Ok(loaded);
             }
         }
+        Err(in_progress())
     }
 
     /// A key's newest version, bound to its object.

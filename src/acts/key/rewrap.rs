@@ -175,7 +175,7 @@ impl Acts {
             if self.rewrapping().as_ref() != Some(&task) {
                 return Ok(Rewrap::Done);
             }
-            let generation = self.keys.loaded.generation();
+            let generations = self.keys.loaded.generations();
             let from = after.clone();
             let mut page = self.read(move |reader| reader.all_agent_keys(from.as_ref(), PAGE)).await?;
             let Some(last) = page.last() else { break };
@@ -192,7 +192,7 @@ impl Acts {
             if page.is_empty() {
                 continue;
             }
-            for (id, (was, is)) in self.rewrap_page(&mut pass, page, generation).await? {
+            for (id, (was, is)) in self.rewrap_page(&mut pass, page, &generations).await? {
                 let mut progress = self.keys.rewrapping.lock();
                 if let Some(left) = progress.left.get_mut(&id) {
                     *left = left.saturating_sub(was.saturating_sub(is));
@@ -239,7 +239,7 @@ impl Acts {
         &self,
         pass: &mut Pass<'_>,
         page: Vec<StoredKey>,
-        generation: u64,
+        generations: &[u64],
     ) -> Result<BTreeMap<KeyId, (u64, u64)>, Refusal> {
         let mut held = BTreeMap::<KeyId, (u64, u64)>::new();
         for id in page.iter().flat_map(|key| pass.task.held_by(&key.versions)) {
@@ -248,7 +248,7 @@ impl Acts {
         let under = |key: &StoredKey| pass.task.held_by(&key.versions).collect::<Vec<_>>();
         let names: Vec<_> = page.iter().map(|key| (key.of.clone(), under(key))).collect();
         let keys = page.into_iter().map(|key| self.ledger.restore_key(key)).collect::<Result<_, _>>()?;
-        let mut passing = self.keys.loaded.pass(keys, generation);
+        let mut passing = self.keys.loaded.pass(keys, generations);
         for (of, under) in names {
             if passing.here.iter().any(|loaded| *loaded.key.of() == of) {
                 continue;

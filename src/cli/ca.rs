@@ -238,7 +238,9 @@ fn named(answer: &proto::GetAuthoritiesResponse, key_id: &str, yes: bool, output
         (Some(one), None) => {
             output.say(&List::table(&[Authority::of(one)]));
             let affects = match one.purpose() {
-                proto::Purpose::Wrapping => "Taint it? It and every agent's key that was ever under it are replaced at once.",
+                proto::Purpose::Wrapping => {
+                    "Taint it? It and every agent's key that was ever under it are replaced, the keys one after the other."
+                }
                 proto::Purpose::Issuing => "Taint it? It and its root are replaced, at once where the root is in the HSM.",
                 proto::Purpose::Root => {
                     "Taint it? It and the issuing authority under it are replaced, at once where it is in the HSM."

@@ -242,6 +242,16 @@ impl Error {
         )
     }
 
+    /// Whether what the token has of a key is another, two, or not as it was made: asking again finds the same.
+    #[must_use]
+    pub fn is_not_as_recorded(&self) -> bool {
+        match self {
+            Self::KeyMismatch(_) | Self::KeyAmbiguous { .. } | Self::Attribute { .. } | Self::NotAgents(_) => true,
+            Self::NotUnwrapped { code, .. } => class(*code) == Class::Permanent,
+            _ => false,
+        }
+    }
+
     /// Whether trying again by itself could cost a PIN try or cannot help: an operator has to act.
     #[must_use]
     pub fn needs_operator(&self) -> bool {

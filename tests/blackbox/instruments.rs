@@ -76,6 +76,7 @@ fn subject() {
         "sign" => sign(),
         "private keys" => tell_private_keys(),
         "destroy a key" => destroy_key(),
+        "make a twin" => make_twin(),
         "sign with a key" => sign_with_key(),
         "another token" => make_another_token(),
         _ => panic!("what is {what}?"),
@@ -331,6 +332,17 @@ pub fn destroy_private(house: &House, token: &str, id: &[u8]) {
     assert_eq!(said(&output), ["1 objects"]);
 }
 
+/// Another process destroys a key that has no public half.
+pub fn destroy_secret(house: &House, token: &str, id: &[u8]) {
+    let output = run(beside(house, "destroy a key", token).env("SUBJECT_KEY", hex(id))).ok();
+    assert_eq!(said(&output), ["1 objects"]);
+}
+
+/// Another process makes a key of its own under an id that is taken.
+pub fn make_another_under(house: &House, token: &str, id: &[u8]) {
+    run(beside(house, "make a twin", token).env("SUBJECT_KEY", hex(id))).ok();
+}
+
 /// Another process signs a digest with a key of the token, as who has stolen the key would: r and s, 32 bytes each.
 pub fn sign_with(house: &House, token: &str, id: &[u8], digest: &[u8]) -> Vec<u8> {
     let mut command = beside(house, "sign with a key", token);
@@ -378,6 +390,18 @@ fn destroy_key() {
     say(&format!("{} objects", objects.len()));
 }
 
+fn make_twin() {
+    let (module, slot) = the_token();
+    make_p256(&logged_in(&module, slot, PIN), unhex(&std::env::var("SUBJECT_KEY").unwrap()));
+}
+
+fn make_p256(session: &cryptoki::session::Session, id: Vec<u8>) {
+    let curve = Attribute::EcParams(vec![0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07]);
+    let public = [curve, Attribute::Token(true), Attribute::Verify(true), Attribute::Id(id.clone())];
+    let private = [Attribute::Token(true), Attribute::Sign(true), Attribute::Id(id)];
+    session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private).unwrap();
+}
+
 fn sign_with_key() {
     let (module, slot) = the_token();
     let session = logged_in(&module, slot, PIN);
@@ -407,10 +431,7 @@ fn make_another_token() {
     }
     let session = logged_in(&module, slot, &pin);
     for id in ids {
-        let curve = Attribute::EcParams(vec![0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07]);
-        let public = [curve, Attribute::Token(true), Attribute::Verify(true), Attribute::Id(id.clone())];
-        let private = [Attribute::Token(true), Attribute::Sign(true), Attribute::Id(id)];
-        session.generate_key_pair(&Mechanism::EccKeyPairGen, &public, &private).unwrap();
+        make_p256(&session, id);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Barrier;
 use std::thread;
 
+use keyward::ledger::Reader;
 use keyward::proto::signature::Form;
 use keyward::proto::{
     Content, CreateKeyRequest, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyStorage, Purpose, VerifyRequest, content,
@@ -12,6 +13,7 @@ use keyward::proto::{
 use crate::house::keys::{digest, lives, payload, verifies, wish};
 use crate::house::wire::{Identity, refused};
 use crate::house::{Body, House};
+use crate::instruments;
 
 const STORAGES: [KeyStorage; 3] = [KeyStorage::Session, KeyStorage::Wrapped, KeyStorage::Resident];
 
@@ -211,6 +213,45 @@ fn sizes_and_numbers_have_bounds() {
     keys.destroy("", "c").unwrap();
     refused(keys.create(resident("f")), "KEYS_TOO_MANY");
     keys.create(session(wish("f"))).unwrap();
+}
+
+/// Each within its bounds, and the message that brings them all is not: a refusal with its reason, and an entry like any other.
+#[test]
+fn a_message_over_its_bound_is_refused_with_a_reason_and_is_an_entry() {
+    let mut house = House::serving();
+    {
+        let mut keys = house.keys(&Identity::of(&house.attested("builder/1")));
+        keys.create(for_jws("a")).unwrap();
+        let large = refused(keys.sign_batch("a", vec![payload(&"x".repeat(200)); 700]), "REQUEST_TOO_LARGE");
+        assert!(large.ledger_index.is_some() && large.message.contains("131072"), "{large:?}");
+        keys.sign_batch("a", vec![payload(&"x".repeat(200)); 600]).unwrap();
+    }
+    let entries = house.stopped_entries();
+    let told: Vec<_> =
+        entries.iter().filter_map(|body| if let Body::Refused(told) = body { Some(&*told.method) } else { None }).collect();
+    assert_eq!(told, ["SignBatch"]);
+}
+
+/// Two objects of the token under one id: which of them is the agent's is not guessed, and asking again finds two as well.
+#[test]
+fn of_keys_whose_ids_collide_none_signs_and_nobody_is_told_to_ask_again() {
+    let mut house = House::serving();
+    let agent = Identity::of(&house.attested("builder/1"));
+    let resident = CreateKeyRequest { storage: KeyStorage::Resident.into(), ..wish("a") };
+    house.keys(&agent).create(resident.clone()).unwrap();
+    house.keys(&agent).create(CreateKeyRequest { name: "b".into(), ..resident }).unwrap();
+    assert_eq!(house.stop(), 0);
+    let stored = Reader::open(&house.state().join("keyward.db")).unwrap().all_agent_keys(None, 10).unwrap();
+    instruments::make_another_under(&house, "agents", &stored[0].versions[0].key_id.0);
+    house.serve();
+    let mut keys = house.keys(&agent);
+    let collided = refused(keys.sign("a", digest(b"x")), "KEY_NOT_AS_RECORDED");
+    assert!(collided.retry_after.is_none() && collided.ledger_index.is_some(), "{collided:?}");
+    assert!(collided.message.contains("keyward hsm reconcile"));
+    keys.sign("b", digest(b"x")).unwrap();
+    // Another version has an id of its own.
+    keys.rotate("a", 1).unwrap();
+    keys.sign("a", digest(b"x")).unwrap();
 }
 
 #[test]

@@ -13,6 +13,7 @@ use keyward::proto::{CreateKeyRequest, KeyAlgorithm, KeyPurpose, KeyStorage, Ver
 use crate::house::keys::{Keys, digest, lives, wish};
 use crate::house::wire::{Identity, refused};
 use crate::house::{Body, DEADLINE, House};
+use crate::instruments;
 use crate::rotate::{become_states, generations, later, nothing_is_left_over, rotate, states};
 
 /// More than one entry tells of.
@@ -157,6 +158,35 @@ fn a_wrapping_key_is_replaced_while_agents_sign_and_make_keys_and_no_call_fails(
     assert!(rows.len() > 2 * MANY);
     assert_eq!(count_under(&rows, &last[0].0), rows.len());
     house.verify().ok();
+}
+
+/// As after a restore of an agents' token that is older than the wrapping key.
+#[test]
+fn a_wrapping_key_that_the_token_has_lost_is_told_and_an_operator_makes_another() {
+    if !wraps() {
+        return;
+    }
+    let mut house = served_with("");
+    let agent = Identity::of(&house.attested("builder/1"));
+    make(&mut house.keys(&agent), 1);
+    let lost = generations(&house, "wrapping")[0].0.clone();
+    assert_eq!(house.stop(), 0);
+    instruments::destroy_secret(&house, "agents", &instruments::unhex(&lost));
+    house.serve();
+    let mut keys = house.keys(&agent);
+    refused(keys.sign(&name(0), digest(b"under what is gone")), "KEY_LOST");
+    let told = refused(keys.create(wish("new")), "HSM_REFUSED");
+    assert!(told.message.contains("keyward ca rotate wrapping --now"), "{told:?}");
+    rotate(&house, "wrapping").ok();
+    let until = Instant::now() + DEADLINE;
+    while generations(&house, "wrapping")[0].1 != "active" || generations(&house, "wrapping")[0].0 == lost {
+        assert!(Instant::now() < until, "{:?}", generations(&house, "wrapping"));
+        thread::sleep(Duration::from_millis(100));
+    }
+    keys.create(wish("new")).unwrap();
+    keys.sign("new", digest(b"under another")).unwrap();
+    keys.rotate(&name(0), 1).unwrap();
+    keys.sign(&name(0), digest(b"under another")).unwrap();
 }
 
 #[test]

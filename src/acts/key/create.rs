@@ -10,7 +10,7 @@ use crate::proto::{self, KeyAccounting, KeyAlgorithm, KeyPurpose, KeyState, KeyS
 
 use super::super::label::label;
 use super::making::Making;
-use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal};
+use super::{Acts, KeyShown, KeyToken, algorithm_of, key_refusal, making_refusal};
 use crate::formats::Jwk;
 use crate::hsm::{Error, MadeKey};
 
@@ -251,7 +251,7 @@ impl Acts {
             Err(error) => {
                 self.give_up(token, key_id, storage, "the token could not make it").await;
                 tracing::warn!(agent = %of.agent, %error, "an agent's key could not be made");
-                return Err(key_refusal(error));
+                return Err(making_refusal(error));
             }
         };
         let kid = Jwk::thumbprint(&public);

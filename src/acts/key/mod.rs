@@ -253,10 +253,26 @@ fn is_passing(reason: Reason) -> bool {
 
 /// What an agent is told when its key could not be asked.
 fn key_refusal(error: hsm::Error) -> Refusal {
+    if error.is_not_as_recorded() {
+        let advice =
+            "the token does not have this key as the ledger says: have an operator run `keyward hsm reconcile`, and use another";
+        return Refusal::new(Reason::KeyNotAsRecorded, advice).because(error);
+    }
     match error {
         hsm::Error::KeyLost(_) => {
             let advice = "this key lived in a session, or in a token, that is gone; rotate it, or make one under another name";
             Refusal::new(Reason::KeyLost, advice).because(error)
+        }
+        other => making_refusal(other),
+    }
+}
+
+/// What an agent is told when its key could not be made. One that is lost then is the key that it was to be wrapped under.
+fn making_refusal(error: hsm::Error) -> Refusal {
+    match error {
+        hsm::Error::KeyLost(_) => {
+            let advice = "the token has lost the key that agents' keys are wrapped under: have an operator run `keyward ca rotate wrapping --now`";
+            Refusal::new(Reason::HsmRefused, advice).because(error)
         }
         hsm::Error::Incapable { .. } => {
             Refusal::new(Reason::AlgorithmUnsupported, "the token does not have this; choose another algorithm").because(error)

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
+use tonic::Code;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
 use crate::authn::Connection;
+use crate::ledger::Ledger;
 use crate::model::{AgentId, Reason, Refusal};
 
+use super::KEY_MESSAGE_BYTES_MAX;
 use super::headers::unindexed;
 use super::refusal::status_of;
 use super::shares::{Share, Shares};
@@ -30,14 +33,15 @@ const KEY_CALLS_MAX: usize = 64;
 /// One of them, among the extensions of its request: its act keeps it.
 pub(super) type KeyShare = Arc<Share<AgentId>>;
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Gatekeeper {
+    ledger: Ledger,
     keys: Arc<Shares<AgentId>>,
 }
 
-impl Default for Gatekeeper {
-    fn default() -> Self {
-        Self { keys: Shares::of(KEY_CALLS_MAX) }
+impl Gatekeeper {
+    pub(super) fn of(ledger: Ledger) -> Self {
+        Self { ledger, keys: Shares::of(KEY_CALLS_MAX) }
     }
 }
 
@@ -45,14 +49,14 @@ impl<S> Layer<S> for Gatekeeper {
     type Service = Kept<S>;
 
     fn layer(&self, inner: S) -> Kept<S> {
-        Kept { inner, keys: Arc::clone(&self.keys) }
+        Kept { inner, gatekeeper: self.clone() }
     }
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Kept<S> {
     inner: S,
-    keys: Arc<Shares<AgentId>>,
+    gatekeeper: Gatekeeper,
 }
 
 impl<S> Service<Request<Body>> for Kept<S>
@@ -86,13 +90,34 @@ where
             let answer = self.inner.call(request);
             return Box::pin(async move { answer.await.map(unindexed) });
         }
-        let Some(share) = self.keys.take(caller.clone()).map(KeyShare::new) else {
+        let Some(share) = self.gatekeeper.keys.take(caller.clone()).map(KeyShare::new) else {
             let advice = "too many calls about keys of this agent are under way; await an answer";
             return refuse(&Refusal::new(Reason::Overloaded, advice).retry_after(KEY_CALLS_WAIT));
         };
         request.extensions_mut().insert(KeyShare::clone(&share));
+        let (ledger, path) = (self.gatekeeper.ledger.clone(), request.uri().path_and_query().cloned());
         let answer = self.inner.call(request);
-        Box::pin(async move { Ok(answer.await.map(unindexed)?.map(|body| Body::new(Held { body, _share: share }))) })
+        Box::pin(async move {
+            let mut answer = answer.await?;
+            if let Some(refusal) = unread(answer.headers()) {
+                let method = path.as_ref().and_then(|path| path.path().strip_prefix(KEYS)).unwrap_or_default();
+                answer = status_of(&ledger.refused(share.who(), method, refusal).await).into_http();
+            }
+            Ok(unindexed(answer).map(|body| Body::new(Held { body, _share: share })))
+        })
+    }
+}
+
+/// Why the transport did not read a call's message. What an act refuses has its reason already.
+fn unread(headers: &HeaderMap) -> Option<Refusal> {
+    let code = headers.get("grpc-status").filter(|_| !headers.contains_key("grpc-status-details-bin"))?;
+    match Code::from_bytes(code.as_bytes()) {
+        Code::OutOfRange | Code::ResourceExhausted => {
+            let advice = format!("send a message of at most {KEY_MESSAGE_BYTES_MAX} bytes; sign a large batch in parts");
+            Some(Refusal::new(Reason::RequestTooLarge, advice))
+        }
+        Code::Internal => Some(Refusal::new(Reason::MalformedRequest, "send one well-formed message")),
+        _ => None,
     }
 }
 
@@ -124,7 +149,20 @@ impl http_body::Body for Held {
 
 #[cfg(test)]
 mod tests {
+    use tonic::Status;
+
     use super::*;
+
+    #[test]
+    fn what_the_transport_did_not_read_has_a_reason_and_what_an_act_refused_keeps_its_own() {
+        let reason = |status: Status| unread(status.into_http::<Body>().headers()).map(|refusal| refusal.reason);
+        assert_eq!(reason(Status::out_of_range("decoded message length too large")), Some(Reason::RequestTooLarge));
+        assert_eq!(reason(Status::internal("failed to decode")), Some(Reason::MalformedRequest));
+        assert_eq!(reason(Status::unimplemented("no such method")), None);
+        for told in [Reason::RequestTooLarge, Reason::Internal, Reason::RateLimited] {
+            assert_eq!(reason(status_of(&Refusal::new(told, "as it says"))), None);
+        }
+    }
 
     #[test]
     fn an_answer_that_nobody_takes_is_a_call_under_way() {

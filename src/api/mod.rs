@@ -115,6 +115,7 @@ pub async fn serve_agents(
         tell.send_replace(true);
     };
     let keys = key_service(key::Keys::new(Arc::clone(&acts)));
+    let gatekeeper = gatekeeper::Gatekeeper::of(acts.ledger().clone());
     let agents =
         AgentServiceServer::new(agent::Agents::new(acts, config.limits.unauthenticated_streams, connections_max, stopping))
             .max_decoding_message_size(AGENT_MESSAGE_BYTES_MAX)
@@ -125,7 +126,7 @@ pub async fn serve_agents(
         .with_service_name("keyward.v1.KeyService")
         .build_v1()?;
     server()
-        .layer(gatekeeper::Gatekeeper::default())
+        .layer(gatekeeper)
         .layer(straight::Straight::to(keys))
         .add_service(agents)
         .add_service(health.service())

@@ -38,6 +38,13 @@ impl<Who: Eq + Hash + Clone> Shares<Who> {
     }
 }
 
+impl<Who: Eq + Hash> Share<Who> {
+    /// Who has it.
+    pub(super) fn who(&self) -> &Who {
+        &self.who
+    }
+}
+
 impl<Who: Eq + Hash> Drop for Share<Who> {
     fn drop(&mut self) {
         let mut taken = self.shares.taken.lock().unwrap_or_else(PoisonError::into_inner);

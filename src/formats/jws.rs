@@ -116,6 +116,10 @@ fn extra_members(text: &[u8]) -> Result<Map<String, serde_json::Value>, Refusal>
     if members.len() > HEADER_MEMBERS_MAX {
         return Err(too_large(format!("give at most {HEADER_MEMBERS_MAX} further header members")));
     }
+    // K and S have a second capital each beyond ASCII, which some readers take for them.
+    if members.keys().any(|name| name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_graphic())) {
+        return Err(malformed("name further header members in visible ASCII"));
+    }
     match members.keys().find(|name| RESERVED_MEMBERS.contains(&name.to_ascii_lowercase().as_str())) {
         Some(reserved) => Err(malformed(format!("leave {reserved} out of the further header members"))),
         None => Ok(members),

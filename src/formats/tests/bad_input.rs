@@ -219,6 +219,12 @@ fn a_header_or_payload_that_is_not_the_callers_is_not_signed() {
         "JKU",
         "X5u",
         "Alg",
+        "\u{212a}id",
+        "jw\u{212a}",
+        "jwk\u{17f}",
+        "kid\u{0}",
+        "k id",
+        "",
     ] {
         assert_eq!(prepare(None, &json!({ name: "x" }).to_string(), b"x"), Reason::MalformedRequest, "{name}");
     }

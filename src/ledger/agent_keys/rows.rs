@@ -342,19 +342,17 @@ impl Reader {
         page(select.query(params![agent.as_str(), epoch, after])?, limit)
     }
 
-    /// At most `limit` keys of all agents of a class, destroyed ones among them, in the order of agent, epoch and name, after `after`.
+    /// At most `limit` keys of all agents of a class that are not destroyed, in the order of agent, epoch and name, after `after`.
     ///
     /// # Errors
     /// When the file cannot be read or a row breaks a rule.
     pub fn agent_keys_of_class(&self, class: &str, after: (&str, u32, &str), limit: u32) -> Result<KeyPage, StoreError> {
         let connection = self.locked();
-        // '0' follows '/': all agents of the class and no others lie between. What is destroyed is looked at as well, and counts: however
-        // many of them lie in between, a page is no more work for it.
-        let mut select = connection.prepare_cached(&format!(
-            "{COLUMNS} WHERE agent > ?1 || '/' AND agent < ?1 || '0' AND (agent, epoch, name) > (?2, ?3, ?4) \
-             ORDER BY agent, epoch, name"
-        ))?;
-        page(select.query(params![class, after.0, after.1, after.2])?, limit)
+        let mut select = connection.prepare_cached(&format!("{COLUMNS} {OF_CLASS}"))?;
+        // '0' follows '/': all agents of the class and no others lie between.
+        let (first, end) = (format!("{class}/"), format!("{class}0"));
+        let after = if after.0 > first.as_str() { after } else { (first.as_str(), 0, "") };
+        page(select.query(params![end, after.0, after.1, after.2])?, limit)
     }
 
     /// At most `limit` keys that are not destroyed, of all agents and epochs, after `after`.
@@ -389,6 +387,9 @@ impl Reader {
         Ok(count.cast_unsigned())
     }
 }
+
+/// One lower bound, and an index without the destroyed keys: a page is the same work however deep it is, and however many of them lie between.
+const OF_CLASS: &str = "WHERE agent < ?1 AND (agent, epoch, name) > (?2, ?3, ?4) AND state <> 3 ORDER BY agent, epoch, name";
 
 const _: () = assert!(KeyState::Destroyed as i32 == 3, "the queries above say so");
 
@@ -474,8 +475,37 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keyward.db");
         filled(&path, 20, 10, KeyState::Destroyed);
-        let page = Reader::open(&path).unwrap().agent_keys_of_class("builder", ("", 0, ""), 5).unwrap();
-        assert_eq!((page.keys.len(), page.more), (5, true), "as many were looked at, and no more");
+        let reader = Reader::open(&path).unwrap();
+        assert!(reader.agent_keys_of_class("builder", ("", 0, ""), 5).unwrap().keys.is_empty());
+        // All three columns are sought, in an index of what is there, and nothing is sorted.
+        let connection = reader.locked();
+        let mut explained = connection.prepare(&format!("EXPLAIN QUERY PLAN {COLUMNS} {OF_CLASS}")).unwrap();
+        let steps = explained.query_map(params!["builder0", "builder/1", 1, "k"], |row| row.get::<_, String>(3)).unwrap();
+        let steps: Vec<_> = steps.map(Result::unwrap).collect();
+        assert_eq!(steps, ["SEARCH agent_key USING INDEX agent_key_there ((agent,epoch,name)>(?,?,?) AND agent<?)"]);
+    }
+
+    #[test]
+    fn the_pages_of_a_class_are_its_keys_and_no_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyward.db");
+        let mut store = Store::create(&path).unwrap();
+        let agents = ["builder/1", "builder/2", "builder-2/1", "buildes/1", "a/1"];
+        let key = |agent: &str, name: &str| {
+            let of = KeyOf { agent: AgentId::parse(agent).unwrap(), ..of(name) };
+            Row::AgentKey(Box::new((of, KeyState::Active, AgentKeyRow::new(&terms(), Some(0), &[version(1, 10)]))))
+        };
+        let rows: Vec<Row> = agents.iter().flat_map(|agent| ["a", "b"].map(|name| key(agent, name))).collect();
+        store.commit(0, &[], &[], &rows).unwrap();
+        let reader = Reader::open(&path).unwrap();
+        let (mut after, mut found) = ((String::new(), 0, String::new()), Vec::new());
+        loop {
+            let page = reader.agent_keys_of_class("builder", (&after.0, after.1, &after.2), 1).unwrap();
+            let Some(last) = page.keys.last() else { break };
+            after = (last.of.agent.to_string(), last.of.epoch, last.of.name.to_string());
+            found.push(format!("{} {}", after.0, after.2));
+        }
+        assert_eq!(found, ["builder/1 a", "builder/1 b", "builder/2 a", "builder/2 b"]);
     }
 
     #[test]

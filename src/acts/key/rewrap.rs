@@ -17,7 +17,7 @@ use crate::model::{KeyId, Reason, Refusal};
 use crate::proto::{AuthorityState as State, KeyState, Purpose};
 
 use super::loaded::Loaded;
-use super::{Acts, KeyToken, hsm_refusal};
+use super::{Acts, KeyToken, key_refusal};
 
 /// Keys that one entry tells of, at most.
 const PAGE: u32 = 64;
@@ -257,7 +257,7 @@ impl Acts {
             match self.load_key(&of).await {
                 Ok(loaded) => passing.here.push(loaded),
                 Err(gone) if gone.reason == Reason::KeyNotFound => {}
-                Err(odd) if odd.reason == Reason::KeyNotAsRecorded => {
+                Err(left) if matches!(left.reason, Reason::KeyNotAsRecorded | Reason::RequestInProgress) => {
                     for id in under {
                         held.entry(id).or_default().1 += 1;
                     }
@@ -291,7 +291,7 @@ impl Acts {
         {
             let key = (newest.key_id, newest.public.algorithm());
             let again = pass.token.hsm.rewrap_agent_key(key, Arc::clone(&blob), by, pass.task.active).await;
-            again.map(|again| drop(pass.again.insert(newest.key_id, (blob, again.into())))).map_err(hsm_refusal)
+            again.map(|again| drop(pass.again.insert(newest.key_id, (blob, again.into())))).map_err(key_refusal)
         } else {
             return Ok(());
         };

@@ -100,6 +100,8 @@ where
         Box::pin(async move {
             let mut answer = answer.await?;
             if let Some(refusal) = unread(answer.headers()) {
+                // Who hung up before the whole of it was there is not refused: this is dropped here then.
+                tokio::task::yield_now().await;
                 let method = path.as_ref().and_then(|path| path.path().strip_prefix(KEYS)).unwrap_or_default();
                 answer = status_of(&ledger.refused(share.who(), method, refusal).await).into_http();
             }

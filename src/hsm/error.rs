@@ -242,12 +242,13 @@ impl Error {
         )
     }
 
-    /// Whether what the token has of a key is another, two, or not as it was made: asking again finds the same.
+    /// Whether what the token has of a key is two, or not as it was made: asking again finds the same. Not a signature that does not verify,
+    /// nor a refusal to unwrap that may be the token's: those a token gets over.
     #[must_use]
     pub fn is_not_as_recorded(&self) -> bool {
         match self {
-            Self::KeyMismatch(_) | Self::KeyAmbiguous { .. } | Self::Attribute { .. } | Self::NotAgents(_) => true,
-            Self::NotUnwrapped { code, .. } => class(*code) == Class::Permanent,
+            Self::KeyAmbiguous { .. } | Self::Attribute { .. } | Self::NotAgents(_) => true,
+            Self::NotUnwrapped { code, .. } => matches!(code, RvError::WrappedKeyInvalid | RvError::WrappedKeyLenRange),
             _ => false,
         }
     }
@@ -299,6 +300,17 @@ mod tests {
         for code in [RvError::DeviceError, RvError::GeneralError, RvError::PinIncorrect, RvError::DeviceMemory] {
             assert!(!at_sign_init(code).is_permanent(), "{code:?}");
         }
+    }
+
+    #[test]
+    fn what_a_token_gets_over_is_not_said_to_be_the_key() {
+        let id = KeyId([1; 16]);
+        let unwrapped = |code| Error::NotUnwrapped { id, code };
+        for error in [Error::KeyAmbiguous { id, count: 2 }, Error::NotAgents(id), unwrapped(RvError::WrappedKeyInvalid)] {
+            assert!(error.is_not_as_recorded(), "{error}");
+        }
+        let passing = [Error::KeyMismatch(id), Error::Corrupt(id), unwrapped(RvError::MechanismInvalid), Error::Deadline];
+        assert!(passing.iter().all(|error| !error.is_not_as_recorded()));
     }
 
     #[test]

@@ -15,7 +15,8 @@ mod session;
 mod sign;
 mod verify;
 
-use std::sync::Arc;
+use std::error::Error as _;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -25,7 +26,7 @@ use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
 use crate::ledger::{AgentKey, Generation, KeyOf, KeyVersion, StoredKey};
-use crate::model::{Algorithm, Clock, KeyId, KeyName, Reason, Refusal};
+use crate::model::{Algorithm, Clock, KeyId, KeyName, Outage, Reason, Refusal};
 use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose};
 
 use super::{Acts, hsm_refusal};
@@ -90,6 +91,8 @@ pub struct AgentKeys {
     intended: LookedUp,
     ended: LookedUp,
     rewrapping: Rewrapping,
+    /// Objects of the token that are not as they were made, as the log has told.
+    odd: Mutex<Outage>,
     per_agent_max: usize,
     session_max: usize,
     resident_max: usize,
@@ -111,6 +114,7 @@ impl AgentKeys {
             intended: LookedUp::default(),
             ended: LookedUp::default(),
             rewrapping: Rewrapping::default(),
+            odd: Mutex::default(),
             per_agent_max: limits.keys_per_agent,
             session_max: limits.session_keys_per_agent,
             resident_max: limits.resident_keys_per_agent,
@@ -226,14 +230,27 @@ impl Acts {
     async fn refused_key_call<T>(&self, method: &str, source: &Connection, result: Result<T, Refusal>) -> Result<T, Refusal> {
         match result {
             Ok(done) => Ok(done),
-            Err(refusal) => match source.named() {
-                // What passes by itself is load, not an attempt at anything.
-                Some(agent) if !is_passing(refusal.reason) => Err(self.ledger.refused(agent, method, refusal).await),
-                _ => {
-                    self.ledger.refused_stranger(refusal.reason, Some(source.source()));
-                    Err(refusal)
+            Err(refusal) => {
+                self.tell_odd_object(&refusal);
+                match source.named() {
+                    // What passes by itself is load, not an attempt at anything.
+                    Some(agent) if !is_passing(refusal.reason) => Err(self.ledger.refused(agent, method, refusal).await),
+                    _ => {
+                        self.ledger.refused_stranger(refusal.reason, Some(source.source()));
+                        Err(refusal)
+                    }
                 }
-            },
+            }
+        }
+    }
+
+    /// Once, however often its key is asked for.
+    fn tell_odd_object(&self, refusal: &Refusal) {
+        let cause = refusal.source().and_then(|cause| cause.downcast_ref::<hsm::Error>());
+        if let Some(error) = cause.filter(|error| error.is_not_as_recorded())
+            && self.keys.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string())
+        {
+            tracing::error!(%error, "the token does not have an agent's key as it was made: it signs no more");
         }
     }
 }
@@ -255,7 +272,7 @@ fn is_passing(reason: Reason) -> bool {
 fn key_refusal(error: hsm::Error) -> Refusal {
     if error.is_not_as_recorded() {
         let advice =
-            "the token does not have this key as the ledger says: have an operator run `keyward hsm reconcile`, and use another";
+            "the token does not have this key as it was made: rotate it, or use another; the daemon's log says what was found";
         return Refusal::new(Reason::KeyNotAsRecorded, advice).because(error);
     }
     match error {
@@ -267,11 +284,12 @@ fn key_refusal(error: hsm::Error) -> Refusal {
     }
 }
 
-/// What an agent is told when its key could not be made. One that is lost then is the key that it was to be wrapped under.
+/// What an agent is told when its key could not be made. One that is looked for then is the key that it was to be wrapped under.
 fn making_refusal(error: hsm::Error) -> Refusal {
     match error {
-        hsm::Error::KeyLost(_) => {
-            let advice = "the token has lost the key that agents' keys are wrapped under: have an operator run `keyward ca rotate wrapping --now`";
+        hsm::Error::KeyLost(_) | hsm::Error::KeyAmbiguous { .. } => {
+            let advice =
+                "the token has no one key to wrap agents' keys under: have an operator run `keyward ca rotate wrapping --now`";
             Refusal::new(Reason::HsmRefused, advice).because(error)
         }
         hsm::Error::Incapable { .. } => {

@@ -196,6 +196,8 @@ fn a_wrapping_key_that_the_token_has_lost_is_told_and_an_operator_makes_another(
         thread::sleep(Duration::from_millis(100));
     }
     keys.sign("new", digest(b"under a third")).unwrap();
+    let told = house.log().matches("stays under the wrapping key before").count();
+    assert!((1..=12).contains(&told), "a pass tells of a lost key once, and not of each that is under it: {told}");
 }
 
 #[test]

@@ -26,7 +26,7 @@ use crate::config::Limits;
 use crate::formats::{Bounds, Profile, ReplayCache};
 use crate::hsm::{self, Hsm};
 use crate::ledger::{AgentKey, Generation, KeyOf, KeyVersion, StoredKey};
-use crate::model::{Algorithm, Clock, KeyId, KeyName, Outage, Reason, Refusal};
+use crate::model::{AgentId, Algorithm, Clock, KeyId, KeyName, Outage, Reason, Refusal};
 use crate::proto::{AuthorityState, KeyAlgorithm, KeyPurpose, KeyStorage, Purpose};
 
 use super::{Acts, hsm_refusal};
@@ -231,7 +231,7 @@ impl Acts {
         match result {
             Ok(done) => Ok(done),
             Err(refusal) => {
-                self.tell_odd_object(&refusal);
+                self.tell_odd_object(&refusal, source.named());
                 match source.named() {
                     // What passes by itself is load, not an attempt at anything.
                     Some(agent) if !is_passing(refusal.reason) => Err(self.ledger.refused(agent, method, refusal).await),
@@ -245,12 +245,12 @@ impl Acts {
     }
 
     /// Once, however often its key is asked for.
-    fn tell_odd_object(&self, refusal: &Refusal) {
-        let cause = refusal.source().and_then(|cause| cause.downcast_ref::<hsm::Error>());
-        if let Some(error) = cause.filter(|error| error.is_not_as_recorded())
+    fn tell_odd_object(&self, refusal: &Refusal, agent: Option<&AgentId>) {
+        if refusal.reason == Reason::KeyNotAsRecorded
+            && let Some(error) = refusal.source().and_then(|cause| cause.downcast_ref::<hsm::Error>())
             && self.keys.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string())
         {
-            tracing::error!(%error, "the token does not have an agent's key as it was made: it signs no more");
+            tracing::error!(agent = agent.map(AgentId::as_str), %error, "the token does not have an agent's key as it was made: it signs no more");
         }
     }
 }

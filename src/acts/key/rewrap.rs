@@ -8,10 +8,12 @@
 //! Rows and the entry that tells of them are one transaction: after a crash each key is under the one wrapping key or the other, both of
 //! which are there, and the next pass goes on with those that are left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::hsm;
 use crate::ledger::{KeyVersion, Rewrapped, StoredKey};
 use crate::model::{KeyId, Reason, Refusal};
 use crate::proto::{AuthorityState as State, KeyState, Purpose};
@@ -104,6 +106,8 @@ struct Pass<'a> {
     token: Arc<KeyToken>,
     /// Wrapped anew, not yet entered.
     again: BTreeMap<KeyId, Again>,
+    /// Keys that the token was found not to have: what takes one of them is not tried again in this pass, and told once.
+    lost: BTreeSet<KeyId>,
     failures: usize,
 }
 
@@ -168,7 +172,8 @@ impl Acts {
         if task.open.iter().any(|(_, tainted)| *tainted) {
             tracing::warn!(keys, "agents' keys were under a tainted wrapping key: they are replaced, and verify no more");
         }
-        let mut pass = Pass { task: &task, token: self.keys.token()?, again: BTreeMap::new(), failures: 0 };
+        let mut pass =
+            Pass { task: &task, token: self.keys.token()?, again: BTreeMap::new(), lost: BTreeSet::new(), failures: 0 };
         let (mut after, mut left) = (None, BTreeMap::<KeyId, u64>::new());
         loop {
             // An operator has held it up, or another one is active by now.
@@ -280,7 +285,7 @@ impl Acts {
     /// What the token has to do for a key: nothing for one that never signs again.
     async fn rewrap_one(&self, pass: &mut Pass<'_>, loaded: &Loaded) -> Result<(), Refusal> {
         let Ok(newest) = loaded.key.newest() else { return Ok(()) };
-        if self.ledger.admits_key(&loaded.key).is_err() {
+        if self.ledger.admits_key(&loaded.key).is_err() || pass.lost.contains(&pass.task.active) {
             return Ok(());
         }
         let began = Instant::now();
@@ -288,6 +293,7 @@ impl Acts {
             self.replace_version(loaded, &newest, self.trusted_now()?).await.map(drop)
         } else if pass.task.is_stale(&newest)
             && let Some((blob, by)) = newest.wrapped
+            && !pass.lost.contains(&by)
         {
             let key = (newest.key_id, newest.public.algorithm());
             let again = pass.token.hsm.rewrap_agent_key(key, Arc::clone(&blob), by, pass.task.active).await;
@@ -300,6 +306,11 @@ impl Acts {
             Err(refusal) => {
                 // Of one that stays where it is the others do not have to wait.
                 tracing::warn!(key = ?loaded.key, ?refusal, "an agent's key stays under the wrapping key before");
+                if let Some(hsm::Error::KeyLost(id) | hsm::Error::KeyAmbiguous { id, .. }) =
+                    refusal.source().and_then(|cause| cause.downcast_ref())
+                {
+                    pass.lost.insert(*id);
+                }
                 if !matches!(refusal.reason, Reason::HsmUnavailable | Reason::LedgerUnavailable) {
                     return Ok(());
                 }

@@ -22,6 +22,9 @@ pub(super) const SLACK_SECONDS: u64 = 60;
 /// An authority's successor is made at the latest so long before its certificate ends, in seconds; of one that is not good for longer than
 /// that three times over, a third of its life before.
 const CERTIFICATE_REST_SECONDS: u64 = 14 * 86_400;
+/// A wrapping key waits no longer for the one before the active one to have nothing under it, in seconds: what is under one that the token has
+/// lost stays there until its agent rotates it, which may be never.
+const REWRAP_SECONDS: u64 = 86_400;
 
 /// What the arrows are weighed by.
 pub(super) struct Terms<'a> {
@@ -112,7 +115,10 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         _ if urgent => Some(of.since),
         Purpose::Ledger => before.map_or(Some(of.since), |before| retirement(before, all, terms).at),
         // What is under the one before comes under the active one, and not under one after the other.
-        Purpose::Wrapping if all.iter().any(|found| found.purpose == of.purpose && found.state == State::Retiring) => None,
+        Purpose::Wrapping if !of.now => {
+            let retiring = all.iter().filter(|found| found.purpose == of.purpose && found.state == State::Retiring);
+            retiring.map(|found| found.since.plus_seconds(REWRAP_SECONDS)).chain([of.since]).max()
+        }
         Purpose::Root => Some(signs_from(of, all, terms)),
         _ => Some(of.since.plus_seconds(overlap)),
     };

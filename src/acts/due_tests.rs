@@ -237,7 +237,12 @@ fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that()
     assert_eq!(next_of(&all, 1, &rotation).at, Some(NOW));
     (all[0].state, all[1].state) = (State::Retiring, State::Active);
     all.push(generation(3, Purpose::Wrapping, State::Prepublished));
-    assert_eq!((next_of(&all, 0, &rotation).at, next_of(&all, 2, &rotation).at), (None, None));
+    // One that holds lost keys never has nothing under it: it is waited for a day, and not at all where an operator asks for another now.
+    let waits = Some(NOW.plus_seconds(REWRAP_SECONDS));
+    assert_eq!((next_of(&all, 0, &rotation).at, next_of(&all, 2, &rotation).at), (None, waits));
+    all[2].now = true;
+    assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW));
+    all[2].now = false;
     let freed = |tainted| Terms {
         rotation: &rotation,
         ttl_seconds_longest: 600,

@@ -170,7 +170,6 @@ impl Authority {
             _ if self.awaits_certificate => "`keyward ca adopt` has brought its certificate",
             ("issuing", "planned") => "there is a root to sign it",
             ("issuing", "prepublished") => "its root is active",
-            ("wrapping", "prepublished") => "the one before the active one has retired",
             ("wrapping", "retiring" | "retired") => "no agent's key is under it",
             ("root", "retiring") => "the last certificate under it has ended",
             _ => "the next one is active",

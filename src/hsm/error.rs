@@ -242,6 +242,15 @@ impl Error {
         )
     }
 
+    /// The key that the token has not, not once, or not as it was made; it may be another than the one that was asked for.
+    #[must_use]
+    pub fn key_amiss(&self) -> Option<KeyId> {
+        match self {
+            Self::KeyLost(id) | Self::KeyAmbiguous { id, .. } | Self::Attribute { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+
     /// Whether what the token has of a key is two, or not as it was made: asking again finds the same. Not a signature that does not verify,
     /// nor a refusal to unwrap that may be the token's: those a token gets over.
     #[must_use]

@@ -250,7 +250,10 @@ impl Acts {
             && let Some(error) = refusal.source().and_then(|cause| cause.downcast_ref::<hsm::Error>())
             && self.keys.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string())
         {
-            tracing::error!(agent = agent.map(AgentId::as_str), %error, "the token does not have an agent's key as it was made: it signs no more");
+            tracing::error!(
+                agent = agent.map(AgentId::as_str), %error,
+                "the token does not have an agent's key, or the wrapping key that it is under, as it was made: it signs no more"
+            );
         }
     }
 }

@@ -76,6 +76,11 @@ impl Task {
         under.any(|by| self.tainted.contains(by))
     }
 
+    /// Whether it is a wrapping key that a pass takes.
+    fn takes(&self, id: KeyId) -> bool {
+        id == self.active || self.before.contains(&id)
+    }
+
     /// Under a wrapping key that is not active any more.
     fn is_stale(&self, version: &KeyVersion) -> bool {
         version.wrapped.as_ref().is_some_and(|(_, by)| self.before.contains(by))
@@ -106,7 +111,7 @@ struct Pass<'a> {
     token: Arc<KeyToken>,
     /// Wrapped anew, not yet entered.
     again: BTreeMap<KeyId, Again>,
-    /// Keys that the token was found not to have: what takes one of them is not tried again in this pass, and told once.
+    /// Wrapping keys that the token was found not to have as they were made: what takes one of them is not tried again in this pass.
     lost: BTreeSet<KeyId>,
     failures: usize,
 }
@@ -304,13 +309,19 @@ impl Acts {
         match done {
             Ok(()) => pass.failures = 0,
             Err(refusal) => {
-                // Of one that stays where it is the others do not have to wait.
-                tracing::warn!(key = ?loaded.key, ?refusal, "an agent's key stays under the wrapping key before");
-                if let Some(hsm::Error::KeyLost(id) | hsm::Error::KeyAmbiguous { id, .. }) =
-                    refusal.source().and_then(|cause| cause.downcast_ref())
-                {
-                    pass.lost.insert(*id);
+                // For one that stays where it is the others do not have to wait.
+                let amiss = refusal.source().and_then(|cause| cause.downcast_ref()).and_then(hsm::Error::key_amiss);
+                if let Some(wrapping) = amiss.filter(|id| pass.task.takes(*id)) {
+                    let is_active = wrapping == pass.task.active;
+                    tracing::error!(
+                        %wrapping, is_active, ?refusal,
+                        "the token has not this wrapping key as it was made: agents' keys under it wait for `key rotate`; \
+                         one that is active is replaced with `keyward ca rotate wrapping --now`"
+                    );
+                    pass.lost.insert(wrapping);
+                    return Ok(());
                 }
+                tracing::warn!(key = ?loaded.key, ?refusal, "an agent's key stays under the wrapping key before");
                 if !matches!(refusal.reason, Reason::HsmUnavailable | Reason::LedgerUnavailable) {
                     return Ok(());
                 }

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Instant;
 
-use super::{House, Output};
+use super::{DEADLINE, House, Output};
 
 /// An agent of a house.
 pub struct Agent<'a> {
@@ -77,6 +78,19 @@ impl<'a> Agent<'a> {
     /// What the operator sees of it.
     pub fn shown(&self) -> serde_json::Value {
         self.house.keyward(&["agents", "show", &self.name, "--format", "json"]).ok().json()
+    }
+
+    /// What the operator sees of it once `is_so`: an agent has its answer before the book has its outcome.
+    #[track_caller]
+    pub fn shown_once(&self, is_so: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        let until = Instant::now() + DEADLINE;
+        loop {
+            let shown = self.shown();
+            if is_so(&shown) {
+                return shown;
+            }
+            assert!(Instant::now() < until, "{shown}");
+        }
     }
 
     /// Its chain, leaf first, DER.

@@ -116,7 +116,9 @@ fn activation(of: &Generation, all: &[Generation], terms: &Terms<'_>) -> Arrow {
         Purpose::Ledger => before.map_or(Some(of.since), |before| retirement(before, all, terms).at),
         // What is under the one before comes under the active one, and not under one after the other.
         Purpose::Wrapping if !of.now => {
-            let retiring = all.iter().filter(|found| found.purpose == of.purpose && found.state == State::Retiring);
+            // One that retires only in the future does so by a clock that has been set back since.
+            let retires = |found: &&Generation| found.state == State::Retiring && found.since <= terms.now;
+            let retiring = all.iter().filter(|found| found.purpose == of.purpose).filter(retires);
             retiring.map(|found| found.since.plus_seconds(REWRAP_SECONDS)).chain([of.since]).max()
         }
         Purpose::Root => Some(signs_from(of, all, terms)),
@@ -210,7 +212,7 @@ pub(super) fn leaves(of: &Generation) -> Option<UnixTime> {
 }
 
 fn freed(of: &Generation, terms: &Terms<'_>) -> Option<UnixTime> {
-    Some(of.since).filter(|_| terms.freed.contains(&(of.key_id, of.tainted)))
+    Some(of.since.min(terms.now)).filter(|_| terms.freed.contains(&(of.key_id, of.tainted)))
 }
 
 fn root_of<'a>(of: &Generation, all: &'a [Generation]) -> Option<&'a Generation> {

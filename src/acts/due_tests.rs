@@ -243,6 +243,10 @@ fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that()
     all[2].now = true;
     assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW));
     all[2].now = false;
+    // By a clock that ran ahead and has been set back.
+    all[0].since = NOW.plus_seconds(30 * 86_400);
+    assert_eq!(next_of(&all, 2, &rotation).at, Some(NOW));
+    all[0].since = NOW;
     let freed = |tainted| Terms {
         rotation: &rotation,
         ttl_seconds_longest: 600,

@@ -48,7 +48,7 @@ pub(super) enum Verb {
         /// Which.
         #[arg(value_enum)]
         purpose: Rotating,
-        /// Wait for no maintenance window. One that is on its way is hurried, and no other begun: it may be repeated.
+        /// Wait for no maintenance window, and with a wrapping key not until nothing is under the one before. One that is on its way is hurried, and no other begun: it may be repeated.
         #[arg(long)]
         now: bool,
         /// Why; kept in the ledger, at most 256 characters.

@@ -37,7 +37,7 @@ pub struct Generation {
     pub checkpoint: String,
     /// Its key may be in other hands.
     pub tainted: bool,
-    /// It waits for no maintenance window.
+    /// It waits for no maintenance window; a wrapping key neither for what is under the one before.
     pub now: bool,
 }
 

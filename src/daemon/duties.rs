@@ -149,23 +149,28 @@ pub(super) async fn rotation(rooms: Rooms) {
 /// Agents' keys come under the wrapping key that is active. What could not now is tried again, later each time; a taint waits for none of
 /// that.
 pub(super) async fn rewrapping(rooms: Rooms) {
-    let mut tries = 0;
+    let (mut tries, mut outage) = (0, Outage::default());
     loop {
         let before = rooms.acts.wrapping_keys();
         let wait = match rooms.acts.rewrap_due().await {
             Ok(Rewrap::Idle) => {
-                tries = 0;
+                (tries, outage) = (0, Outage::default());
                 ROTATION_LOOK
             }
             // The next may be due.
             Ok(Rewrap::Done) => Duration::ZERO,
+            // It may last until an agent rotates its key: `keyward status` tells how many are left.
             Ok(Rewrap::Left(left)) => {
-                tracing::warn!(left, "agents' keys are still under a wrapping key before");
+                if outage.goes_on("left") {
+                    tracing::warn!(left, "agents' keys are still under a wrapping key before");
+                }
                 tries += 1;
                 back_off(tries)
             }
             Err(refusal) => {
-                tracing::warn!(?refusal, "agents' keys stay under a wrapping key before for a while");
+                if outage.goes_on(refusal.reason.as_str_name()) {
+                    tracing::warn!(?refusal, "agents' keys stay under a wrapping key before for a while");
+                }
                 tries += 1;
                 back_off(tries)
             }

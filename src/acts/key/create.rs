@@ -251,7 +251,7 @@ impl Acts {
             Err(error) => {
                 self.give_up(token, key_id, storage, "the token could not make it").await;
                 tracing::warn!(agent = %of.agent, %error, "an agent's key could not be made");
-                return Err(making_refusal(error));
+                return Err(making_refusal(error, wrapping));
             }
         };
         let kid = Jwk::thumbprint(&public);

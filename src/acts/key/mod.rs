@@ -16,7 +16,7 @@ mod sign;
 mod verify;
 
 use std::error::Error as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -248,7 +248,7 @@ impl Acts {
     fn tell_odd_object(&self, refusal: &Refusal, agent: Option<&AgentId>) {
         if refusal.reason == Reason::KeyNotAsRecorded
             && let Some(error) = refusal.source().and_then(|cause| cause.downcast_ref::<hsm::Error>())
-            && self.keys.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(&error.to_string())
+            && self.keys.is_news(&error.to_string())
         {
             tracing::error!(
                 agent = agent.map(AgentId::as_str), %error,
@@ -283,18 +283,18 @@ fn key_refusal(error: hsm::Error) -> Refusal {
             let advice = "this key lived in a session, or in a token, that is gone; rotate it, or make one under another name";
             Refusal::new(Reason::KeyLost, advice).because(error)
         }
-        other => making_refusal(other),
+        other => making_refusal(other, None),
     }
 }
 
-/// What an agent is told when its key could not be made. One that is looked for then is the key that it was to be wrapped under.
-fn making_refusal(error: hsm::Error) -> Refusal {
+/// What an agent is told when its key could not be made, under this wrapping key if it was to be wrapped.
+fn making_refusal(error: hsm::Error, wrapping: Option<KeyId>) -> Refusal {
+    if wrapping.is_some() && error.key_amiss() == wrapping {
+        let advice =
+            "the token has no good key to wrap agents' keys under: have an operator run `keyward ca rotate wrapping --now`";
+        return Refusal::new(Reason::HsmRefused, advice).because(error);
+    }
     match error {
-        hsm::Error::KeyLost(_) | hsm::Error::KeyAmbiguous { .. } => {
-            let advice =
-                "the token has no one key to wrap agents' keys under: have an operator run `keyward ca rotate wrapping --now`";
-            Refusal::new(Reason::HsmRefused, advice).because(error)
-        }
         hsm::Error::Incapable { .. } => {
             Refusal::new(Reason::AlgorithmUnsupported, "the token does not have this; choose another algorithm").because(error)
         }

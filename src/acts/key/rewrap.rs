@@ -117,6 +117,11 @@ struct Pass<'a> {
 }
 
 impl super::AgentKeys {
+    /// Whether what is wrong with an object in the token was not told yet, and there is room to remember that it was.
+    pub(super) fn is_news(&self, what: &str) -> bool {
+        self.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(what)
+    }
+
     /// Wrapping keys that nothing is under any more, and whether that was so with their taint.
     pub(in crate::acts) fn freed(&self) -> Vec<(KeyId, bool)> {
         self.rewrapping.lock().freed.clone()
@@ -223,7 +228,9 @@ impl Acts {
         drop(progress);
         let left: u64 = left.values().sum();
         let seconds = began.elapsed().as_secs_f64();
-        tracing::info!(keys, left, seconds, "agents' keys are under the active wrapping key");
+        if left == 0 {
+            tracing::info!(keys, seconds, "agents' keys are under the active wrapping key");
+        }
         Ok(if left == 0 { Rewrap::Done } else { Rewrap::Left(left) })
     }
 
@@ -312,12 +319,13 @@ impl Acts {
                 // For one that stays where it is the others do not have to wait.
                 let amiss = refusal.source().and_then(|cause| cause.downcast_ref()).and_then(hsm::Error::key_amiss);
                 if let Some(wrapping) = amiss.filter(|id| pass.task.takes(*id)) {
-                    let is_active = wrapping == pass.task.active;
-                    tracing::error!(
-                        %wrapping, is_active, ?refusal,
-                        "the token has not this wrapping key as it was made: agents' keys under it wait for `key rotate`; \
-                         one that is active is replaced with `keyward ca rotate wrapping --now`"
-                    );
+                    if self.keys.is_news(&format!("wrapping key {wrapping}")) {
+                        tracing::error!(
+                            %wrapping, ?refusal,
+                            "the token has not this wrapping key as it was made: while it is active, `keyward ca rotate wrapping --now` \
+                             makes another; what is under it waits for `key rotate`, or all of it for `keyward ca taint`"
+                        );
+                    }
                     pass.lost.insert(wrapping);
                     return Ok(());
                 }

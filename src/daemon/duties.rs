@@ -179,7 +179,7 @@ pub(super) async fn rewrapping(rooms: Rooms) {
         while Instant::now() < until {
             sleep(ROTATION_LOOK.min(wait)).await;
             if rooms.acts.wrapping_keys() != before {
-                tries = 0;
+                (tries, outage) = (0, Outage::default());
                 break;
             }
         }

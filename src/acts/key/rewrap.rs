@@ -323,7 +323,7 @@ impl Acts {
                         tracing::error!(
                             %wrapping, ?refusal,
                             "the token has not this wrapping key as it was made: while it is active, `keyward ca rotate wrapping --now` \
-                             makes another; what is under it waits for `key rotate`, or all of it for `keyward ca taint`"
+                             makes another; what is under it waits for `key rotate`, or for `keyward ca taint`, after which nothing it signed verifies"
                         );
                     }
                     pass.lost.insert(wrapping);

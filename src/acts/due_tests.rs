@@ -255,6 +255,8 @@ fn a_wrapping_key_retires_when_nothing_is_under_it_and_the_next_waits_for_that()
         freed: vec![(KeyId([1; 16]), tainted)],
     };
     assert_eq!(next(&all[0], &all, &freed(false)), Some(arrow(State::Retired, Some(NOW), false)));
+    all[0].since = NOW.plus_seconds(30 * 86_400);
+    assert_eq!(next(&all[0], &all, &freed(false)), Some(arrow(State::Retired, Some(NOW), false)), "by a clock that was set back");
     // With a taint everything that was ever under it is to go first, also once it has retired.
     for state in [State::Retiring, State::Retired] {
         all[0] = Generation { tainted: true, ..generation(1, Purpose::Wrapping, state) };

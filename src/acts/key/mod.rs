@@ -16,7 +16,7 @@ mod sign;
 mod verify;
 
 use std::error::Error as _;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -120,6 +120,11 @@ impl AgentKeys {
             resident_max: limits.resident_keys_per_agent,
             residents_max: limits.resident_keys,
         }
+    }
+
+    /// Whether what is wrong with an object in the token was not told yet, and there is room to remember that it was.
+    fn is_news(&self, what: &str) -> bool {
+        self.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(what)
     }
 
     fn token(&self) -> Result<Arc<KeyToken>, Refusal> {

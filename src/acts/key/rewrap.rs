@@ -117,11 +117,6 @@ struct Pass<'a> {
 }
 
 impl super::AgentKeys {
-    /// Whether what is wrong with an object in the token was not told yet, and there is room to remember that it was.
-    pub(super) fn is_news(&self, what: &str) -> bool {
-        self.odd.lock().unwrap_or_else(PoisonError::into_inner).awaits_a_person(what)
-    }
-
     /// Wrapping keys that nothing is under any more, and whether that was so with their taint.
     pub(in crate::acts) fn freed(&self) -> Vec<(KeyId, bool)> {
         self.rewrapping.lock().freed.clone()
